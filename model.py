@@ -1,0 +1,569 @@
+"""Qwen2.5-VL in plain PyTorch and einops (arXiv 2502.13923): the policy π_θ of ViSurf.
+
+Parameter names, shapes and numbers are those of the published checkpoints, so that loading is reading safetensors and a
+saved folder opens in `transformers` and vLLM. tests/test_model.py holds this file to `transformers`' implementation.
+
+Glossary (the letters of every shape comment)
+    B  rows, T  tokens of a row, P  prompt tokens, G  rollouts of a prompt, R  response tokens
+    N  image patches (14×14 pixels), N/4 image tokens, D  width, H  query heads, K  key-value heads, d  head size
+    V  vocabulary, M  scored tokens
+
+Departures from the published implementation, none of which changes a number
+    1. Window attention gathers each window's patches by index; the patches themselves are never re-ordered.
+    2. The patch embedding, a Conv3d whose stride is its kernel, is one matrix product.
+    3. lm_head runs only where a log-prob is asked for, in chunks that are recomputed in backward.
+    4. Image and video placeholder tokens have probability 0, in sampling and in scoring alike (`banned`).
+Does not include: video, sliding-window attention, dropout, quantisation.
+"""
+import functools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+# What a model folder holds beside config.json and the weights; copied along when a model is saved.
+COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+              "*processor_config.json", "generation_config.json", "chat_template*", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a Qwen2.5-VL config.json that change the computation. `vision_*` belong to the vision tower."""
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    vision_depth: int
+    vision_hidden_size: int
+    vision_num_heads: int
+    vision_intermediate_size: int
+    vision_patch_size: int
+    vision_temporal_patch_size: int
+    vision_spatial_merge_size: int
+    vision_window_size: int
+    vision_fullatt_block_indexes: tuple[int, ...]
+
+    @staticmethod
+    def from_json(path: Path) -> "Config":
+        """Reads both layouts in use: text fields at the top level (the hub's) or under text_config (transformers 5)."""
+        raw = json.loads(Path(path).read_text())
+        if raw.get("model_type") != "qwen2_5_vl":
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' only")
+        text = {**raw, **raw.get("text_config", {})}
+        vision = raw.get("vision_config", {})
+        if text.get("use_sliding_window"):
+            raise ValueError(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
+        for where, activation in (("text", text.get("hidden_act", "silu")), ("vision", vision.get("hidden_act", "silu"))):
+            if activation != "silu":
+                raise ValueError(f"{path}: {where} hidden_act is {activation!r}; only 'silu' is supported")
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+            raise ValueError(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
+
+        def field(source: dict, name: str, default=None):
+            value = source.get(name, default)
+            if value is None:
+                raise ValueError(f"{path}: the field {name!r} is missing")
+            return value
+
+        numbers = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                   "intermediate_size", "vocab_size")
+        defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
+                    "fullatt_block_indexes": (7, 15, 23, 31), "num_heads": 16, "intermediate_size": 3420, "depth": 32}
+        visions = ("depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
+                   "spatial_merge_size", "window_size", "fullatt_block_indexes")
+        vision_fields = {f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}
+        vision_fields["vision_fullatt_block_indexes"] = tuple(vision_fields["vision_fullatt_block_indexes"])
+        return Config(
+            **{name: field(text, name) for name in numbers},
+            rms_norm_eps=field(text, "rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
+            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+            **{name: field(text, name) for name in VISION_TOKENS},
+            **vision_fields)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, width: int, inner: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding: turns the pairs (x_i, x_{i+d/2}). x [..., d]; turn: cos and sin of the angles, [..., d/2]."""
+    cos, sin = turn
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision tower
+
+@functools.lru_cache(maxsize=4096)
+def patch_layout(gh: int, gw: int, merge: int, window: int) -> tuple[Tensor, list[Tensor]]:
+    """Where the patches of one image lie. gh, gw: patches per column and row; merge: patches per side of an image
+    token; window: image tokens per side of an attention window.
+
+    Patches are stored as (gh/merge, gw/merge, merge, merge), so that the patches of an image token are neighbours.
+    Returns their (row, column) [N, 2] and, for each window, the indices of its patches; border windows are smaller.
+
+    >>> coordinates, windows = patch_layout(2, 4, 2, 1)
+    >>> coordinates.tolist()
+    [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    >>> [w.tolist() for w in windows]
+    [[0, 1, 2, 3], [4, 5, 6, 7]]
+    """
+    row, column = torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
+    coordinates = rearrange(torch.stack((row, column), -1), "(h a) (w b) two -> (h w a b) two", a=merge, b=merge)
+    side = merge * window
+    window_of = coordinates[:, 0] // side * -(-gw // side) + coordinates[:, 1] // side  # [N]
+    return coordinates, [torch.nonzero(window_of == w).flatten() for w in window_of.unique().tolist()]
+
+
+@dataclass
+class Groups:
+    """Which patches attend to each other, as a padded table: one line per window (or per image)."""
+    index: Tensor        # [lines, longest] patch numbers, padded with 0
+    valid: Tensor | None  # [lines, 1, 1, longest] False at padding; None if there is none
+    slot: Tensor         # [N] where each patch stands in the flattened table
+
+    @staticmethod
+    def of(members: list[Tensor], device) -> "Groups":
+        index = nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
+        flat = index.flatten()
+        slot = torch.empty(sum(map(len, members)), dtype=torch.long)
+        slot[flat[flat >= 0]] = torch.nonzero(flat >= 0).flatten()
+        valid = None if (index >= 0).all() else (index >= 0)[:, None, None].to(device)
+        return Groups(index.clamp(min=0).to(device), valid, slot.to(device))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], groups: Groups) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "n (three h d) -> three n h d", three=3, h=self.heads)
+        q, k = rotate(q, turn), rotate(k, turn)
+        q, k, v = (rearrange(each[groups.index], "w s h d -> w h s d") for each in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=groups.valid)
+        return self.proj(rearrange(out, "w h s d -> (w s) (h d)")[groups.slot])
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        width = config.vision_hidden_size
+        self.norm1 = RMSNorm(width, 1e-6)
+        self.norm2 = RMSNorm(width, 1e-6)
+        self.attn = VisionAttention(width, config.vision_num_heads)
+        self.mlp = GatedMLP(width, config.vision_intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], groups: Groups) -> Tensor:
+        x = x + self.attn(self.norm1(x), turn, groups)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """Joins the merge² patches of an image token and projects them to the decoder's width."""
+    def __init__(self, config: Config):
+        super().__init__()
+        self.joined = config.vision_hidden_size * config.vision_spatial_merge_size ** 2
+        self.ln_q = RMSNorm(config.vision_hidden_size, 1e-6)
+        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(),
+                                 nn.Linear(self.joined, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(x).view(-1, self.joined))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        p, t = config.vision_patch_size, config.vision_temporal_patch_size
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv3d(3, config.vision_hidden_size, (t, p, p), (t, p, p), bias=False)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
+        """patches [N, 3·2·14·14] of all images in turn, grids: (gh, gw) patches of each → image tokens [N/4, D]."""
+        c = self.config
+        if sum(gh * gw for gh, gw in grids) != len(patches):
+            raise ValueError(f"{len(patches)} patches do not fill the grids {grids}")
+        side = c.vision_window_size // c.vision_patch_size // c.vision_spatial_merge_size
+        layouts = [patch_layout(gh, gw, c.vision_spatial_merge_size, side) for gh, gw in grids]
+        starts = [0]
+        for gh, gw in grids:
+            starts.append(starts[-1] + gh * gw)
+        device = patches.device
+        windows = Groups.of([w + start for (_, ws), start in zip(layouts, starts) for w in ws], device)
+        images = Groups.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], device)
+
+        # 2-D rope: the first half of the frequencies turns with the row, the second with the column.
+        quarter = c.vision_hidden_size // c.vision_num_heads // 4
+        frequency = 1 / 1e4 ** (torch.arange(quarter, device=device) / quarter)
+        coordinates = torch.cat([xy for xy, _ in layouts]).to(device)
+        angle = rearrange(coordinates[..., None] * frequency, "n two f -> n 1 (two f)")  # [N, 1, d/2]
+        turn = angle.cos(), angle.sin()
+
+        weight = self.patch_embed.proj.weight
+        x = F.linear(patches.to(weight.dtype), weight.flatten(1))
+        for i, block in enumerate(self.blocks):
+            groups = images if i in c.vision_fullatt_block_indexes else windows
+            x = run(block, checkpoint, x, turn, groups)
+        return self.merger(x)
+
+
+def run(block: nn.Module, checkpoint: bool, *inputs):
+    """block(*inputs); with `checkpoint` its activations are recomputed in backward instead of kept."""
+    return recompute_in_backward(block, *inputs, use_reentrant=False) if checkpoint else block(*inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text decoder
+
+class KVCache:
+    """Keys and values while sampling. A prompt's are stored once and shared by its G rollouts (never copied); every
+    rollout owns those of its suffix only.
+
+    prompt[layer] = (k, v) [B, K, P, d] (k is already rotated), suffix[layer] = (k, v) [B·G, K, R, d],
+    prompt_mask [B, P] False at padding, length: suffix tokens written so far.
+    """
+    def __init__(self, layers: int, G: int, max_new_tokens: int):
+        self.prompt: list = [None] * layers
+        self.suffix: list = [None] * layers
+        self.prompt_mask: Tensor | None = None
+        self.G, self.max_new_tokens, self.length = G, max_new_tokens, 0
+
+    def store_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.prompt[layer] = (k, v)
+        shape = (k.shape[0] * self.G, k.shape[1], self.max_new_tokens, k.shape[3])
+        self.suffix[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One new token for each rollout: q [B·G, H, 1, d], k, v [B·G, K, 1, d] → [B·G, H, 1, d].
+
+        The G·H/K queries that read one key head of one prompt are one matrix, so the prompt is read once per prompt.
+        """
+        (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
+        suffix_k[:, :, self.length], suffix_v[:, :, self.length] = k[:, :, 0], v[:, :, 0]
+        own_k, own_v = suffix_k[:, :, :self.length + 1], suffix_v[:, :, :self.length + 1]  # [B·G, K, r, d]
+        G, K = self.G, k.shape[1]
+        q = q * q.shape[-1] ** -0.5
+        shared = rearrange(q, "(b g) (k j) 1 d -> b k (g j) d", g=G, k=K) @ prompt_k.mT      # [B, K, G·H/K, P]
+        shared = shared.masked_fill(~self.prompt_mask[:, None, None], -torch.inf)
+        shared = rearrange(shared, "b k (g j) p -> (b g) k j p", g=G)
+        own = rearrange(q, "b (k j) 1 d -> b k j d", k=K) @ own_k.mT                         # [B·G, K, H/K, r]
+        weight = torch.cat((shared, own), -1).softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        shared, own = weight.split((shared.shape[-1], own.shape[-1]), -1)
+        out = rearrange(rearrange(shared, "(b g) k j p -> b k (g j) p", g=G) @ prompt_v, "b k (g j) d -> (b g) k j d",
+                        g=G) + own @ own_v
+        return rearrange(out, "b k j d -> b (k j) 1 d")
+
+    def keep(self, prompts: Tensor) -> None:
+        """Drops every prompt (with its G suffixes) that is not in `prompts`, a 1-D tensor of their numbers."""
+        rollouts = rearrange(prompts[:, None] * self.G + torch.arange(self.G, device=prompts.device), "b g -> (b g)")
+        self.prompt_mask = self.prompt_mask[prompts]
+        self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
+        self.suffix = [(k[rollouts], v[rollouts]) for k, v in self.suffix]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width, d = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.q_proj = nn.Linear(width, self.heads * d)
+        self.k_proj = nn.Linear(width, self.kv_heads * d)
+        self.v_proj = nn.Linear(width, self.kv_heads * d)
+        self.o_proj = nn.Linear(self.heads * d, width, bias=False)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
+        k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        q, k = rotate(q, turn), rotate(k, turn)
+        if mask is None:  # decoding: one new token per rollout
+            out = cache.attend(self.layer, q, k, v)
+        else:
+            if cache is not None:
+                cache.store_prompt(self.layer, k, v)
+            k, v = (repeat(each, "b h t d -> b (h j) t d", j=self.heads // self.kv_heads) for each in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def mrope_positions(tokens: list[int], grids: list[tuple[int, int]], image_token_id: int, merge: int = 2) -> Tensor:
+    """M-RoPE ids (t, h, w) of a prompt, [3, P]. Text counts alike on the three axes; the tokens of an image that starts
+    at s have t = s, h = s + row, w = s + column; the text after it goes on at the largest id so far + 1.
+
+    >>> mrope_positions([7, 9, 9, 7, 7], [(2, 4)], image_token_id=9).tolist()   # an image of 1×2 image tokens
+    [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
+    """
+    parts, start, at, images = [], 0, 0, iter(grids)
+    while at < len(tokens):
+        if tokens[at] == image_token_id:
+            gh, gw = next(images, (None, None))
+            if gh is None:
+                raise ValueError(f"the prompt has more image blocks than the {len(grids)} grids given")
+            h, w = gh // merge, gw // merge
+            if tokens[at:at + h * w] != [image_token_id] * (h * w):
+                raise ValueError(f"an image of {h}×{w} image tokens has fewer placeholders at token {at}")
+            row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+            parts.append(torch.stack((torch.zeros(h * w, dtype=torch.long), row.flatten(), column.flatten())) + start)
+            at, start = at + h * w, start + max(h, w)
+        else:
+            end = tokens.index(image_token_id, at) if image_token_id in tokens[at:] else len(tokens)
+            parts.append(repeat(torch.arange(start, start + end - at), "t -> three t", three=3))
+            at, start = end, start + end - at
+    if next(images, None) is not None:
+        raise ValueError(f"the prompt has fewer image blocks than the {len(grids)} grids given")
+    return torch.cat(parts, 1)
+
+
+def row_mask(segment: Tensor) -> Tensor:
+    """attend(q, k) = k ≤ q and (segment[k] == 0 or segment[k] == segment[q]).  segment [B, T] → bool [B, 1, T, T].
+    Segment 0 is the prompt, 1, 2, … its responses, which do not see each other; −1 is padding, at the end of a row.
+
+    >>> row_mask(torch.tensor([[0, 1, 2, 2]]))[0, 0].int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+    """
+    q, k = segment[:, :, None], segment[:, None, :]
+    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
+    return (causal & ((k == 0) | (k == q)))[:, None]
+
+
+class Qwen2_5_VL(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        half = config.hidden_size // config.num_attention_heads // 2
+        if sum(config.mrope_section) != half:
+            raise ValueError(f"mrope_section {config.mrope_section} must add up to half the head size, {half}")
+        # device="cpu": these two are computed here, not loaded, also when the weights are still on the meta device.
+        axis = torch.tensor([i for i, n in enumerate(config.mrope_section) for _ in range(n)], device="cpu")
+        self.register_buffer("rope_axis", axis, persistent=False)                       # [d/2] in {t, h, w}
+        banned = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
+        banned[[getattr(config, name) for name in VISION_TOKENS]] = True
+        self.register_buffer("banned", banned, persistent=False)                        # [V]
+        self.folder: Path | None = None      # where the weights came from; its tokenizer travels with every save
+        self.eos_ids: tuple[int, ...] = ()   # every id that ends a response, from generation_config.json
+
+    def embed(self, tokens: Tensor, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
+        """tokens [B, T] → [B, T, D]; the image placeholders, in reading order, take the image tokens of `patches`."""
+        x = self.model.embed_tokens(tokens)
+        if not len(patches):
+            if torch.is_grad_enabled():
+                # Every rank must touch every parameter, or DDP waits for ever: an image of nothing, times 0.
+                nothing = self.visual(patches.new_zeros(4, self.visual.patch_embed.proj.weight[0].numel()), [(2, 2)])
+                x = x + 0 * nothing.sum()
+            return x
+        image = self.visual(patches, grids, checkpoint)
+        at_image = tokens == self.config.image_token_id
+        if int(at_image.sum()) != len(image):
+            raise ValueError(f"{int(at_image.sum())} image placeholders for {len(image)} image tokens")
+        return x.masked_scatter(at_image[..., None], image.to(x.dtype))
+
+    def decode(self, x: Tensor, position: Tensor, mask: Tensor | None, cache: KVCache | None = None,
+               checkpoint: bool = False) -> Tensor:
+        """x [B, T, D], position [3, B, T], mask bool [B, 1, T, T] → final hidden states [B, T, D].
+        With a cache: a mask means prefill (stores the keys and values), no mask means one new token per rollout."""
+        d = self.config.hidden_size // self.config.num_attention_heads
+        frequency = 1 / self.config.rope_theta ** (torch.arange(0, d, 2, device=x.device) / d)
+        angle = rearrange(position[self.rope_axis], "f b t -> b 1 t f") * frequency     # [B, 1, T, d/2]
+        turn = angle.cos(), angle.sin()
+        for layer in self.model.layers:
+            x = run(layer, checkpoint, x, turn, mask, cache)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """[..., D] → [..., V] in at least float32, divided by the temperature, −inf for `banned`. Sampling and training
+        both read probabilities from here."""
+        logits = self.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return logits.masked_fill(self.banned, -torch.inf)
+
+    def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 2048):
+        """hidden [M, D], targets [M] → log π(target) [M] and the entropy of the distribution [M] (no gradient).
+        In chunks recomputed in backward, so that no [M, V] matrix exists."""
+        def one(h: Tensor, t: Tensor):
+            logp = self.logits(h, temperature).log_softmax(-1)
+            with torch.no_grad():
+                entropy = torch.special.entr(logp.exp()).sum(-1)
+            return logp.gather(-1, t[:, None])[:, 0], entropy
+        parts = [recompute_in_backward(one, h, t, use_reentrant=False)
+                 for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+        return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+
+    def forward(self, tokens: Tensor, segment: Tensor, position: Tensor, predictor: Tensor, patches: Tensor,
+                grids: list[tuple[int, int]], temperature: float = 1.0, checkpoint: bool = False):
+        """Scores packed rows (data.py): tokens, segment, predictor [B, T], position [3, B, T], patches [N, 1176].
+        Returns logp and entropy [B, T] of every response token, 0 elsewhere. logp[b, i] = log π(tokens[b, i] | what
+        token predictor[b, i] has seen): the token before it, or the prompt's last for the first of a response."""
+        x = self.embed(tokens, patches, grids, checkpoint)
+        hidden = self.decode(x, position, row_mask(segment), checkpoint=checkpoint)
+        scored = segment > 0
+        source = hidden.gather(1, repeat(predictor, "b t -> b t d", d=hidden.shape[-1]))[scored]     # [M, D]
+        logp, entropy = self.score(source, tokens[scored], temperature)
+        empty = logp.new_zeros(tokens.shape)
+        return empty.masked_scatter(scored, logp), empty.masked_scatter(scored, entropy)
+
+    @staticmethod
+    def from_pretrained(folder, dtype: torch.dtype = torch.float32, device="cpu", random_weights: bool = False):
+        """Loads a folder in the Hugging Face layout, or a hub id. `random_weights`: config and tokenizer only."""
+        folder = local_folder(folder)
+        config = Config.from_json(folder / "config.json")
+        with torch.device("cpu" if random_weights else "meta"):
+            model = Qwen2_5_VL(config)
+        if random_weights:
+            model.reset_parameters()
+            model = model.to(dtype=dtype)
+        else:
+            load_weights(model, folder, dtype)
+        model.folder, model.eos_ids = folder, read_eos_ids(folder)
+        return model.to(device)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random weights (std 0.02, biases 0), from torch's global generator."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def save_pretrained(self, folder, max_shard_size: str = "5GB") -> None:
+        """Writes config, safetensors (sharded above max_shard_size), tokenizer and processor files: a complete folder."""
+        from huggingface_hub import save_torch_state_dict
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()
+                 if not (name == "lm_head.weight" and self.config.tie_word_embeddings)}
+        save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+        if self.folder is None:
+            raise ValueError("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
+        raw = json.loads((self.folder / "config.json").read_text())
+        raw.pop("torch_dtype", None)
+        raw["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        if folder.resolve() != self.folder.resolve():
+            for pattern in COMPANIONS:
+                for path in self.folder.glob(pattern):
+                    shutil.copy(path, folder / path.name)
+
+
+def local_folder(name) -> Path:
+    """A local folder as it is; anything else is taken for a hub id and downloaded (weights as safetensors only)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        raise FileNotFoundError(f"{name} is neither a folder nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
+
+
+def read_eos_ids(folder: Path) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    raise ValueError(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
+
+
+def load_weights(model: Qwen2_5_VL, folder: Path, dtype: torch.dtype) -> None:
+    """Reads *.safetensors (single or sharded) tensor by tensor. Both generations of names are understood:
+    visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer `transformers` saves)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    state = {}
+    for file in files:
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{folder / file} does not exist; weights are read from safetensors only")
+        with safe_open(folder / file, framework="pt") as weights:
+            for stored in weights.keys():
+                name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+                if name not in wanted:
+                    if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
+                        continue
+                    raise ValueError(f"{folder / file}: unknown tensor {stored!r}")
+                tensor = weights.get_tensor(stored)
+                if tuple(tensor.shape) != wanted[name]:
+                    raise ValueError(f"{folder / file}: {stored!r} has shape {tuple(tensor.shape)}, "
+                                     f"config.json asks for {wanted[name]}")
+                state[name] = tensor.to(dtype)
+    missing = sorted(wanted.keys() - state.keys())
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
