@@ -1,0 +1,162 @@
+"""The built-in world: pictures of coloured shapes, questions about them, exact answers. No download, any amount.
+
+Every example is a pure function of (split, index): the splits draw from different seeds and never share a scene.
+
+    split     asks for
+    words     captions, counting (zero included), attributes
+    pretrain  the same, and grounding of objects that are there (with a thought before the answer)
+    train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets
+    val, test grounding of something present, of something absent, counting: one third each
+
+The tiny base model in assets/ learns `words` and `pretrain`. It counts to zero, so it knows what is absent, but it has
+never met a grounding question whose answer is `[]`: that is left to post-training.
+"""
+import json
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 112  # pixels, both sides
+COLOURS = {"red": (214, 48, 40), "green": (44, 160, 60), "blue": (40, 80, 220), "yellow": (232, 206, 40),
+           "purple": (150, 60, 190)}
+SHAPES = ("square", "ring", "cross")
+KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "train": 100_000, "val": 1536, "test": 1536}
+THOUGHTS = ("I look for the {}.", "Where is the {}?", "The {} is to be found.")
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    shape: str
+    box: tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, both ends painted
+
+    def fits(self, query: tuple[str | None, str | None]) -> bool:
+        """query = (colour or None for any, shape or None for any)."""
+        return query[0] in (None, self.colour) and query[1] in (None, self.shape)
+
+
+def place_things(rng: random.Random, at_least: int = 1) -> list[Thing]:
+    """1 to 4 shapes of 22 to 44 pixels that do not touch, in reading order (left to right)."""
+    things: list[Thing] = []
+    wanted = rng.randint(at_least, 4)
+    while len(things) < wanted:
+        for _ in range(200):
+            side = rng.randint(22, 44)
+            x, y = rng.randint(1, SIZE - side - 2), rng.randint(1, SIZE - side - 2)
+            box = (x, y, x + side, y + side)
+            if all(box[0] > t.box[2] + 2 or t.box[0] > box[2] + 2 or box[1] > t.box[3] + 2 or t.box[1] > box[3] + 2
+                   for t in things):
+                kind = (things[-1].colour, things[-1].shape) if things and rng.random() < 0.25 else rng.choice(KINDS)
+                things.append(Thing(*kind, box))
+                break
+        else:
+            things = []  # no room left: start over
+    return sorted(things, key=lambda t: (t.box[0], t.box[1]))
+
+
+def draw(things: list[Thing], rng: random.Random) -> Image.Image:
+    grey = rng.randint(90, 170)
+    image = Image.new("RGB", (SIZE, SIZE), (grey, grey, grey))
+    pen = ImageDraw.Draw(image)
+    for thing in things:
+        colour = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLOURS[thing.colour])
+        x1, y1, x2, y2 = thing.box
+        side = x2 - x1
+        if thing.shape == "square":
+            pen.rectangle(thing.box, fill=colour)
+        elif thing.shape == "ring":
+            pen.ellipse(thing.box, outline=colour, width=side // 5)
+        else:  # an upright cross
+            arm = 3 * side // 8
+            pen.rectangle((x1 + arm, y1, x2 - arm, y2), fill=colour)
+            pen.rectangle((x1, y1 + arm, x2, y2 - arm), fill=colour)
+    noise = np.frombuffer(rng.randbytes(SIZE * SIZE * 3), np.int8).reshape(SIZE, SIZE, 3) >> 3  # −16 … 15
+    return Image.fromarray(np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8))
+
+
+def name(query: tuple[str | None, str | None], plural: bool = False) -> str:
+    """("red", "ring") → red ring, ("red", None) → red object, (None, "cross") → cross (plural: crosses)."""
+    words = " ".join(filter(None, (query[0], query[1] or "object")))
+    return words + ("es" if words.endswith("s") else "s") if plural else words
+
+
+def queries_of(kind: tuple[str, str]) -> list[tuple[str | None, str | None]]:
+    return [kind, (kind[0], None), (None, kind[1])]
+
+
+def present_query(things: list[Thing], rng: random.Random):
+    """Mostly colour and shape, sometimes one of them; always leaves something that does not fit. None if
+    impossible."""
+    thing = rng.choice(things)
+    query = rng.choices(queries_of((thing.colour, thing.shape)), (6, 1, 1))[0]
+    return query if any(not t.fits(query) for t in things) else None
+
+
+def absent_query(things: list[Thing], rng: random.Random):
+    """Fits nothing in the scene; two thirds of the time hard: shares its colour or its shape with something there."""
+    query = rng.choices(queries_of(rng.choice(KINDS)), (6, 1, 1))[0]
+    while any(t.fits(query) for t in things):
+        query = rng.choices(queries_of(rng.choice(KINDS)), (6, 1, 1))[0]
+    if None not in query and rng.random() < 2 / 3:
+        near = [k for k in KINDS if not any(t.fits(k) for t in things)
+                and any(t.colour == k[0] or t.shape == k[1] for t in things)]
+        query = rng.choice(near) if near else query
+    return query
+
+
+def grounding(things: list[Thing], query, thinks: bool, rng: random.Random) -> dict:
+    found = [t.box for t in things if t.fits(query)]
+    items = [{"bbox_2d": list(b), "point_2d": [(b[0] + b[2]) // 2, (b[1] + b[3]) // 2]} for b in found]
+    thought = rng.choice(THOUGHTS).format(name(query)) if thinks else ""
+    return {"task": "scene_grounding", "question": name(query), "thought": thought,
+            "answer": json.dumps(items, separators=(",", ":"))}
+
+
+def counting(things: list[Thing], rng: random.Random, boxed: bool) -> dict:
+    thing = rng.choice(things)
+    query = absent_query(things, rng) if rng.random() < 0.4 else rng.choices(
+        queries_of((thing.colour, thing.shape)), (4, 1, 1))[0]
+    question = f"How many {name(query, plural=True)} are there?" + (" Answer in \\boxed{}." if boxed else "")
+    return {"task": "math" if boxed else "vqa", "question": question, "answer": str(sum(t.fits(query) for t in things))}
+
+
+def attribute(things: list[Thing], rng: random.Random) -> dict:
+    """Asks for the colour of the only thing of a shape, or the shape of the only thing of a colour; else a caption."""
+    asks = [(f"What colour is the {t.shape}?", t.colour) for t in things if sum(o.shape == t.shape for o in things) == 1]
+    asks += [(f"What shape is the {t.colour} object?", t.shape) for t in things
+             if sum(o.colour == t.colour for o in things) == 1]
+    if not asks:
+        return caption(things)
+    question, answer = rng.choice(asks)
+    return {"task": "vqa", "question": question, "answer": answer}
+
+
+def caption(things: list[Thing]) -> dict:
+    return {"task": "vqa", "question": "Describe the image.",
+            "answer": ", ".join(f"a {t.colour} {t.shape}" for t in things)}
+
+
+def make(split: str, index: int) -> dict:
+    """Fields of data.Example: id, image, question, answer, task and, where the label has one, a thought."""
+    rng = random.Random(f"{split}/{index}")
+    if split in ("words", "pretrain"):
+        kind = rng.choices(("caption", "count", "attribute", "present"), (3, 5, 1, 0 if split == "words" else 8))[0]
+    elif split == "train":
+        kind = rng.choice(("present", "absent"))
+    else:
+        kind = ("present", "absent", "count")[index % 3]
+    things = place_things(rng, at_least=2 if kind in ("present", "absent") else 1)  # nothing to tell them apart by number
+    if kind == "present":
+        while (query := present_query(things, rng)) is None:
+            things = place_things(rng, at_least=2)
+        fields = grounding(things, query, split == "pretrain", rng)
+    elif kind == "absent":
+        fields = grounding(things, absent_query(things, rng), False, rng)
+    elif kind == "count":
+        fields = counting(things, rng, boxed=rng.random() < 0.25)
+    else:
+        fields = attribute(things, rng) if kind == "attribute" else caption(things)
+    return {"id": f"scenes:{split}/{index}", "image": draw(things, rng), "thought": "", **fields}
