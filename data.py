@@ -1,0 +1,314 @@
+"""Examples, prompts, and the packing of a group into one row.
+
+    Example → Prompt (tokens, M-RoPE positions, image patches) → Row (the prompt and its S responses) → Batch
+
+Everything that depends on the image size happens once, in `Processor.prompt`: resizing, token count, positions, and the
+conversion of boxes into the frame the model sees. Prompts are never truncated.
+
+Letters: B rows, T tokens of a row, P prompt tokens, S = G+1 responses, N patches.
+"""
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch import Tensor
+
+import scenes
+from model import VISION_TOKENS, Config, local_folder, mrope_positions, read_eos_ids
+from rewards import TASKS, label_error, user_text
+
+IMAGE_PLACEHOLDER = "<|image_pad|>"
+
+
+@dataclass
+class Example:
+    """image: a Pillow image, the path of one, or None. answer: text; for tasks with boxes, JSON in the image's own
+    pixels. thought: reasoning in front of the label, which only pretraining data has."""
+    id: str
+    image: Image.Image | str | None
+    question: str
+    answer: str
+    task: str
+    thought: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: everything with a length and an item is a source of examples
+
+class Scenes:
+    """The built-in world, `scenes:SPLIT`."""
+    def __init__(self, split: str):
+        if split not in scenes.SPLITS:
+            raise ValueError(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
+        self.split = split
+
+    def __len__(self) -> int:
+        return scenes.SPLITS[self.split]
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(**scenes.make(self.split, index))
+
+
+class Jsonl:
+    """One JSON object a line: id, image (a path, relative to the file, or null), problem, solution, task, thought
+    (optional). solution: text, or for tasks with boxes JSON (as text or as it is). Every line is checked at the start."""
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    self.rows.append(self.read(line, f"{path}, row {number}"))
+        if not self.rows:
+            raise ValueError(f"{path} holds no rows")
+
+    def read(self, line: str, where: str) -> Example:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not a JSON object")
+        missing = {"id", "image", "problem", "solution", "task"} - row.keys()
+        if missing:
+            raise ValueError(f"{where}: the columns {sorted(missing)} are missing")
+        solution = row["solution"] if isinstance(row["solution"], str) else json.dumps(row["solution"])
+        if (reason := label_error(row["task"], solution)) is not None:
+            raise ValueError(f"{where}: bad label: {reason}")
+        if not isinstance(row["problem"], str) or not row["problem"].strip():
+            raise ValueError(f"{where}: the problem is empty")
+        image = None
+        if row["image"] is not None:
+            image = str(self.path.parent / row["image"])
+            try:
+                Image.open(image).close()
+            except OSError as error:
+                raise ValueError(f"{where}: the image cannot be read: {error}") from None
+        return Example(str(row["id"]), image, row["problem"], solution, row["task"], row.get("thought", ""))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.rows[index]
+
+
+def load(data: str) -> Scenes | Jsonl:
+    """The source that a --data string names: scenes:SPLIT or the path of a .jsonl file."""
+    if data.startswith("scenes:"):
+        return Scenes(data.removeprefix("scenes:"))
+    if not data.endswith(".jsonl"):
+        raise ValueError(f"--data {data}: give scenes:SPLIT or a .jsonl file")
+    if not Path(data).is_file():
+        raise FileNotFoundError(f"--data {data}: there is no such file")
+    return Jsonl(Path(data))
+
+
+@functools.lru_cache(maxsize=2)
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits n examples: a permutation, a pure function of (seed, epoch)."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def take(source, cursor: int, count: int, seed: int) -> list[Example]:
+    """Examples number cursor … cursor + count − 1 of the endless sequence of epochs. No remainder is dropped."""
+    n = len(source)
+    return [source[int(order(n, seed, at // n)[at % n])] for at in range(cursor, cursor + count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen2.5-VL's size rule: each side to a multiple of `factor` (round half to even), then both scaled by one ratio if
+    the area leaves [min_pixels, max_pixels].
+
+    >>> smart_resize(112, 112, 28, 3136, 12845056), smart_resize(30, 100, 28, 3136, 12845056)
+    ((112, 112), (28, 112))
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width}×{height} pixels is more than 200 times as long as it is wide")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w
+
+
+def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, int]) -> str:
+    """Boxes and points (JSON text) from a picture of from_size to one of to_size, (width, height) pixels, rounded to
+    int(c·to/from + 0.5). Equal sizes change nothing."""
+    if from_size == to_size:
+        return answer
+    scale = (to_size[0] / from_size[0], to_size[1] / from_size[1])
+    return json.dumps([{**item, **{key: [int(c * scale[i % 2] + 0.5) for i, c in enumerate(item[key])]
+                                   for key in ("bbox_2d", "point_2d")}} for item in json.loads(answer)])
+
+
+@dataclass
+class Prompt:
+    """An example as the model sees it."""
+    example: Example
+    tokens: list[int]         # P, image placeholders included
+    position: Tensor          # [3, P] M-RoPE ids
+    patches: Tensor           # [N, 3·2·14·14], N = 0 without an image
+    grids: list[tuple[int, int]]  # (gh, gw) patches, one entry or none
+    answer: str               # the label's answer, boxes in the resized frame
+    size: tuple[int, int] = (0, 0)           # (width, height) after resizing
+    original_size: tuple[int, int] = (0, 0)  # and before
+    image: Image.Image | None = field(default=None, repr=False)  # resized, for the pictures
+
+    @property
+    def next_position(self) -> int:
+        """Where every response goes on, on all three axes."""
+        return int(self.position.max()) + 1
+
+
+class Processor:
+    """Tokenizer, chat template and image preprocessing of a model folder: one object for every method and for eval."""
+    def __init__(self, folder):
+        from transformers import AutoTokenizer
+        folder = local_folder(folder)
+        self.config = Config.from_json(folder / "config.json")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        size = settings.get("size", {})
+        self.min_pixels = settings.get("min_pixels") or size.get("shortest_edge", 3136)
+        self.max_pixels = settings.get("max_pixels") or size.get("longest_edge", 12845056)
+        mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
+        self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
+        self.eos_ids = read_eos_ids(folder)
+        self.special = [token for token in self.tokenizer.get_added_vocab()
+                        if token.startswith("<|")]  # must never come out of data
+
+    def patches(self, image: Image.Image) -> tuple[Tensor, tuple[int, int], Image.Image]:
+        """RGB image → patches [N, 3·2·14·14], (gh, gw), the resized image. A still image is doubled in time."""
+        c = self.config
+        p, t, merge = c.vision_patch_size, c.vision_temporal_patch_size, c.vision_spatial_merge_size
+        height, width = smart_resize(image.height, image.width, p * merge, self.min_pixels, self.max_pixels)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).float().mul_(self.scale).sub_(self.shift)    # [height, width, 3]
+        patches = rearrange(pixels, "(h a y) (w b x) c -> (h w a b) c y x", a=merge, b=merge, y=p, x=p)
+        return repeat(patches, "n c y x -> n (c t y x)", t=t), (height // p, width // p), image
+
+    def prompt(self, example: Example) -> Prompt:
+        text = user_text(example.task, example.question)
+        if any(token in text for token in self.special):
+            raise ValueError(f"example {example.id}: the question holds a special token of the model")
+        original, image, patches, grids, answer = None, None, torch.empty(0, 0), [], example.answer
+        content = [{"type": "text", "text": text}]
+        if example.image is not None:
+            try:
+                original = example.image if isinstance(example.image, Image.Image) else Image.open(example.image)
+                original = original.convert("RGB")
+            except OSError as error:
+                raise ValueError(f"example {example.id}: the image cannot be read: {error}") from None
+            patches, grid, image = self.patches(original)
+            grids, content = [grid], [{"type": "image"}, *content]
+            if TASKS[example.task].boxes:
+                answer = convert_boxes(answer, original.size, image.size)
+        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                  add_generation_prompt=True)
+        merge = self.config.vision_spatial_merge_size
+        image_tokens = [gh * gw // merge ** 2 for gh, gw in grids]
+        tokens = []
+        for piece, count in zip(chat.split(IMAGE_PLACEHOLDER), [*image_tokens, 0], strict=True):
+            tokens += self.tokenizer(piece, add_special_tokens=False).input_ids + [self.config.image_token_id] * count
+        position = mrope_positions(tokens, grids, self.config.image_token_id, merge)
+        sizes = (image.size, original.size) if image else ((0, 0), (0, 0))
+        return Prompt(example, tokens, position, patches, grids, answer, *sizes, image)
+
+    def encode(self, response: str) -> list[int]:
+        """A label's text → its tokens and one EOS, the ids that carry r(y)."""
+        tokens = self.tokenizer(response, add_special_tokens=False).input_ids
+        forbidden = {*self.eos_ids, *(getattr(self.config, name) for name in VISION_TOKENS)}
+        if forbidden & set(tokens):
+            raise ValueError(f"a label holds a special token of the model: {response[:200]!r}")
+        return tokens + [self.eos_ids[0]]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of a response, without the EOS that ends it. Other special tokens stay visible."""
+        return self.tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in self.eos_ids else tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+@dataclass
+class Row:
+    prompt: Prompt
+    tokens: list[int]      # T
+    segment: list[int]     # T: 0 prompt, s + 1 for response number s of the group
+    predictor: list[int]   # T: the index in the row of the token whose output predicts this one; 0 for the prompt's
+    position: Tensor       # [3, T]
+
+
+def pack_group(prompt: Prompt, responses: list[list[int]], max_row_tokens: int = 0) -> list[Row]:
+    """One prompt and the responses to it as one row: the image and the prompt are encoded once, not S times.
+
+    With a prompt of the tokens 7 8 and the responses 1 2 and 3 4 5:
+        tokens      7 8 1 2 3 4 5
+        segment     0 0 1 1 2 2 2
+        predictor   0 0 1 2 1 4 5      the first token of each response is predicted by the prompt's last
+        position    0 1 2 3 2 3 4      every response goes on from the prompt's end
+    A row longer than max_row_tokens (0: no limit) becomes several, each with the prompt and whole responses; a single
+    response that does not fit is an error.
+    """
+    P = len(prompt.tokens)
+    rows, start = [], 0
+    while start < len(responses):
+        tokens, segment, predictor = list(prompt.tokens), [0] * P, [0] * P
+        position = [prompt.position]
+        end = start
+        while end < len(responses):
+            response = responses[end]
+            if max_row_tokens and len(tokens) + len(response) > max_row_tokens:
+                break
+            predictor += [P - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
+            tokens += response
+            segment += [end + 1] * len(response)
+            position.append(repeat(torch.arange(len(response)) + prompt.next_position, "r -> three r", three=3))
+            end += 1
+        if end == start:
+            raise ValueError(f"example {prompt.example.id}: its prompt of {P} tokens and a response of "
+                             f"{len(responses[start])} exceed --max-row-tokens {max_row_tokens}")
+        rows.append(Row(prompt, tokens, segment, predictor, torch.cat(position, 1)))
+        start = end
+    return rows
+
+
+@dataclass
+class Batch:
+    """Rows padded to the longest; the keyword arguments of Qwen2_5_VL.forward. Padding has segment −1."""
+    tokens: Tensor      # [B, T]
+    segment: Tensor     # [B, T]
+    predictor: Tensor   # [B, T]
+    position: Tensor    # [3, B, T]
+    patches: Tensor     # [N, 3·2·14·14] of all rows
+    grids: list[tuple[int, int]]
+
+
+def collate(rows: list[Row], device="cpu") -> Batch:
+    T = max(len(row.tokens) for row in rows)
+
+    def pad(values, fill: int) -> Tensor:
+        return torch.tensor([v + [fill] * (T - len(v)) for v in values], device=device)
+
+    position = torch.stack([torch.nn.functional.pad(row.position, (0, T - row.position.shape[1])) for row in rows], 1)
+    return Batch(pad([r.tokens for r in rows], 0), pad([r.segment for r in rows], -1),
+                 pad([r.predictor for r in rows], 0), position.to(device), *collate_images([r.prompt for r in rows], device))
+
+
+def collate_images(prompts: list[Prompt], device="cpu") -> tuple[Tensor, list[tuple[int, int]]]:
+    with_image = [p.patches for p in prompts if len(p.patches)]
+    patches = torch.cat(with_image) if with_image else torch.empty(0, 0)
+    return patches.to(device), [grid for p in prompts for grid in p.grids]
