@@ -1,0 +1,117 @@
+"""Sampling with a KV cache: G rollouts of each prompt from one prefill.
+
+    prefill           the prompts once, images included; their keys and values are shared by the G rollouts
+    sample            one token for each rollout from softmax(logits / T), or the likeliest at T = 0
+    decode_one_token  one step of all rollouts
+
+Each prompt has its own stream of uniform numbers, seeded by (seed, step, example id): its rollouts are the same in any
+batch, on any rank. Only a temperature shapes the distribution (no top-k, no top-p), so the log-probs returned are those
+of the training forward. Prompts whose rollouts have all ended leave the batch.
+"""
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from data import Prompt, collate_images
+from model import KVCache, Qwen2_5_VL, row_mask
+
+
+@dataclass
+class Response:
+    """tokens: with the EOS that ends it, unless `truncated` at max_new_tokens; logp: of each token as sampled."""
+    tokens: list[int]
+    logp: list[float]
+    truncated: bool
+
+
+def uniforms(seed: int, step: int, example_id: str, G: int, R: int) -> Tensor:
+    """The numbers in [0, 1) that drive a prompt's rollouts, [G, R], float64. One per token."""
+    digest = hashlib.sha256(f"{seed}/{step}/{example_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.rand(G, R, dtype=torch.float64, generator=generator)
+
+
+def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: int) -> tuple[Tensor, KVCache]:
+    """Returns the hidden state after each prompt, [B, D], and the cache. Prompts are padded on the right."""
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
+    P = int(lengths.max())
+    tokens = torch.tensor([p.tokens + [0] * (P - len(p.tokens)) for p in prompts], device=device)
+    position = torch.stack([torch.nn.functional.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
+    valid = torch.arange(P, device=device) < lengths[:, None]                                   # [B, P]
+    cache = KVCache(len(model.model.layers), G, max_new_tokens)
+    cache.prompt_mask = valid
+    x = model.embed(tokens, *collate_images(prompts, device))
+    hidden = model.decode(x, position.to(device), row_mask(valid.long() - 1), cache)           # [B, P, D]
+    return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache
+
+
+def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits [M, V] (already divided by T), u [M] uniform in [0, 1), or None for the likeliest → tokens, log-probs [M].
+    Inverse transform: the first token whose cumulative probability exceeds u; in float64, so that a token of
+    probability 0 is never taken."""
+    logp = logits.log_softmax(-1)
+    if u is None:
+        token = logits.argmax(-1)
+    else:
+        cumulative = logp.double().exp().cumsum(-1)
+        token = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return token, logp.gather(-1, token[:, None])[:, 0]
+
+
+def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+    """token, position [B·G] → hidden states [B·G, D]; the cache grows by one."""
+    x = model.model.embed_tokens(token[:, None])
+    hidden = model.decode(x, repeat(position, "m -> three m 1", three=3), None, cache)
+    cache.length += 1
+    return hidden[:, 0]
+
+
+@torch.no_grad()
+def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
+             seed: int = 0, step: int = 0) -> list[list[Response]]:
+    """G responses to each prompt. temperature 0 is greedy decoding (then use G = 1). Runs the raw module, never a
+    DDP wrapper."""
+    greedy = temperature == 0
+    device = model.lm_head.weight.device
+    eos = torch.tensor(model.eos_ids, device=device)
+    hidden, cache = prefill(model, prompts, G, max_new_tokens)
+    hidden = repeat(hidden, "b d -> (b g) d", g=G)
+    u = None if greedy else torch.stack(
+        [uniforms(seed, step, p.example.id, G, max_new_tokens) for p in prompts]).to(device)    # [B, G, R]
+    start = torch.tensor([p.next_position for p in prompts], device=device)                     # [B]
+    alive = torch.arange(len(prompts), device=device)      # prompts still in the batch
+    ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
+    # Per step: which prompts took part, and their tokens and log-probs [B', G].
+    history: list[tuple[Tensor, Tensor, Tensor]] = []
+    for r in range(max_new_tokens):
+        logits = model.logits(hidden, 1.0 if greedy else temperature)
+        token, logp = sample(logits, None if greedy else rearrange(u[alive, :, r], "b g -> (b g)"))
+        history.append((alive, rearrange(token, "(b g) -> b g", g=G), rearrange(logp, "(b g) -> b g", g=G)))
+        ended[alive] |= torch.isin(history[-1][1], eos)
+        going = ~ended[alive].all(1)
+        if not going.any() or r + 1 == max_new_tokens:
+            break
+        if not going.all():
+            stay = torch.nonzero(going)[:, 0]
+            alive = alive[stay]
+            cache.keep(stay)
+            token = rearrange(history[-1][1][stay], "b g -> (b g)")
+        hidden = decode_one_token(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
+    return collect(history, len(prompts), G, set(model.eos_ids))
+
+
+def collect(history: list[tuple[Tensor, Tensor, Tensor]], prompts: int, G: int, eos: set[int]) -> list[list[Response]]:
+    """Steps → responses, each cut after its first EOS (a finished rollout idles along until its group has ended)."""
+    responses = [[Response([], [], True) for _ in range(G)] for _ in range(prompts)]
+    for alive, tokens, logps in ((a.tolist(), t.tolist(), p.tolist()) for a, t, p in history):
+        for prompt, row, row_logp in zip(alive, tokens, logps):
+            for response, token, logp in zip(responses[prompt], row, row_logp):
+                if response.truncated:
+                    response.tokens.append(token)
+                    response.logp.append(logp)
+                    response.truncated = token not in eos
+    return responses

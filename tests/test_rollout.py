@@ -1,0 +1,146 @@
+"""Sampling: cached = uncached, the recorded log-probs, independence of the batch, the distribution itself."""
+import pytest
+import torch
+from scipy import stats
+
+import rollout
+from data import Processor, Scenes, collate, pack_group
+from model import Qwen2_5_VL
+from rollout import generate, sample, uniforms
+
+FOLDER = "assets/tiny"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(FOLDER)
+
+
+@pytest.fixture
+def model():
+    """Random weights, large enough that every layer changes what is sampled."""
+    torch.manual_seed(1)
+    model = Qwen2_5_VL.from_pretrained(FOLDER, random_weights=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+        model.lm_head.weight.mul_(2)   # tied: a peaked distribution, so that greedy decoding has no near-ties
+    return model
+
+
+@pytest.fixture
+def prompts(processor):
+    """Prompts of different lengths, on different pictures."""
+    return [processor.prompt(Scenes("test")[i]) for i in (0, 2, 5, 8, 3)]
+
+
+def rescored(model, prompt, responses):
+    """The training forward's log-probs of each response."""
+    batch = collate(pack_group(prompt, [r.tokens for r in responses]))
+    with torch.no_grad():
+        logp, _ = model(**vars(batch), temperature=0.7)
+    return [logp[batch.segment == s + 1] for s in range(len(responses))]
+
+
+def uncached(model, prompt, R, temperature, u):
+    """The same sampling without a cache: the whole sequence is run again for every token."""
+    tokens = []
+    for r in range(R):
+        batch = collate(pack_group(prompt, [[*tokens, 0]]))
+        with torch.no_grad():
+            x = model.embed(batch.tokens, batch.patches, batch.grids)
+            hidden = model.decode(x, batch.position, rollout.row_mask(batch.segment))[:, len(prompt.tokens) + r - 1]
+            token, _ = sample(model.logits(hidden, temperature or 1.0), None if u is None else u[r:r + 1])
+        tokens.append(int(token))
+        if tokens[-1] in model.eos_ids:
+            break
+    return tokens
+
+
+def test_cached_tokens_equal_uncached_tokens(model, prompts):
+    greedy = generate(model, prompts, 1, 12, temperature=0)
+    sampled = generate(model, prompts, 3, 12, temperature=0.7, seed=5, step=9)
+    for prompt, (alone,), group in zip(prompts, greedy, sampled):
+        assert alone.tokens == uncached(model, prompt, 12, 0, None)
+        u = uniforms(5, 9, prompt.example.id, 3, 12)
+        assert [r.tokens for r in group] == [uncached(model, prompt, 12, 0.7, u[g]) for g in range(3)]
+        assert len({tuple(r.tokens) for r in group}) > 1   # the rollouts of a prompt do differ
+
+
+def test_recorded_log_probs_equal_the_training_forward(model, prompts):
+    for prompt, group in zip(prompts, generate(model, prompts, 4, 20, temperature=0.7)):
+        for response, logp in zip(group, rescored(model, prompt, group)):
+            torch.testing.assert_close(torch.tensor(response.logp), logp, atol=1e-5, rtol=1e-5)
+
+
+def test_rollouts_do_not_depend_on_the_batch(model, prompts):
+    def run(chosen):
+        return {p.example.id: [r.tokens for r in group] for p, group in zip(chosen, generate(model, chosen, 4, 16, 1.0))}
+    together = run(prompts)
+    assert run(prompts[::-1]) == together
+    for prompt in prompts:
+        assert run([prompt])[prompt.example.id] == together[prompt.example.id]
+
+
+def test_seed_step_and_example_each_change_the_rollouts(model, prompts):
+    def run(**keywords):
+        return [[r.tokens for r in group] for group in generate(model, prompts[:1], 4, 16, 1.0, **keywords)]
+    assert run(seed=1, step=1) == run(seed=1, step=1)
+    assert run(seed=1, step=1) != run(seed=2, step=1)
+    assert run(seed=1, step=1) != run(seed=1, step=2)
+    assert not torch.equal(uniforms(1, 1, "a", 2, 2), uniforms(1, 1, "b", 2, 2))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_frequencies_match_the_softmax(model, prompts, temperature):
+    n = 8000
+    batch = collate(pack_group(prompts[1], [[0]]))
+    with torch.no_grad():
+        hidden = model.decode(model.embed(batch.tokens, batch.patches, batch.grids), batch.position,
+                              rollout.row_mask(batch.segment))[0, len(prompts[1].tokens) - 1]
+        expected = n * (model.lm_head(hidden).masked_fill(model.banned, -torch.inf) / temperature).softmax(-1).double()
+    first = [r.tokens[0] for r in generate(model, [prompts[1]], n, 1, temperature, seed=3)[0]]
+    seen = torch.bincount(torch.tensor(first), minlength=len(expected)).double()
+    common = expected >= 5
+    assert common.sum() > 3
+    seen = torch.cat((seen[common], seen[~common].sum()[None]))
+    expected = torch.cat((expected[common], expected[~common].sum()[None]))
+    chi_square = float(((seen - expected) ** 2 / expected.clamp(min=1e-9)).sum())
+    assert stats.chi2.sf(chi_square, len(seen) - 1) > 1e-3
+
+
+def test_vision_tokens_are_never_sampled(model, prompts):
+    """The final norm is made to point at the image placeholder's embedding: without the ban it would be sampled."""
+    c = model.config
+    with torch.no_grad():
+        direction = model.lm_head.weight[c.image_token_id].clone()
+        model.lm_head.weight[c.video_token_id] = direction
+        model.model.norm.weight.zero_()
+    hidden = direction[None] * 10
+    assert int(model.lm_head(hidden).argmax()) in (c.image_token_id, c.video_token_id)
+    token, logp = sample(model.logits(hidden).repeat(500, 1), torch.rand(500, dtype=torch.float64))
+    assert not model.banned[token].any() and torch.isfinite(logp).all()
+    assert not model.banned[sample(model.logits(hidden), None)[0]].any()
+
+
+def test_sample_takes_no_token_of_probability_zero():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(4, 1)
+    u = torch.tensor([0.0, 0.4999, 0.5, 1 - 2 ** -53], dtype=torch.float64)
+    token, logp = sample(logits, u)
+    assert token.tolist() == [1, 1, 3, 3]
+    torch.testing.assert_close(logp, torch.full((4,), 0.5).log())
+
+
+def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts, monkeypatch):
+    plain = generate(model, prompts, 1, 16, temperature=0)
+    ends = {plain[0][0].tokens[2], plain[1][0].tokens[5]}    # two ids that do come up, at different places
+    model.eos_ids = tuple(ends)
+    sizes, original = [], rollout.decode_one_token
+    monkeypatch.setattr(rollout, "decode_one_token", lambda m, t, p, c: sizes.append(len(t)) or original(m, t, p, c))
+    for (before,), (after,) in zip(plain, generate(model, prompts, 1, 16, temperature=0)):
+        cut = next((i + 1 for i, token in enumerate(before.tokens) if token in ends), 16)
+        assert after.tokens == before.tokens[:cut]
+        assert after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
+        assert after.truncated == (before.tokens[cut - 1] not in ends)
+    assert sizes[0] == len(prompts) and sizes[-1] < len(prompts) and sizes == sorted(sizes, reverse=True)
