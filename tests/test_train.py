@@ -1,0 +1,288 @@
+"""The loop: the same update for any number of ranks and any micro-batches, resume, SIGTERM, what a run leaves behind."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from data import Example, Processor, Scenes, collate, pack_group
+from model import Qwen2_5_VL
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
+         "--log-every", "1", "--warmup-steps", "3"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def example(i: int) -> Example:
+    """The pictures of the built-in world, and, as number 3 and 7, questions without one."""
+    return Example(f"text {i}", None, "How many legs has a cat?", "4", "vqa") if i % 4 == 3 else Scenes("test")[i]
+
+
+VARIANTS = {  # every setting whose sums could go wrong when they are split
+    "visurf": {}, "seq-mean": {"normaliser": "seq-mean"}, "seq-sum": {"normaliser": "seq-sum", "std": "population"},
+    "sft": {"method": "sft"}, "rlvr": {"method": "rlvr", "max_row_tokens": 70}, "kl": {"kl": 0.1, "inner_epochs": 2},
+}
+
+
+def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: Path) -> None:
+    """One step of plain SGD on 8 prompts for each variant and micro-batch size; rank 0 saves the change of the weights."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train.start_ranks()
+    for variant, settings in VARIANTS.items():
+        for rows in micro_rows:
+            torch.manual_seed(0)
+            cfg = replace(train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=rows), **settings)
+            model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True)
+            reference = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True) if cfg.kl else None
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            processor, meter = Processor(model.folder), train.Meter()
+            share = 8 // world
+            prompts = [processor.prompt(example(i)) for i in range(rank * share, rank * share + share)]
+            groups = train.make_groups(cfg, model, processor, prompts, step=0)
+            for group in groups:   # random weights earn nothing; rewards that differ make every advantage count
+                torch.manual_seed(len(group.prompt.example.id) + ord(group.prompt.example.id[-1]))
+                group.advantage = torch.randn(len(group.advantage)).tolist()
+            ddp = DistributedDataParallel(model)
+            loss, norm, _ = train.update(cfg, ddp, reference, [torch.optim.SGD(model.parameters(), lr=1e-2)], groups,
+                                         meter, train.contextlib.nullcontext)
+            change = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+            weights = meter.read(torch.device("cpu"))
+            change["loss"], change["norm"] = torch.tensor(loss), torch.tensor(norm)
+            change["weights"] = torch.tensor([weights.get("rlvr_weight", 0), weights.get("sft_weight", 0)])
+            if rank == 0:
+                save_file(change, folder / f"{variant}_{world}_{rows}.safetensors")
+    train.dist.destroy_process_group()
+
+
+def test_ranks_and_micro_batches_do_not_change_the_update(tmp_path):
+    for world, micro_rows in ((1, [8, 3, 1]), (2, [2]), (4, [1, 2])):
+        torch.multiprocessing.spawn(one_update, (world, free_port(), micro_rows, tmp_path), nprocs=world)
+    for variant in VARIANTS:
+        files = sorted(tmp_path.glob(f"{variant}_*"))
+        assert len(files) == 6
+        reference = load_file(tmp_path / f"{variant}_1_8.safetensors")
+        size = torch.cat([t.flatten() for t in reference.values()]).norm()
+        assert size > 1e-3
+        for file in files:
+            other = load_file(file)
+            for name in ("loss", "norm", "weights"):
+                torch.testing.assert_close(other[name], reference[name], rtol=1e-4, atol=1e-6, msg=f"{file.name} {name}")
+            difference = torch.cat([(other[n] - reference[n]).flatten() for n in reference if n not in ("loss", "norm")])
+            assert difference.norm() < 1e-5 * size, file.name
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process group of this process only."""
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    train.start_ranks()
+    yield
+    train.dist.destroy_process_group()
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True)
+    return model, Processor(model.folder)
+
+
+def run_update(cfg, model, groups, lr=1e-2):
+    meter = train.Meter()
+    loss, norm, tokens = train.update(cfg, DistributedDataParallel(model), None,
+                                      [torch.optim.SGD(model.parameters(), lr=lr)], groups, meter,
+                                      train.contextlib.nullcontext)
+    return loss, norm, tokens, meter.read(torch.device("cpu"))
+
+
+def test_what_the_log_says_of_an_update(alone):
+    """Every logged quantity of an update against its formula, on groups with known advantages."""
+    model, processor = small_model()
+    cfg = train.Config(rollouts=3, max_new_tokens=12, temperature=0.8)
+    prompts = [processor.prompt(Scenes("test")[i]) for i in (0, 1)]
+    groups = train.make_groups(cfg, model, processor, prompts, 0)
+    groups[0].advantage, groups[1].advantage = [1.5, -0.5, -0.5, -0.5], [0.0, 1.0, -1.0, 0.0]
+    sequences = [(g, s) for g in groups for s in range(4)]
+    total = sum(len(g.responses[s]) for g, s in sequences)
+    logp = {}
+    for g in groups:
+        batch = collate(pack_group(g.prompt, g.responses))
+        with torch.no_grad():
+            scored, _ = model(**vars(batch), temperature=0.8)
+        for s in range(4):
+            logp[id(g), s] = scored[batch.segment == s + 1]
+    loss, _, tokens, log = run_update(cfg, model, groups)
+    assert loss == pytest.approx(-sum(g.advantage[s] * len(g.responses[s]) for g, s in sequences) / total, rel=1e-5)
+    assert log["sft_weight"] == pytest.approx(1.5 * len(groups[0].responses[0]) / total)
+    assert log["rlvr_weight"] == pytest.approx(
+        sum(abs(g.advantage[s]) * len(g.responses[s]) for g, s in sequences if s) / total)
+    assert log["logp_y"] == pytest.approx(sum(float(logp[id(g), 0].sum()) for g in groups) / 2, rel=1e-5)
+    assert log["logp_gap"] < 1e-5 and log["clipped_rollouts"] == log["clipped_y"] == 0
+    rows = [len(g.prompt.tokens) + sum(map(len, g.responses)) for g in groups]
+    assert tokens == sum(rows)
+
+
+def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
+    """y first, then the rollouts in order: each with its own reward, from its own text, in its own segment."""
+    model, processor = small_model()
+    cfg = train.Config(rollouts=3, max_new_tokens=6)
+    monkeypatch.setattr(train, "generate", lambda *_: [[
+        train.Response(processor.encode(text), [0.0] * len(processor.encode(text)), False)
+        for text in ("<answer>[]</answer>", "nothing", "<think>hm</think><answer>[]</answer>")]])
+    absent = processor.prompt(Scenes("test")[1])
+    group, = train.make_groups(cfg, model, processor, [absent], 0)
+    assert [r.total for r in group.rewards] == [6, 1, 7] and group.r_y == pytest.approx(14 / 3) and group.smoothed
+    assert group.advantage[0] == pytest.approx(0) and group.advantage[3] > group.advantage[1] > 0 > group.advantage[2]
+    assert [processor.decode(o) for o in group.responses] == [
+        "<answer>[]</answer>", "<answer>[]</answer>", "nothing", "<think>hm</think><answer>[]</answer>"]
+    group, = train.make_groups(replace(cfg, smoothing=False, no_thinking_reward=False), model, processor, [absent], 0)
+    assert group.r_y == 7 and not group.smoothed
+    group, = train.make_groups(replace(cfg, method="rlvr"), model, processor, [absent], 0)
+    assert len(group.responses) == len(group.advantage) == 3 and sum(group.advantage) == pytest.approx(0)
+    group, = train.make_groups(replace(cfg, method="sft"), model, processor, [absent], 0)
+    assert group.advantage == [1.0] and [processor.decode(o) for o in group.responses] == ["<answer>[]</answer>"]
+
+
+def test_auto_label_style_is_the_rendering_the_policy_finds_likelier(alone):
+    """The tiny base was trained on blanks after commas and colons."""
+    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+    processor = Processor(model.folder)
+    prompt = processor.prompt(Scenes("test")[0])
+    text, ids = train.label_tokens(train.Config(label_style="auto"), model, processor, prompt)
+    assert text == train.label_text("scene_grounding", prompt.answer, "spaced") and ids == processor.encode(text)
+    assert train.label_tokens(train.Config(label_style="compact"), model, processor, prompt)[0] != text
+
+
+def test_a_step_that_is_not_finite_changes_nothing(alone):
+    model, processor = small_model()
+    cfg = train.Config(method="sft")
+    groups = train.make_groups(cfg, model, processor, [processor.prompt(Scenes("test")[0])], 0)
+    groups[0].advantage = [float("nan")]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loss, norm, *_ = run_update(replace(cfg, method="visurf"), model, groups)
+    assert loss != loss and norm != norm
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    run_update(cfg, model, groups)
+    assert not all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_one_sequence_is_learnt_by_heart(alone):
+    """SFT and ViSurf on one absent question: the label's log-prob rises towards 0 (with ViSurf until it is sampled)."""
+    for method, steps in (("sft", 40), ("visurf", 60)):
+        model, processor = small_model()
+        cfg = train.Config(method=method, rollouts=4, max_new_tokens=12)
+        prompt, meter = processor.prompt(Scenes("test")[1]), {}
+        ddp, optimizer = DistributedDataParallel(model), torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(steps):
+            meter = train.Meter()
+            groups = train.make_groups(cfg, model, processor, [prompt], step)
+            train.update(cfg, ddp, None, [optimizer], groups, meter, train.contextlib.nullcontext)
+        assert meter.read(torch.device("cpu"))["logp_y"] > -1.5, method
+
+
+def test_learning_rate_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0)
+    cfg = train.Config(lr=1.0, steps=10, warmup_steps=4, cooldown_steps=2)
+    seen = []
+    for step in range(10):
+        train.set_lr(cfg, [optimizer], step)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.5]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--prompts-per-step", "0"], None), (["--no-such-flag", "1"], "--no-such-flag"), (["--method", "ppo"], "ppo"),
+    (["--rollouts", "1"], "--rollouts"), (["--temperature", "0"], "--temperature"), (["--step", "3"], "--step")])
+def test_wrong_flags_are_named(flags, message, capsys):
+    if message is None:
+        train.parse_config(flags).check(1)
+        return
+    with pytest.raises(SystemExit) as error:
+        train.parse_config(flags).check(1)
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def run_train(folder: Path, *flags: str, ranks: int = 1, wait: bool = True):
+    """train.py in `folder`, as a process of its own."""
+    start = ([sys.executable, str(ROOT / "train.py")] if ranks == 1 else
+             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
+              str(free_port()), str(ROOT / "train.py")])
+    process = subprocess.Popen([*start, "--model", str(ROOT / "assets/tiny"), *SMALL, *flags], cwd=folder, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "MASTER_PORT": str(free_port())})
+    if not wait:
+        return process
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def lines(run: Path) -> list[dict]:
+    clock = ("seconds", "tokens_per_s", "peak_memory")
+    return [{k: v for k, v in json.loads(line).items() if not any(c in k for c in clock)}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resume_continues_bit_for_bit(tmp_path, ranks):
+    whole = run_train(tmp_path, "--steps", "4", "--name", "whole", ranks=ranks)
+    assert whole[0] == 0, whole[1]
+    half = run_train(tmp_path, "--steps", "2", "--name", "half", ranks=ranks)
+    assert half[0] == 0, half[1]
+    rest = run_train(tmp_path, "--resume", "runs/half", "--steps", "4", ranks=ranks)
+    assert rest[0] == 0, rest[1]
+    a, b = (load_file(tmp_path / "runs" / name / "checkpoints/step_4/model.safetensors") for name in ("whole", "half"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
+    assert [line["step"] for line in lines(tmp_path / "runs/half")] == [1, 2, 3, 4]
+
+
+def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
+    code, output = run_train(tmp_path, "--steps", "1", "--name", "a", "--eval-data", "scenes:val", "--eval-examples", "6")
+    assert code == 0, output
+    run = tmp_path / "runs/a"
+    assert (run / "samples/step_0.png").exists() and (run / "samples/step_1.png").exists()
+    config = json.loads((run / "config.json").read_text())
+    assert config["config"]["rollouts"] == 3 and config["versions"]["torch"] and config["prompts"]["scene_grounding"]
+    assert "loss" in lines(run)[1] and "N-acc strict" in lines(run)[0]["eval"]
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    reloaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "checkpoints/step_1")
+    ours = Qwen2_5_VL.from_pretrained(run / "checkpoints/step_1")
+    assert torch.equal(reloaded.get_input_embeddings().weight, ours.model.embed_tokens.weight)
+    assert AutoTokenizer.from_pretrained(run / "checkpoints/step_1")("a").input_ids
+    code, output = run_train(tmp_path, "--steps", "1", "--name", "a")
+    assert code != 0 and "is not overwritten" in output
+
+
+def test_sigterm_saves_and_leaves(tmp_path):
+    process = run_train(tmp_path, "--steps", "100000", "--name", "long", wait=False)
+    metrics = tmp_path / "runs/long/metrics.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by SIGTERM" in output, output
+    step = lines(tmp_path / "runs/long")[-1]["step"]
+    folder = tmp_path / f"runs/long/checkpoints/step_{step}"
+    assert json.loads((folder / "state.json").read_text()) == {"step": step, "cursor": 4 * step, "bad_steps": 0}
+    assert not list(folder.parent.glob(".unfinished*"))
