@@ -79,8 +79,10 @@ def token_weight(segment: Tensor, normaliser: str) -> Tensor:
     scored = (segment > 0).to(torch.get_default_dtype())
     if normaliser != "seq-mean":
         return scored
-    same = segment[:, :, None] == segment[:, None, :]    # [B, T, T]
-    return scored / same.sum(-1)
+    # Number the stretches of one segment within the row: a row that was split off starts at a higher segment.
+    stretch = segment.diff(dim=1, prepend=segment[:, :1]).ne(0).cumsum(1)                 # [B, T], < T
+    length = torch.zeros_like(scored).scatter_add(1, stretch, torch.ones_like(scored))
+    return scored / length.gather(1, stretch)
 
 
 def denominator(tokens: int, responses: int, normaliser: str) -> int:
@@ -89,8 +91,8 @@ def denominator(tokens: int, responses: int, normaliser: str) -> int:
 
 
 def per_token(advantage: Tensor, segment: Tensor) -> Tensor:
-    """Hands each response token its response's advantage. advantage [B, S], segment [B, T] (s+1 for response s) → [B, T],
-    0 on the prompt and on padding.
+    """Hands each response token its response's advantage, and 0 to the prompt and to padding.
+    advantage [B, S], segment [B, T] (s+1 for response s) → [B, T].
 
     >>> per_token(torch.tensor([[2., -1.]]), torch.tensor([[0, 1, 2, 2, -1]]))
     tensor([[ 0.,  2., -1., -1.,  0.]])

@@ -1,7 +1,7 @@
 """Parsing, verifiable rewards per task, and the three reward controls of ViSurf (section 3.4 of the paper).
 
-A response is text. `parse_boxes` turns it into boxes or a *named* error; a reward is a record of named terms whose sum is
-r. Model output is never evaluated: `json.loads`, a schema, bounds on length, depth and magnitude.
+A response is text. `parse_boxes` turns it into boxes or a *named* error; a reward is a record of named terms whose sum
+is r. Model output is never evaluated: `json.loads`, a schema, bounds on length, depth and magnitude.
 
 Grounding totals are those of the authors' released scorer (paper.md, section 5):
     r = thinking (0, 1) + answer_format (0 … 2) + accuracy (0 … 3) + non_repeat (0, 1)  ≤ 7
@@ -58,18 +58,16 @@ def nesting_depth(text: str) -> int:
 
 
 def parse_json(text: str) -> tuple[list, str | None]:
-    """JSON list of objects → (items, None), or ([], the name of the error)."""
+    """JSON list → (items, None), or ([], the name of the error)."""
     if len(text) > MAX_CHARACTERS:
         return [], "too_long"
     if nesting_depth(text) > MAX_DEPTH:
         return [], "too_deep"
     try:
         items = json.loads(text)
-    except ValueError:  # JSONDecodeError, and integers of more digits than Python converts
+    except (ValueError, RecursionError):  # not JSON, an integer of too many digits, brackets hidden in strings
         return [], "bad_json"
-    if not isinstance(items, list):
-        return [], "not_a_list"
-    return (items, None) if all(isinstance(item, dict) for item in items) else ([], "not_objects")
+    return (items, None) if isinstance(items, list) else ([], "not_a_list")
 
 
 def numbers(value, count: int) -> bool:
@@ -78,7 +76,9 @@ def numbers(value, count: int) -> bool:
         isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= MAX_COORDINATE for x in value)
 
 
-def item_error(item: dict) -> str | None:
+def item_error(item) -> str | None:
+    if not isinstance(item, dict):
+        return "not_an_object"
     for key, count in (("bbox_2d", 4), ("point_2d", 2)):
         if key not in item:
             return f"no_{key}"
@@ -104,16 +104,17 @@ def parse_boxes(response: str) -> tuple[list[dict], str | None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Grounding
 
-def answer_format(response: str) -> float:
-    """Mean over the items of 1[bbox_2d is a list of 4] + 1[point_2d is a list of 2]; a valid `[]` has nothing wrong: 2."""
+def answer_format(response: str, truth: list[dict]) -> float:
+    """Mean over the items of 1[bbox_2d is a list of 4] + 1[point_2d is a list of 2]. `[]` has no items: 0, as released,
+    but 2 where the truth is empty too (departure 1)."""
     text = answer_text(response)
     items, error = parse_json(text) if text is not None else ([], "no_answer")
-    if error:
-        return 0.0
     if not items:
-        return 2.0
-    return sum((isinstance(i.get("bbox_2d"), list) and len(i["bbox_2d"]) == 4)
-               + (isinstance(i.get("point_2d"), list) and len(i["point_2d"]) == 2) for i in items) / len(items)
+        return 2.0 if error is None and not truth else 0.0
+
+    def is_list(item, key: str, count: int) -> bool:
+        return isinstance(item, dict) and isinstance(item.get(key), list) and len(item[key]) == count
+    return sum(is_list(i, "bbox_2d", 4) + is_list(i, "point_2d", 2) for i in items) / len(items)
 
 
 def non_repeat(response: str) -> float:
@@ -123,7 +124,7 @@ def non_repeat(response: str) -> float:
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of boxes a [n, 4] and b [m, 4] → [n, m]. Corners x1, y1, x2, y2 are inclusive pixels: width = x2 − x1 + 1."""
+    """IoU of boxes a [n, 4] and b [m, 4] → [n, m]. x1, y1, x2, y2 are inclusive pixels: width = x2 − x1 + 1."""
     a, b = a[:, None], b[None]
     overlap = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + 1, 0, None).prod(-1)
     area_a, area_b = ((each[..., 2:] - each[..., :2] + 1).prod(-1) for each in (a, b))
@@ -132,8 +133,8 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def accuracy(predicted: list[dict], truth: list[dict]) -> float:
-    """0 … 3. Each (prediction, truth) pair scores 1[IoU > 0.5] + 1[mean |Δ corner| < 10 px] + 1[points closer than 30 px
-    and the predicted point in its own box]; best one-to-one matching, divided by the larger of the two counts."""
+    """0 … 3. Each (prediction, truth) pair scores 1[IoU > 0.5] + 1[mean |Δ corner| < 10 px] + 1[points closer than
+    30 px and the predicted point in its own box]; best one-to-one matching, divided by the larger of the counts."""
     predicted, truth = predicted[:MAX_OBJECTS], truth[:MAX_OBJECTS]
     if not predicted or not truth:
         return 3.0 if not predicted and not truth else 0.0
@@ -152,11 +153,11 @@ def grounding_reward(response: str, truth: str) -> Reward:
     """truth: JSON text of the boxes, in the frame the model sees."""
     if len(response) > MAX_CHARACTERS:
         return Reward(dict.fromkeys(("thinking", "answer_format", "accuracy", "non_repeat"), 0.0), "too_long")
-    predicted, error = parse_boxes(response)
+    (predicted, error), true_items = parse_boxes(response), json.loads(truth)
     return Reward({
         "thinking": float(has_thinking_format(response)),
-        "answer_format": answer_format(response),
-        "accuracy": 0.0 if error else accuracy(predicted, json.loads(truth)),
+        "answer_format": answer_format(response, true_items),
+        "accuracy": 0.0 if error else accuracy(predicted, true_items),
         "non_repeat": non_repeat(response),
     }, error)
 
@@ -221,17 +222,24 @@ OFFICIAL_PROMPT = (  # the authors' evaluation prompt, to the letter
     '<answer>[{{"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}}, '
     '{{"bbox_2d": [225, 296, 706, 786], "point_2d": [302, 410]}}]</answer>')
 
+OFFICIAL_MATH_PROMPT = (
+    "{question} First think about the question and then provide the answer. The answer is in latex format and wrapped "
+    "using the \\boxed{{}} command. The thinking process and answer are enclosed within <think> </think> and \\boxed{{}} "
+    "tags, respectively. i.e., <think> thinking process here. </think>\\boxed{{2}}")
+
 TASKS = {
     "grounding": Task(OFFICIAL_PROMPT, render_grounding, grounding_reward, boxes=True),
-    # The built-in world asks in fewer words, for speed; its answers and rewards are those of `grounding`.
-    "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding, grounding_reward, True),
-    "math": Task("{question}", lambda answer, style: f"\\boxed{{{answer}}}", math_reward),
+    # The built-in world asks in fewer words, for speed; its answers and rewards are the same.
+    "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding, grounding_reward,
+                            boxes=True),
+    "math": Task(OFFICIAL_MATH_PROMPT, lambda answer, style: f"\\boxed{{{answer}}}", math_reward),
+    "scene_math": Task("{question}", lambda answer, style: f"\\boxed{{{answer}}}", math_reward),
     "vqa": Task("{question}", lambda answer, style: answer, vqa_reward),
 }
 
 
 def user_text(task: str, question: str) -> str:
-    """The user's turn. Grounding questions are lower-cased and stripped of closing marks, as in the authors' scripts."""
+    """The user's turn. Grounding questions are lower-cased and stripped of marks, as in the authors' scripts."""
     if TASKS[task].boxes:
         question = question.lower().strip('."?!')
     return TASKS[task].prompt.format(question=question)

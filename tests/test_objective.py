@@ -1,0 +1,409 @@
+"""objective.py against hand-worked numbers, and against gradients taken one response at a time."""
+import doctest
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+import objective
+from objective import (clipped_surrogate, denominator, group_advantages, is_clipped, kl_k3, kl_loss, per_token,
+                       policy_loss, sft_loss, token_weight)
+from rewards import smooth
+
+NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
+GROWTH = {"sample": lambda G: math.sqrt(G / (G - 1)), "population": lambda G: math.sqrt((G + 1) / G),
+          "none": lambda G: 1.0}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Hand-worked numbers deserve more than seven digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def close(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+def with_label(r_y, r_o, std="sample", smoothing=True):
+    """The advantages of a group as ViSurf takes them: control 3, then Eq. 6 and 7. y comes first."""
+    return group_advantages(torch.tensor([smooth(r_y, r_o)[0] if smoothing else r_y, *r_o]), std)
+
+
+def random_group(rng):
+    """A label and 2..9 rollouts; most rewards are halves of whole points, so that ties and equal maxima are common."""
+    draw = (lambda: rng.randrange(15) / 2) if rng.random() < 0.7 else (lambda: rng.uniform(0, 7))
+    return draw(), [draw() for _ in range(rng.randint(2, 9))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A toy policy: π(token given the token before it), a table of logits
+
+def toy_logits(seed=0, V=5):
+    return torch.randn(V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def response_logp(logits, prompt, response):
+    """log π of each token of one response, scored alone."""
+    before = [prompt[-1], *response[:-1]]
+    return logits[before].log_softmax(-1)[range(len(response)), response]
+
+
+def toy_row(logits, prompt, responses, T=0, pad_logp=-3.0):
+    """logp [T] and segment [T] of one row. Prompt and padding hold numbers that must not matter."""
+    logp = [torch.full((len(prompt),), -1.0), *(response_logp(logits, prompt, o) for o in responses)]
+    segment = [0] * len(prompt) + [s + 1 for s, o in enumerate(responses) for _ in o]
+    padding = max(0, T - len(segment))
+    return torch.cat([*logp, torch.full((padding,), pad_logp)]), torch.tensor(segment + [-1] * padding)
+
+
+def toy_batch(logits, groups, T=0, pad_logp=-3.0):
+    """Rows [B, T] of the groups (prompt, responses), padded to the longest or to T."""
+    T = max([T, *(len(prompt) + sum(map(len, responses)) for prompt, responses in groups)])
+    rows = [toy_row(logits, prompt, responses, T, pad_logp) for prompt, responses in groups]
+    return torch.stack([logp for logp, _ in rows]), torch.stack([segment for _, segment in rows])
+
+
+def count(groups, normaliser):
+    responses = [o for _, group in groups for o in group]
+    return denominator(sum(map(len, responses)), len(responses), normaliser)
+
+
+def toy_loss(logits, groups, advantage, normaliser, N=None, T=0, pad_logp=-3.0, old=None, clip=0.2):
+    logp, segment = toy_batch(logits, groups, T, pad_logp)
+    old_logp = logp.detach() if old is None else toy_batch(old, groups, T, pad_logp)[0]
+    return policy_loss(logp, old_logp, per_token(advantage, segment), token_weight(segment, normaliser),
+                       N or count(groups, normaliser), clip)
+
+
+def loss_and_gradient(logits, *arguments, **options):
+    leaf = logits.clone().requires_grad_()
+    loss = toy_loss(leaf, *arguments, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def gradient_of_sequence(logits, prompt, response):
+    """∇ log π(response), the paper's sequence probability, by its own autograd call."""
+    leaf = logits.clone().requires_grad_()
+    return torch.autograd.grad(response_logp(leaf, prompt, response).sum(), leaf)[0]
+
+
+def random_groups(B, S=4, seed=0):
+    rng = random.Random(seed)
+    draw = lambda longest: [rng.randrange(5) for _ in range(rng.randint(1, longest))]  # noqa: E731
+    groups = [(draw(3), [draw(6) for _ in range(S)]) for _ in range(B)]
+    return groups, group_advantages(torch.tensor([[rng.randrange(8) + s / 8 for s in range(S)] for _ in range(B)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages, Eq. 6 and 7
+
+@pytest.mark.parametrize("std, expected", [
+    ("sample", [3 / 2, -1 / 2, -1 / 2, -1 / 2]),                 # mean 3, squares 9 + 1 + 1 + 1 = 12, 12/3 = 2²
+    ("population", [math.sqrt(3), *[-1 / math.sqrt(3)] * 3]),    # 12/4 = √3²
+    ("none", [3, -1, -1, -1])])
+def test_advantages_by_hand(std, expected):
+    close(group_advantages(torch.tensor([6., 2., 2., 2.]), std), expected)
+    both = group_advantages(torch.tensor([[6., 2., 2., 2.], [0., 4., 4., 4.]]), std)  # each group by itself
+    close(both, [expected, [-a for a in expected]])
+
+
+def test_advantages_do_not_depend_on_scale_or_offset():
+    r = torch.tensor([5., 1., 4., 7., 0.])
+    for std in ("sample", "population"):
+        close(group_advantages(3 * r + 2, std), group_advantages(r, std))
+
+
+@pytest.mark.parametrize("std", ["sample", "population", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tied_groups_are_exactly_zero(std, dtype):
+    # 0.1 + 0.2 differs from 0.3 in the last bit, and a sum of nine 0.1 is no multiple of 0.1: neither is a difference
+    for r in ([5.5] * 9, [0.1] * 9, [0.1 + 0.2, 0.3, 0.3, 0.3], [16 / 3] * 7, [1 / 3, 1 - 2 / 3, 1 / 3]):
+        advantage = group_advantages(torch.tensor(r, dtype=dtype), std)
+        assert torch.equal(advantage, torch.zeros(len(r), dtype=dtype)), r
+    assert group_advantages(torch.tensor([0.1, 0.1, 0.101], dtype=dtype), std)[2] > 0  # small is not tied
+
+
+@pytest.mark.parametrize("std", ["sample", "population", "none"])
+def test_advantages_sum_to_zero_over_the_whole_group(std):
+    rng = random.Random(1)
+    for _ in range(500):
+        r_y, r_o = random_group(rng)
+        for smoothing in (True, False):
+            assert abs(with_label(r_y, r_o, std, smoothing).sum()) < 1e-12
+
+
+def test_unknown_names_raise():
+    with pytest.raises(ValueError, match="samples"):
+        group_advantages(torch.tensor([1., 2.]), "samples")
+    with pytest.raises(ValueError, match="mean"):
+        token_weight(torch.tensor([[0, 1]]), "mean")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What follows from the reward controls (paper.md, section 2)
+
+@pytest.mark.parametrize("std", ["sample", "population", "none"])
+def test_after_smoothing_y_is_neutral_and_the_rollouts_grow(std):
+    by_hand = with_label(6, [7, 1], std)  # R = {4, 7, 1}: squares 18, over 2 = 3², over 3 = 6
+    close(by_hand, {"sample": [0, 1, -1], "population": [0, 1.5 ** 0.5, -1.5 ** 0.5], "none": [0, 3, -3]}[std])
+    rng, grown = random.Random(2), 0
+    for _ in range(1000):
+        r_y, r_o = random_group(rng)
+        plain = group_advantages(torch.tensor(r_o), std)
+        if not smooth(r_y, r_o)[1] or not plain.any():
+            continue
+        advantage = with_label(r_y, r_o, std)
+        assert abs(advantage[0]) < 1e-12
+        close(advantage[1:], plain * GROWTH[std](len(r_o)))
+        grown += 1
+    assert grown > 300
+
+
+@pytest.mark.parametrize("std, y, rollout, rounded", [
+    ("sample", lambda G: G / math.sqrt(G + 1), lambda G: -1 / math.sqrt(G + 1), (2.667, -0.333)),
+    ("population", lambda G: math.sqrt(G), lambda G: -1 / math.sqrt(G), (2.828, -0.354))])
+def test_all_rollouts_equal_and_below_y(std, y, rollout, rounded):
+    for G in (2, 3, 8, 16):
+        for r_y, r_o in ((6.0, 1.0), (6.0, 5.5), (1.0, 0.1)):  # neither the level nor the gap matters
+            close(with_label(r_y, [r_o] * G, std), [y(G), *[rollout(G)] * G])
+    assert (round(y(8), 3), round(rollout(8), 3)) == rounded
+    # plain GRPO learns nothing from such a group; with y in the row the gradient moves
+    logits, (groups, _) = toy_logits(), random_groups(1, S=9)
+    rollouts = [(groups[0][0], groups[0][1][1:])]
+    grpo = loss_and_gradient(logits, rollouts, group_advantages(torch.tensor([[1.0] * 8]), std), "token-mean")[1]
+    visurf = loss_and_gradient(logits, groups, with_label(6.0, [1.0] * 8, std)[None], "token-mean")[1]
+    assert not grpo.any() and visurf.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("std", ["sample", "population", "none"])
+def test_all_rollouts_equal_and_not_below_y(std):
+    for r_y, r_o in ((6.0, 6.0), (6.0, 7.0), (0.3, 0.1 + 0.2)):
+        assert not with_label(r_y, [r_o] * 8, std).any()
+
+
+@pytest.mark.parametrize("std", ["sample", "population", "none"])
+def test_with_the_controls_y_is_never_pushed_down(std):
+    rng = random.Random(3)
+    groups = [random_group(rng) for _ in range(2000)]
+    assert min(with_label(*group, std)[0] for group in groups) > -1e-12
+    assert min(with_label(*group, std, smoothing=False)[0] for group in groups) < -1  # and that is smoothing's doing
+
+
+def test_the_y_term_vanishes_as_the_policy_succeeds():
+    """A policy that is right (7 points) with probability p, else earns 4, against r(y) = 6: Â_y is 8/3 in the groups
+    without any success, (1 − p)^8 of them, and 0 in all others."""
+    def mean_advantage_of_y(p):
+        return sum(math.comb(8, k) * p**k * (1 - p)**(8 - k) * with_label(6.0, [7.0] * k + [4.0] * (8 - k))[0].item()
+                   for k in range(9))
+    for p in (0.0, 0.1, 0.5, 0.9, 1.0):
+        assert mean_advantage_of_y(p) == pytest.approx(8 / 3 * (1 - p)**8, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gradient: Eq. 8 at ρ = 1 is Eq. 9, the RLVR term plus the SFT term
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_gradient_is_the_rlvr_term_plus_the_sft_term(normaliser):
+    logits = toy_logits()
+    groups = [([4, 2], [[1, 2, 0], [3, 0], [1, 4, 4, 0], [2]]), ([3], [[0, 1], [4, 4, 3, 2, 1], [2, 2], [0, 3, 1]])]
+    r = torch.tensor([[6., 4., 1., 4.], [5.5, 7., 2., 4.]])
+    r[1, 0] = smooth(5.5, r[1, 1:].tolist())[0]                     # y of the second group: Â = 0
+    advantage = group_advantages(r)
+    N = {"token-mean": 22, "seq-mean": 8, "seq-sum": 8}[normaliser]  # 10 + 12 tokens, 8 responses
+    rlvr, sft = torch.zeros_like(logits), torch.zeros_like(logits)
+    for (prompt, (y, *rollouts)), (a_y, *a_o) in zip(groups, advantage.tolist()):
+        for o, a in zip(rollouts, a_o):
+            share = 1 / len(o) if normaliser == "seq-mean" else 1
+            rlvr -= a * share / N * gradient_of_sequence(logits, prompt, o)
+        share = 1 / len(y) if normaliser == "seq-mean" else 1
+        sft -= a_y * share / N * gradient_of_sequence(logits, prompt, y)
+    close(loss_and_gradient(logits, groups, advantage, normaliser)[1], rlvr + sft)
+    assert min(rlvr.abs().max(), sft.abs().max()) > 1e-2            # neither term is trivially absent
+    # the same two terms out of the same loss: silence y, silence the rollouts
+    is_y = torch.tensor([[1., 0., 0., 0.]])
+    close(loss_and_gradient(logits, groups, advantage * (1 - is_y), normaliser)[1], rlvr)
+    close(loss_and_gradient(logits, groups, advantage * is_y, normaliser)[1], sft)
+
+
+def test_seq_sum_is_equation_9_to_the_letter():
+    logits, prompt, y, rollouts = toy_logits(3), [1], [2, 0], [[3, 3, 0], [1], [4, 0, 0, 2, 1]]
+    a_y, *a_o = group_advantages(torch.tensor([6., 1., 5., 4.])).tolist()
+    expected = -1 / (len(rollouts) + 1) * (
+        sum(a * gradient_of_sequence(logits, prompt, o) for a, o in zip(a_o, rollouts))
+        + a_y * gradient_of_sequence(logits, prompt, y))
+    close(loss_and_gradient(logits, [(prompt, [y, *rollouts])], torch.tensor([[a_y, *a_o]]), "seq-sum")[1], expected)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_sft_loss_is_cross_entropy(normaliser):
+    logits = toy_logits(1).requires_grad_()
+    groups = [([4, 2], [[1, 2, 0]]), ([3], [[0]]), ([0], [[4, 4, 3, 2, 1]])]
+    logp, segment = toy_batch(logits, groups)
+    loss = sft_loss(logp, token_weight(segment, normaliser), count(groups, normaliser))
+    each = [torch.nn.functional.cross_entropy(logits[[prompt[-1], *y[:-1]]], torch.tensor(y), reduction="none")
+            for prompt, (y,) in groups]
+    expected = {"token-mean": torch.cat(each).mean(), "seq-mean": sum(nll.mean() for nll in each) / 3,
+                "seq-sum": sum(nll.sum() for nll in each) / 3}[normaliser]
+    close(loss, expected.detach(), 1e-14)
+    if normaliser == "token-mean":  # as one call on all nine tokens, its own mean
+        before, tokens = [2, 1, 2, 3, 0, 4, 4, 3, 2], torch.tensor([1, 2, 0, 0, 4, 4, 3, 2, 1])
+        close(loss, torch.nn.functional.cross_entropy(logits[before], tokens).detach(), 1e-14)
+    # and its gradient is policy_loss's with Â = 1, ρ = 1
+    gradient = loss_and_gradient(logits.detach(), groups, torch.ones(3, 1), normaliser)[1]
+    close(gradient, torch.autograd.grad(loss, logits)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clipping
+
+RATIOS = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.5]
+
+
+@pytest.mark.parametrize("advantage, surrogate, clipped", [
+    (2.0, [1.0, 1.58, 1.62, 2.0, 2.38, 2.4, 2.4], [0, 0, 0, 0, 0, 1, 1]),           # gains end at 1.2 · 2
+    (-1.0, [-0.8, -0.8, -0.81, -1.0, -1.19, -1.21, -1.5], [1, 1, 0, 0, 0, 0, 0]),   # and losses at 0.8
+    (0.0, [0.0] * 7, [0] * 7)])
+def test_clipping_by_hand(advantage, surrogate, clipped):
+    old_logp = torch.linspace(-2, -0.5, 7)
+    logp = (torch.tensor(RATIOS).log() + old_logp).requires_grad_()
+    a = torch.full((7,), advantage)
+    value = clipped_surrogate(logp, old_logp, a, 0.2)
+    close(value.detach(), surrogate)
+    cut = is_clipped(logp.detach(), old_logp, a, 0.2)
+    assert cut.tolist() == [bool(c) for c in clipped]
+    # d(ρÂ)/d logp = ρÂ, and exactly 0 where is_clipped says so
+    close(torch.autograd.grad(value.sum(), logp)[0], torch.where(cut, torch.zeros(7), torch.tensor(RATIOS) * a))
+
+
+def test_gradient_is_zero_exactly_where_clipped():
+    generator = torch.Generator().manual_seed(0)
+    old_logp, noise, advantage = (torch.randn(5000, generator=generator, dtype=torch.float64) for _ in range(3))
+    logp = (old_logp + noise / 3).requires_grad_()
+    for clip in (0.05, 0.2, 0.5):
+        gradient = torch.autograd.grad(clipped_surrogate(logp, old_logp, advantage, clip).sum(), logp)[0]
+        cut = is_clipped(logp.detach(), old_logp, advantage, clip)
+        assert torch.equal(gradient == 0, cut) and 100 < cut.sum() < 4900
+
+
+def test_clipping_is_inert_at_ratio_one():
+    logits, (groups, advantage) = toy_logits(), random_groups(3)
+    plain = loss_and_gradient(logits, groups, advantage, "token-mean", clip=0.2)
+    for clip in (0.0, 1e-9, 0.9, 1.0, 5.0, math.inf):
+        for value, expected in zip(loss_and_gradient(logits, groups, advantage, "token-mean", clip=clip), plain):
+            assert torch.equal(value, expected)
+        assert not is_clipped(torch.zeros(2), torch.zeros(2), torch.tensor([1., -1.]), clip).any()
+    # off ratio one the same comparison sees clipping, so the loop above could have failed
+    old = toy_logits(9)
+    tight, loose = (toy_loss(logits, groups, advantage, "token-mean", old=old, clip=clip) for clip in (0.2, 5.0))
+    assert tight > loose + 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KL
+
+def test_k3_by_hand():
+    # π/π_ref = 1/2: x = log 2, 2 − log 2 − 1;   π = π_ref: 0;   π/π_ref = 2: 1/2 + log 2 − 1
+    logp, ref_logp = torch.tensor([0.2, 0.3, 0.8]).log(), torch.tensor([0.4, 0.3, 0.4]).log()
+    expected = torch.tensor([1 - math.log(2), 0, math.log(2) - 0.5])
+    close(kl_k3(logp, ref_logp), expected)
+    weight = torch.tensor([1., 7., 0.5])
+    close(kl_loss(logp, ref_logp, weight, 4), (expected[0] + expected[2] / 2) / 4)
+
+
+def test_k3_is_never_negative():
+    x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([1e-9, -1e-9, 0.0])])
+    assert (kl_k3(torch.zeros(()), x) >= -1e-15).all() and (kl_k3(torch.zeros(()), x[x.abs() > 1e-3]) > 0).all()
+
+
+def test_k3_is_the_kl_in_expectation():
+    """Over every response of three tokens, weighted by its probability: the sum of k3 is KL(π ‖ π_ref) of sequences."""
+    policy, reference, estimate, exact, mass = toy_logits(0), toy_logits(1), 0.0, 0.0, 0.0
+    for response in itertools.product(range(5), repeat=3):
+        logp, ref_logp = (response_logp(table, [2], list(response)) for table in (policy, reference))
+        p = logp.sum().exp()
+        mass += p
+        estimate += p * kl_k3(logp, ref_logp).sum()
+        exact += p * (logp - ref_logp).sum()
+    close(torch.stack([mass, estimate]), [1.0, exact])
+    assert exact > 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights, and what the loss must not depend on
+
+SEGMENT = torch.tensor([[0, 0, 1, 1, 1, 2, 3, 3], [0, 1, 2, 2, 2, 2, -1, -1]])
+
+
+@pytest.mark.parametrize("normaliser, expected", [
+    ("token-mean", [[0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]]),
+    ("seq-sum", [[0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]]),
+    ("seq-mean", [[0, 0, 1 / 3, 1 / 3, 1 / 3, 1, 1 / 2, 1 / 2], [0, 1, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 0, 0]])])
+def test_token_weight_by_hand(normaliser, expected):
+    close(token_weight(SEGMENT, normaliser), expected)
+
+
+def test_token_weight_of_a_split_row():
+    """A row cut off by --max-row-tokens keeps the numbers of its responses, which may exceed its length."""
+    segment = torch.tensor([[0, 8, 8, 9, -1], [0, 1, 2, 2, 2]])
+    close(token_weight(segment, "seq-mean"), [[0, 1 / 2, 1 / 2, 1, 0], [0, 1, 1 / 3, 1 / 3, 1 / 3]])
+
+
+def test_per_token_by_hand():
+    advantage = torch.tensor([[2., -1., -3.], [5., 7., 99.]])  # the second group has two responses only
+    close(per_token(advantage, SEGMENT), [[0, 0, 2, 2, 2, -1, -3, -3], [0, 5, 7, 7, 7, 7, 0, 0]])
+
+
+def test_denominator_and_policy_loss_by_hand():
+    assert [denominator(11, 5, normaliser) for normaliser in NORMALISERS] == [11, 5, 5]
+    advantage = per_token(torch.tensor([[2., -1., -3.], [5., 7., 99.]]), SEGMENT)
+    zero = torch.zeros(2, 8)  # ρ = 1: the loss is minus the weighted sum of advantages
+    for normaliser, total in (("token-mean", 6 - 1 - 6 + 5 + 28), ("seq-sum", 32), ("seq-mean", 2 - 1 - 3 + 5 + 7)):
+        loss = policy_loss(zero, zero, advantage, token_weight(SEGMENT, normaliser), denominator(11, 5, normaliser))
+        close(loss, -total / (11 if normaliser == "token-mean" else 5))
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_micro_batches_add_up(normaliser):
+    """1 × 8 = 2 × 4 = 8 × 1 under the shared denominator, each micro-batch padded to its own longest row, off ρ = 1."""
+    logits, (groups, advantage) = toy_logits(), random_groups(8)
+    N = count(groups, normaliser)
+    whole = loss_and_gradient(logits, groups, advantage, normaliser, N, old=toy_logits(1))
+    for size in (4, 1):
+        parts = [loss_and_gradient(logits, groups[i:i + size], advantage[i:i + size], normaliser, N, old=toy_logits(1))
+                 for i in range(0, 8, size)]
+        for expected, shares in zip(whole, zip(*parts)):
+            close(sum(shares), expected)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_padding_is_invisible(normaliser):
+    logits, (groups, advantage) = toy_logits(), random_groups(3)
+    whole = loss_and_gradient(logits, groups, advantage, normaliser, old=toy_logits(1))
+    for pad_logp in (-3.0, 0.0, -1e4):
+        padded = loss_and_gradient(logits, groups, advantage, normaliser, T=50, pad_logp=pad_logp, old=toy_logits(1))
+        for value, expected in zip(padded, whole):
+            close(value, expected)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_order_of_the_responses_is_irrelevant(normaliser):
+    logits, (groups, advantage) = toy_logits(), random_groups(3)
+    whole = loss_and_gradient(logits, groups, advantage, normaliser, old=toy_logits(1))
+    for order in itertools.permutations(range(4)):
+        shuffled = [(prompt, [responses[s] for s in order]) for prompt, responses in groups]
+        again = loss_and_gradient(logits, shuffled, advantage[:, order], normaliser, old=toy_logits(1))
+        for value, expected in zip(again, whole):
+            close(value, expected)
+    r = torch.tensor([6., 1., 4., 4.5])
+    close(group_advantages(r.flip(0)), group_advantages(r).flip(0))
+
+
+def test_doctests():
+    torch.set_default_dtype(torch.float32)  # as printed in the docstrings
+    result = doctest.testmod(objective)
+    assert result.failed == 0 and result.attempted >= 4

@@ -1,0 +1,577 @@
+"""rewards.py against hand-worked totals, a slow second implementation, and text that no model should write."""
+import doctest
+import itertools
+import json
+import math
+import random
+import re
+import time
+
+import numpy as np
+import pytest
+
+import rewards
+from rewards import (TASKS, accuracy, answer_text, boxed, grounding_reward, has_thinking_format, iou_matrix,
+                     label_error, label_reward, label_text, math_reward, non_repeat, parse_boxes, smooth, user_text,
+                     vqa_reward)
+
+ERRORS = {"no_answer", "too_long", "too_deep", "bad_json", "not_a_list", "not_an_object", "no_bbox_2d", "no_point_2d",
+          "bad_bbox_2d", "bad_point_2d"}
+THINK = "<think>They differ in colour.</think>"
+CAT = {"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}
+DOG = {"bbox_2d": [225, 296, 706, 786], "point_2d": [302, 410]}
+GHOST = {"bbox_2d": [700, 10, 720, 30], "point_2d": [710, 20]}  # overlaps neither
+
+
+def answer(*items):
+    return f"<answer>{json.dumps(items)}</answer>"
+
+
+def total(response, *truth):
+    return grounding_reward(response, json.dumps(truth)).total
+
+
+def one_pair(box, point, true_box, true_point):
+    return accuracy([{"bbox_2d": box, "point_2d": point}], [{"bbox_2d": true_box, "point_2d": true_point}])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Totals of the released scorer (paper.md, section 5) and the repaired empty answers
+
+@pytest.mark.parametrize("response, truth, expected", [
+    (THINK + answer(CAT), [CAT], 7),
+    (answer(CAT), [CAT], 6),
+    (json.dumps([CAT]), [CAT], 1),                          # bare JSON: only non-repeat
+    (THINK + answer(CAT, GHOST), [CAT], 5.5),               # two boxes for one truth, one of them perfect
+    (THINK + answer(CAT), [CAT, DOG], 5.5),                 # one box for two
+    (THINK + answer(DOG, CAT), [CAT, DOG], 7),              # order is free
+    (THINK + answer(GHOST), [CAT], 4),                      # well-formed and wrong
+    (THINK + answer(), [], 7),
+    (answer(), [], 6),
+    (THINK + answer(CAT), [], 4),                           # hallucinated: accuracy 0
+    (answer(CAT), [], 3),
+    (THINK + answer(), [CAT], 2),                           # missed: `[]` is no format to be paid for, as released
+    ("", [CAT], 1), ("", [], 1)])
+def test_reference_totals(response, truth, expected):
+    assert total(response, *truth) == expected
+
+
+@pytest.mark.parametrize("response, truth", [(answer(), [CAT]), (answer(CAT), []), (answer(CAT, DOG), [])])
+def test_exactly_one_side_empty_has_no_accuracy(response, truth):
+    for prefix in ("", THINK):
+        reward = grounding_reward(prefix + response, json.dumps(truth))
+        assert reward.terms["accuracy"] == 0 and reward.error is None
+
+
+def test_an_unreadable_answer_is_no_correct_rejection():
+    for response in ("no such object", "<answer>", "<answer></answer>", "<answer>none</answer>", "<answer>{}</answer>"):
+        reward = grounding_reward(response, "[]")
+        assert reward.terms["accuracy"] == reward.terms["answer_format"] == 0 and reward.error
+
+
+@pytest.mark.parametrize("response, expected", [
+    ("<think></think><answer></answer>", True),
+    ("<think>a\nb</think> \n\t<answer>x</answer>", True),
+    ("<think>a</think>b</think><answer>x</answer> <answer>y</answer>", True),   # lazy dots still cross tags
+    ("<think>a</think>.<answer>x</answer>", False),
+    (" <think>a</think><answer>x</answer>", False),                            # the whole response
+    ("<think>a</think><answer>x</answer>\n", False),
+    ("<answer>x</answer><think>a</think>", False),
+    ("<think>a</think><answer></think>", False),
+    ("<think></answer>", False), ("<answer>x</answer>", False), ("", False)])
+def test_thinking_format(response, expected):
+    assert has_thinking_format(response) is expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, 2]}]', 2),
+    ('[{"bbox_2d": [1, 2, 3, 4]}]', 1),
+    ('[{"bbox_2d": [1, 2, 3], "point_2d": [1, 2, 3]}]', 0),
+    ('[{"bbox_2d": {"0": 1, "1": 1, "2": 1, "3": 1}, "point_2d": "ab"}]', 0),  # of the right length, but no lists
+    ('[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, 2]}, {"point_2d": [1, 2]}, {}]', 1),
+    ('{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, 2]}', 0),
+    ('[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, 2]}, 5]', 1), ("[1, 2]", 0), ("[[]]", 0), ("[]", 2), ("", 0)])
+def test_answer_format(text, expected):
+    assert grounding_reward(f"<answer>{text}</answer>", "[]").terms["answer_format"] == expected
+
+
+def test_answer_is_the_first_one():
+    assert answer_text("</answer> <answer> \n[1] </answer><answer>[2]</answer>") == "[1]"
+    assert answer_text("<answer>[1] <answer>[2]</answer>") == "[1] <answer>[2]"
+    assert answer_text("</answer><answer>[1]") is answer_text("[1]") is None
+
+
+def test_non_repeat():
+    assert non_repeat("A cat. A dog. A cat. ") == 1             # one repeat is allowed
+    assert non_repeat("A cat. A dog. A cat . A dog") == 0       # two are not, blanks aside
+    assert non_repeat("A cat. A cat. A cat.") == 0
+    assert non_repeat("...... . .") == 1                        # empty sentences do not count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accuracy: cells and matching
+
+@pytest.mark.parametrize("a, b, expected", [
+    ([0, 0, 9, 9], [0, 0, 9, 9], 1),
+    ([3, 3, 3, 3], [3, 3, 3, 3], 1),                    # one pixel is an area of 1
+    ([0, 0, 9, 9], [5, 0, 14, 9], 50 / 150),            # 4 · 9 / 126 if pixels were not inclusive
+    ([0, 0, 9, 9], [9, 9, 18, 18], 1 / 199),            # they share the corner pixel
+    ([0, 0, 9, 9], [10, 0, 19, 9], 0),
+    ([0, 0, 9, 9], [20, 20, 29, 29], 0),                # apart on both axes: two negative overlaps are no area
+    ([0, 0, 99, 99], [10, 20, 29, 29], 200 / 10000),
+    ([9, 9, 0, 0], [0, 0, 9, 9], 0), ([1, 1, 0, 0], [1, 1, 0, 0], 0)])   # inverted, and 0 / 0
+def test_iou_by_hand(a, b, expected):
+    for first, second in ((a, b), (b, a)):
+        assert iou_matrix(np.array([first], float), np.array([second], float)) == pytest.approx(expected, abs=1e-15)
+
+
+def test_iou_matrix_is_predictions_by_truths():
+    a, b = np.array([[0, 0, 9, 9], [5, 0, 14, 9.]]), np.array([[0, 0, 9, 9], [5, 0, 14, 9], [50, 50, 59, 59.]])
+    np.testing.assert_allclose(iou_matrix(a, b), [[1, 1 / 3, 0], [1 / 3, 1, 0]])
+
+
+@pytest.mark.parametrize("box, true_box, expected", [
+    ([0, 0, 199, 99], [0, 0, 199, 199], 0),         # IoU exactly 0.5
+    ([0, 0, 199, 100], [0, 0, 199, 199], 1),        # 101 / 200; the corners are 24.75 px off
+    ([10, 10, 15, 15], [0, 0, 5, 5], 0),            # corners exactly 10 px off
+    ([10, 10, 15, 14], [0, 0, 5, 5], 1),            # 9.75 px on average
+    ([0, 0, 5, 44], [0, 0, 5, 5], 1),               # 39 / 4: the mean of the four counts, not the largest
+    ([9, 0, 99, 99], [0, 0, 99, 99], 2)])
+def test_box_thresholds(box, true_box, expected):
+    assert one_pair(box, [-500, -500], true_box, [500, 500]) == expected
+
+
+@pytest.mark.parametrize("point, true_point, expected", [
+    ([30, 0], [0, 0], 0), ([29.99, 0], [0, 0], 1),              # closer than 30 px
+    ([18, 24], [0, 0], 0), ([18, 23], [0, 0], 1),               # as the crow flies
+    ([0, 0], [0, 0], 1), ([50, 25], [50, 25], 1),               # corners are inside
+    ([51, 25], [50, 25], 0), ([50, 26], [50, 25], 0), ([-1, 0], [0, 0], 0), ([0, -1], [0, 0], 0)])
+def test_point_thresholds(point, true_point, expected):
+    # the true box is elsewhere, so that only the point can score: it must lie in its own box, not in the true one
+    assert one_pair([0, 0, 50, 25], point, [500, 500, 600, 600], true_point) == expected
+    assert one_pair([700, 700, 750, 725], point, [0, 0, 50, 25], true_point) == 0
+
+
+def test_matching_is_best_not_greedy():
+    # cells: a-1 3, a-2 2, b-1 2, b-2 0. Taking the best cell first ends with 3 + 0; the best matching is 2 + 2
+    one = a = {"bbox_2d": [20, 20, 79, 79], "point_2d": [50, 50]}
+    two, b = {"bbox_2d": [29, 29, 88, 88], "point_2d": [88, 88]}, {"bbox_2d": [11, 11, 70, 70], "point_2d": [12, 12]}
+    assert [accuracy([p], [t]) for p in (a, b) for t in (one, two)] == [3, 2, 2, 0]
+    assert accuracy([a, b], [one, two]) == accuracy([b, a], [one, two]) == 2.0
+
+
+def test_one_truth_cannot_pay_twice():
+    assert accuracy([CAT, CAT, CAT], [CAT]) == 1.0
+    assert accuracy([CAT], [CAT, CAT]) == 1.5
+
+
+def test_at_most_120_objects():
+    many = [{"bbox_2d": [50 * i, 0, 50 * i + 9, 9], "point_2d": [50 * i, 0]} for i in range(130)]
+    assert total(THINK + answer(*many), *many) == 7
+    assert accuracy(many, many[:120]) == 3                                      # the last ten are not read
+    assert accuracy(many, many[:1]) == pytest.approx(3 / 120)
+    assert accuracy([many[125]], many) == 0 == accuracy(many, [many[125]])      # nor the last ten truths
+    assert len(parse_boxes(answer(*many))[0]) == 120
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same reward, written a second time: slow, with the regular expressions of section 5
+
+def slow_list(item, key, count):
+    return type(item) is dict and type(item.get(key)) is list and len(item[key]) == count
+
+
+def slow_boxes(response):
+    """The items of the answer, and the boxes that they make; None for what cannot be read."""
+    found = re.search(r"<answer>\s*(.*?)\s*</answer>", response, re.DOTALL)
+    try:
+        items = json.loads(found.group(1)) if found else None
+    except ValueError:
+        return None, None
+    if type(items) is not list:
+        return None, None
+
+    def numeric(item, key, count):
+        return slow_list(item, key, count) and all(type(x) in (int, float) and -1e6 <= x <= 1e6 for x in item[key])
+    readable = all(numeric(i, "bbox_2d", 4) and numeric(i, "point_2d", 2) for i in items)
+    return items, items[:120] if readable else None
+
+
+def slow_cell(prediction, truth):
+    (x1, y1, x2, y2), (px, py) = prediction["bbox_2d"], prediction["point_2d"]
+    (u1, v1, u2, v2), (qx, qy) = truth["bbox_2d"], truth["point_2d"]
+    shared = max(0, min(x2, u2) - max(x1, u1) + 1) * max(0, min(y2, v2) - max(y1, v1) + 1)
+    union = (x2 - x1 + 1) * (y2 - y1 + 1) + (u2 - u1 + 1) * (v2 - v1 + 1) - shared
+    corners = (abs(x1 - u1) + abs(y1 - v1) + abs(x2 - u2) + abs(y2 - v2)) / 4
+    inside = x1 <= px <= x2 and y1 <= py <= y2
+    return (union > 0 and shared / union > 0.5) + (corners < 10) + (math.hypot(px - qx, py - qy) < 30 and inside)
+
+
+def slow_accuracy(predicted, truth):
+    if not predicted or not truth:
+        return 3.0 * (predicted == truth)
+    cells = [[slow_cell(p, t) for t in truth] for p in predicted]
+    if len(cells) > len(cells[0]):
+        cells = list(zip(*cells))
+    matchings = itertools.permutations(range(len(cells[0])), len(cells))
+    return max(sum(row[c] for row, c in zip(cells, columns)) for columns in matchings) / len(cells[0])
+
+
+def slow_terms(response, truth):
+    """An empty list is a well-formed answer to an empty truth only."""
+    items, boxes = slow_boxes(response)
+    counts = [slow_list(i, "bbox_2d", 4) + slow_list(i, "point_2d", 2) for i in items or []]
+    seen, repeats = set(), 0
+    for sentence in filter(None, map(str.strip, response.split("."))):
+        repeats += sentence in seen
+        seen.add(sentence)
+    return {
+        "thinking": float(re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", response, re.DOTALL) is not None),
+        "answer_format": 0.0 if items is None else sum(counts) / len(counts) if counts else 0.0 if truth else 2.0,
+        "accuracy": 0.0 if boxes is None else slow_accuracy(boxes, truth),
+        "non_repeat": float(repeats < 2)}
+
+
+def random_item(rng):
+    x, y = rng.randrange(0, 120, 5), rng.randrange(0, 120, 5)
+    w, h = rng.randrange(0, 100, 5), rng.randrange(0, 100, 5)
+    return {"bbox_2d": [x, y, x + w, y + h], "point_2d": [x + rng.randrange(-5, w + 10, 5), y + h // 2]}
+
+
+def jittered(item, rng):
+    reach = rng.choice((0, 3, 10, 12, 20, 40))
+    return {key: [c + rng.randint(-reach, reach) + rng.choice((0, 0, 0.5)) for c in item[key]] for key in item}
+
+
+ODD_VALUES = (True, None, "7", 1e7, -1e6, 10**6, 10**6 + 1, 10**30, [], [1], {}, 3.5, math.nan, math.inf)
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+ODD_TEXT = (*TAGS, "[]", ".", ". A cat. A cat. A cat.", "\n", " ", "]", "[", "{", "}", '"', ",", "1e999", "NaN", "-",
+            "0", "\\", "\u00a0", "\x1f", "\u2028")
+
+
+def mutated(response, rng):
+    for _ in range(rng.choice((0, 1, 1, 2, 4))):
+        at = rng.randrange(len(response) + 1)
+        match rng.randrange(4):
+            case 0: response = response[:at] + rng.choice(ODD_TEXT) + response[at:]
+            case 1: response = response[:at] + response[at + rng.randint(1, 4):]
+            case 2: response = response.replace(rng.choice((*TAGS, ", ", '"')), "", 1)
+            case 3: response = response[:at] + response[at // 2:]   # says a part twice
+    return response
+
+
+def random_case(rng):
+    """A response and its truth: near-misses of 0 … 5 objects, now and then one of them broken."""
+    truth = [random_item(rng) for _ in range(rng.choice((0, 1, 1, 2, 3, 4, 5)))]
+    items = [jittered(t, rng) for t in truth if rng.random() < 0.85]
+    items += [random_item(rng) for _ in range(rng.choice((0, 0, 0, 1, 2))) if len(items) < 5]
+    rng.shuffle(items)
+    data = items
+    if items and rng.random() < 0.25:
+        broken = rng.choice(items)
+        key = rng.choice(("bbox_2d", "point_2d"))
+        match rng.randrange(5):
+            case 0: broken[key][rng.randrange(len(broken[key]))] = rng.choice(ODD_VALUES)
+            case 1: broken[key] = rng.choice(([*broken[key], 1], broken[key][1:], rng.choice(ODD_VALUES)))
+            case 2: del broken[key]
+            case 3: items.append(rng.choice(ODD_VALUES))
+            case 4: data = rng.choice((broken, {"objects": items}, None, "[]"))
+    style = rng.choice(((", ", ": "), (",", ":")))
+    response = f"<answer>{rng.choice(('', ' '))}{json.dumps(data, separators=style)}</answer>"
+    return rng.choice(("", THINK, "<think>A. B. A. B.</think>\n", "Surely. ")) + response, truth
+
+
+def test_equals_the_slow_reward():
+    rng, seen = random.Random(0), set()
+    for k in range(4000):
+        response, truth = random_case(rng)
+        if k % 2:
+            response = mutated(response, rng)
+        reward = grounding_reward(response, json.dumps(truth))
+        assert reward.terms == pytest.approx(slow_terms(response, truth), abs=1e-12), (response, truth)
+        assert (reward.error is None) == (slow_boxes(response)[1] is not None), response
+        seen.add((reward.error, round(reward.total)))
+    assert {error for error, _ in seen} == {None, *ERRORS} - {"too_long"}   # the search has been everywhere
+    assert {points for _, points in seen} == set(range(8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Anything at all
+
+TRUTHS = [[], [CAT, DOG]]
+FUZZ = (*ODD_TEXT, '"bbox_2d":', '"point_2d":', "\\boxed{", "1", "true", "null", "Infinity", "[[[[[[[[[", '{"a":')
+NUMBERS = ("1", "2.5", "-0", "1e6", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "true", "null", '"3"', "[]",
+           "{}", "9" * 400, "1e-999", '"\ud800"', '"\\ud800"', "01", "0x1", "+1")
+
+
+def check_reward(response):
+    """What holds for any text: no exception, bounded terms, and a name for whatever could not be read."""
+    boxes, error = parse_boxes(response)
+    assert error is None or boxes == []
+    for truth in TRUTHS:
+        reward = grounding_reward(response, json.dumps(truth))
+        limits = {"thinking": 1, "answer_format": 2, "accuracy": 3, "non_repeat": 1}
+        assert reward.terms.keys() == limits.keys()
+        assert all(math.isfinite(reward.terms[name]) and 0 <= reward.terms[name] <= limits[name] for name in limits)
+        if reward.error is None:
+            assert error is None and (len(response) > 5000 or boxes == slow_boxes(response)[1])  # slow indeed
+            assert len(boxes) <= 120 and all(np.isfinite([*b["bbox_2d"], *b["point_2d"]]).all() for b in boxes)
+        else:
+            assert reward.error in ERRORS and reward.terms["accuracy"] == 0
+    assert math_reward(response, "2").terms["accuracy"] in (0.0, 0.1, 1.0)
+    assert vqa_reward(response, "2").terms["accuracy"] in (0.0, 1.0)
+    return error
+
+
+def fuzz_text(rng):
+    match rng.randrange(5):
+        case 0: return rng.randbytes(rng.randrange(60)).decode("latin-1")
+        case 1:  # lone surrogates included
+            pick = lambda: rng.randrange(*rng.choice(((0x80,), (0x110000,), (0xD800, 0xE000))))  # noqa: E731
+            return "".join(chr(pick()) for _ in range(rng.randrange(30)))
+        case 2: return "<answer>" + "".join(rng.choice(FUZZ) for _ in range(rng.randrange(25))) + "</answer>"
+        case 3: return mutated(random_case(rng)[0], rng)
+        case 4:
+            c = [rng.choice(NUMBERS) if rng.random() < 0.3 else str(rng.randrange(840)) for _ in range(6)]
+            return f'<answer>[{{"bbox_2d":[{",".join(c[:4])}],"point_2d":[{",".join(c[4:])}]}}]</answer>'
+
+
+def test_fuzz():
+    rng, errors = random.Random(7), {}
+    start = time.process_time()
+    for _ in range(20_000):
+        error = check_reward(fuzz_text(rng))
+        errors[error] = errors.get(error, 0) + 1
+    assert time.process_time() - start < 30  # it takes 6
+    assert errors.keys() == {None, *ERRORS} - {"too_long"} and errors[None] > 1000
+
+
+def test_odd_numbers_are_no_coordinates():
+    for number in ("1e999", "-1e999", "NaN", "Infinity", "-Infinity", "true", "false", "null", '"1"', "[1]", "1000001"):
+        for key, text in (("bbox_2d", f'[{{"bbox_2d": [1, 2, 3, {number}], "point_2d": [1, 2]}}]'),
+                          ("point_2d", f'[{{"bbox_2d": [1, 2, 3, 4], "point_2d": [{number}, 2]}}]')):
+            reward = grounding_reward(f"<answer>{text}</answer>", json.dumps([CAT]))
+            # the lists have the right lengths, which is all that the format asks
+            assert (reward.error, reward.total) == (f"bad_{key}", 3), text
+    for number in ("9" * 400, "9" * 10_000):  # the second has more digits than Python reads
+        assert parse_boxes(f'<answer>[{{"bbox_2d": [1, 2, 3, {number}], "point_2d": [1, 2]}}]</answer>')[1] is not None
+    assert parse_boxes('<answer>[{"bbox_2d": [-1e6, -0.0, 1e-999, 1000000], "point_2d": [1, 2]}]</answer>')[1] is None
+
+
+def long_texts(n):
+    """Texts of about n characters that would hurt a backtracking, quadratic or recursive reader."""
+    item, inside = '{"bbox_2d":[0,0,0,0],"point_2d":[0,0]},', lambda text: f"<answer>{text}</answer>"
+    rng = random.Random(0)
+    crowd = ",".join(json.dumps(random_item(rng), separators=(",", ":")) for _ in range(n // 50))
+    fill = lambda unit, *tags: unit * ((n - sum(map(len, tags)) - 30) // len(unit))  # noqa: E731
+    return {
+        "blanks": "<think></think>" + fill(" ", "<think></think>x</answer>") + "x</answer>",
+        "newlines": "<think></think>" + fill("\n", "<think></think>x</answer>") + "x</answer>",
+        "blanks in answer": inside(fill(" \n\t") + "x"),
+        "blanks in list": inside("[" + fill(" ") + "]"),
+        "closed thoughts": "<think>" + fill("</think>") + "</answer>",
+        "closed thoughts and blanks": "<think>" + fill("</think>" + " " * 40) + "</answer>",
+        "opened thoughts": fill("<think>"),
+        "opened answers": fill("<answer>"),
+        "opened answers, one closed": fill("<answer>") + "</answer>",
+        "closed answers": fill("</answer>"),
+        "halves of tags": fill("</think><answer") + "</answer>",
+        "quotes": inside(fill('"')),
+        "nested quotes": inside('["' + fill('\\"') + '"]'),
+        "backslashes": inside('["' + fill("\\")),
+        "deep lists": inside(fill("[")),
+        "deep and closed": inside("[" * (n // 2 - 30) + "]" * (n // 2 - 30)),
+        "deep objects": inside(fill('{"a":')),
+        "flat lists": inside("[" + fill("[],") + "[]]"),
+        "many keys": inside("[{" + ",".join(f'"{k:06}":0' for k in range(n // 11 - 4)) + "}]"),
+        "huge integer": inside("[" + fill("9") + "]"),
+        "huge integers": inside("[" + ",".join(["9" * 4300] * (n // 4400)) + "]"),
+        "long fraction": inside("[0." + fill("7") + "]"),
+        "zeros and exponent": inside("[0." + fill("0") + "1e19000]"),
+        "the same box": inside("[" + fill(item, item) + item[:-1] + "]"),
+        "a crowd": inside("[" + crowd + "]"),
+        "full stops": fill("."),
+        "sentences": ".".join(f"{k:06}" for k in range(n // 7)),
+        "boxes in boxes": fill("\\boxed{"),
+        "open braces": "\\boxed{" + fill("{"),
+        "surrogates": inside('["' + fill("\ud800") + '"]'),
+    }
+
+
+@pytest.mark.parametrize("n", [20_000, 1_000_000])
+def test_long_texts_are_read_in_time(n):
+    """20,000 characters is the most that is read, a million is turned away; either takes a blink."""
+    truth = json.dumps([random_item(random.Random(1)) for _ in range(150)])
+    calls = {
+        "grounding": lambda text: grounding_reward(text, truth), "math": lambda text: math_reward(text, "2"),
+        "vqa": lambda text: vqa_reward(text, "2"), "parse": parse_boxes, "thinking": has_thinking_format,
+        "label": lambda text: label_error("grounding", text)}
+    for name, text in long_texts(n).items():
+        assert 0.8 * n < len(text) <= n, name
+        for call, function in calls.items():
+            start = time.process_time()  # of this process: other work on the machine does not count
+            function(text)
+            assert time.process_time() - start < 0.2, f"{call} of {name}"
+        error = check_reward(text)
+        assert n == 20_000 or error is not None, name
+
+
+def test_the_bound_on_length():
+    for length, expected in ((20_000, (7, None)), (20_001, (0, "too_long")), (10**6, (0, "too_long"))):
+        response = f"<think>{'a' * (length - len(THINK + answer(CAT)) + 22)}</think>{answer(CAT)}"
+        reward = grounding_reward(response, json.dumps([CAT]))
+        assert len(response) == length and (reward.total, reward.error) == expected
+
+
+@pytest.mark.parametrize("depth", [5, 500, 5000])
+def test_the_bound_on_depth_cannot_be_hidden(depth):
+    """Closing brackets inside a string must not pay for opening ones after it: deep JSON overflows Python's stack."""
+    for text in ('["' + "]" * depth + '",' + "[" * depth, "]" * depth + "[" * depth,
+                 '["' + "]" * depth + '",' + "[" * depth + "]" * depth + "]"):
+        reward = grounding_reward(f"<answer>{text}</answer>", "[]")
+        assert reward.error is not None and reward.terms["accuracy"] == 0
+        assert label_error("grounding", text) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Short answers
+
+@pytest.mark.parametrize("response, expected", [
+    (r"\boxed{2}", "2"), (r"so \boxed{ 2 }.", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{}", ""),
+    (r"\boxed{a{b{c}d}e} }", "a{b{c}d}e"), (r"\boxed{1} \boxed{2}", "1"), ("\\boxed{1\n2}", "1\n2"),
+    (r"\boxed{1", None), (r"\boxed{{1}", None), (r"\boxed", None), (r"\boxed 2", None), ("boxed{2}", None), ("2", None),
+    ("", None)])
+def test_boxed(response, expected):
+    assert boxed(response) == expected
+
+
+def test_math_reward():
+    think = "<think>1 + 1</think>"
+    for response, points, error in (
+            (think + r"\boxed{2}", 1, None), (r"\boxed{ 2}", 1, None), (r"\boxed{3}", 0.1, None),
+            (r"\boxed{}", 0.1, None), ("2", 0, "no_boxed"), (r"\boxed{2", 0, "no_boxed")):
+        reward = math_reward(response, " 2 ")
+        assert (reward.total, reward.error) == (points, error), response
+    assert math_reward(r"\boxed{" + "{" * 10**6, "2").total == 0
+    assert math_reward(" " * 19_991 + r"\boxed{2}", "2").total == 1         # 20,000 characters are read
+    assert math_reward(" " * 19_992 + r"\boxed{2}", "2").total == 0         # and no more
+
+
+def test_vqa_reward():
+    for response in ("Paris", " paris. ", "PARIS .", "\nparis\n"):
+        assert vqa_reward(response, "Paris.").total == 1, response
+    for response in ("", "Paris..", "Paris, France", "<answer>Paris</answer>", "Par is"):
+        assert vqa_reward(response, "Paris").total == 0, response
+    assert vqa_reward("12", "1").total == vqa_reward("1", "12").total == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three controls
+
+COMPACT = '[{"bbox_2d":[10,100,200,210],"point_2d":[30,110]},{"bbox_2d":[225,296,706,786],"point_2d":[302.5,410]}]'
+SPACED = ('[{"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}, '
+          '{"bbox_2d": [225, 296, 706, 786], "point_2d": [302.5, 410]}]')
+
+
+@pytest.mark.parametrize("task", ["grounding", "scene_grounding"])
+@pytest.mark.parametrize("stored", [COMPACT, SPACED])
+def test_control_1_aligns_the_text_of_y(task, stored):
+    assert label_text(task, stored, "spaced") == f"<answer>{SPACED}</answer>"
+    assert label_text(task, stored, "compact") == f"<answer>{COMPACT}</answer>"
+    assert label_text(task, "[ ]", "spaced") == label_text(task, "[]", "compact") == "<answer>[]</answer>"
+    assert label_text(task, stored, "spaced", "Hm.") == f"<think>Hm.</think><answer>{SPACED}</answer>"
+
+
+def test_control_1_leaves_short_answers_alone():
+    for style in ("spaced", "compact"):
+        assert label_text("math", r"\frac{1}{2}", style) == r"\boxed{\frac{1}{2}}"
+        assert label_text("vqa", "a,b: c", style) == "a,b: c"
+
+
+@pytest.mark.parametrize("task", ["grounding", "scene_grounding"])
+@pytest.mark.parametrize("style", ["spaced", "compact"])
+@pytest.mark.parametrize("stored", [COMPACT, SPACED, "[]"])
+def test_control_2_pays_y_no_thinking(task, style, stored):
+    for thought in ("", "Hm"):  # even a label that does think
+        y = label_text(task, stored, style, thought)
+        on, off = label_reward(task, y, stored), label_reward(task, y, stored, no_thinking_reward=False)
+        assert (on.total, on.terms["thinking"], off.total, off.terms["thinking"]) == (6, 0, 7, 1)
+        rest = {"answer_format": 2, "accuracy": 3, "non_repeat": 1}
+        assert rest.items() <= on.terms.items() and rest.items() <= off.terms.items() and on.error is off.error is None
+
+
+def test_control_2_does_not_concern_tasks_without_thinking():
+    for task, stored in (("vqa", "Paris"), ("math", r"\frac{1}{2}"), ("math", "12")):
+        y = label_text(task, stored, "spaced")
+        assert label_reward(task, y, stored) == label_reward(task, y, stored, False) == TASKS[task].reward(y, stored)
+        assert label_reward(task, y, stored).terms == {"accuracy": 1.0}
+
+
+def test_control_2_keeps_the_error():
+    reward = label_reward("grounding", "<answer>?</answer>", "[]", no_thinking_reward=False)
+    assert (reward.error, reward.total) == ("bad_json", 2)
+
+
+@pytest.mark.parametrize("r_y, r_o, expected", [
+    (6.0, [6.0, 1.0], (3.5, True)),                             # as good as y is enough
+    (6.0, [math.nextafter(6, 0), 1.0], (6.0, False)),
+    (6.0, [7.0, 7.0, 1.0], (5.0, True)),
+    (6.0, [6.0, 6.0], (6.0, True)),
+    (1.0, [0.1] * 8, (1.0, False)), (0.0, [0.0], (0.0, True))])
+def test_control_3_smooths(r_y, r_o, expected):
+    assert smooth(r_y, r_o) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and the check of labels
+
+EXPECTED_PROMPT = (  # paper.md, section 4
+    """Please find "{Question}" with bboxs and points.Compare the difference between object(s) and find the most """
+    """closely matched object(s).Output the thinking process in <think> </think> and final answer in <answer> """
+    """</answer> tags.Output the bbox(es) and point(s) inside the interested object(s) in JSON format.i.e., <think> """
+    """thinking process here </think><answer>[{"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}, """
+    """{"bbox_2d": [225, 296, 706, 786], "point_2d": [302, 410]}]</answer>""")
+
+
+def test_official_prompt():
+    assert user_text("grounding", "the cat") == EXPECTED_PROMPT.replace("{Question}", "the cat")
+    assert user_text("scene_grounding", "the cat") == 'Please find "the cat" with bboxs and points.'
+
+
+@pytest.mark.parametrize("question, plain", [
+    ("The Red Cat.", "the red cat"), ('"Who?!"', "who"), ("U.S. flag", "u.s. flag"), (" Cat. ", " cat. "),
+    ("a {b} {0} c", "a {b} {0} c")])
+def test_questions_are_lower_cased_and_stripped(question, plain):
+    assert user_text("grounding", question) == EXPECTED_PROMPT.replace("{Question}", plain)
+    assert user_text("scene_grounding", question) == f'Please find "{plain}" with bboxs and points.'
+    assert user_text("scene_math", question) == user_text("vqa", question) == question
+    assert user_text("math", question) == question + (
+        r" First think about the question and then provide the answer. The answer is in latex format and wrapped using "
+        r"the \boxed{} command. The thinking process and answer are enclosed within <think> </think> and \boxed{} tags, "
+        r"respectively. i.e., <think> thinking process here. </think>\boxed{2}")
+
+
+@pytest.mark.parametrize("task, stored", [
+    ("grounding", COMPACT), ("scene_grounding", SPACED), ("grounding", "[]"), ("math", "2"), ("vqa", "Paris")])
+def test_good_labels(task, stored):
+    assert label_error(task, stored) is None
+
+
+@pytest.mark.parametrize("task, stored, reason", [
+    ("segmentation", "[]", "segmentation"), ("grounding", [CAT], "list"), ("vqa", 3, "int"), ("vqa", None, "NoneType"),
+    ("vqa", "", "empty"), ("math", " \n", "empty"), ("grounding", "", "bad_json"), ("grounding", "[{", "bad_json"),
+    ("grounding", json.dumps(CAT), "not_a_list"), ("grounding", "null", "not_a_list"),
+    ("grounding", "[1]", "not_an_object"), ("grounding", "[{}]", "no_bbox_2d"),
+    ("grounding", '[{"bbox_2d": [1, 2, 3, 4]}]', "no_point_2d"),
+    ("grounding", '[{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]', "bad_bbox_2d"),
+    ("grounding", '[{"bbox_2d": [1, 2, 3, NaN], "point_2d": [1, 2]}]', "bad_bbox_2d"),
+    ("scene_grounding", '[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, true]}]', "bad_point_2d"),
+    ("grounding", json.dumps([CAT, {**DOG, "point_2d": None}]), "bad_point_2d"),
+    ("grounding", "[" * 9 + "]" * 9, "too_deep"), ("grounding", "[" + " " * 20_000 + "]", "too_long")])
+def test_bad_labels(task, stored, reason):
+    assert reason in label_error(task, stored)
+
+
+def test_doctests():
+    result = doctest.testmod(rewards)
+    assert result.failed == 0 and result.attempted >= 3
