@@ -36,7 +36,8 @@ def main(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
 
     def corpus():
@@ -47,7 +48,8 @@ def main(folder: Path) -> None:
                 yield user_text(example["task"], example["question"])
                 yield label_text(example["task"], example["answer"], "spaced", example["thought"])
     tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=VOCABULARY - len(SPECIAL), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     first = tokenizer.get_vocab_size()
     tokenizer.add_special_tokens(SPECIAL)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
