@@ -56,8 +56,9 @@ def open_run(cfg, rank: int, device, start: int) -> Path:
         raise SystemExit(f"{run} exists and is not overwritten: choose another --name, or go on with --resume {run}")
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")), "versions": versions(),
-                  "command": sys.argv, "prompts": {name: task.prompt for name, task in TASKS.items()}}
+        record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
+                  "versions": versions(), "command": sys.argv,
+                  "prompts": {name: task.prompt for name, task in TASKS.items()}}
         name = f"config.resumed_at_{start}.json" if cfg.resume else "config.json"
         (run / name).write_text(json.dumps(record, indent=2) + "\n")
         metrics = run / "metrics.jsonl"
@@ -72,7 +73,7 @@ def newest_checkpoint(run: Path) -> Path:
     """The last complete checkpoint of a run folder."""
     steps = sorted((int(p.name.removeprefix("step_")), p) for p in (run / "checkpoints").glob("step_*"))
     if not steps:
-        raise FileNotFoundError(f"{run} holds no checkpoint")
+        raise FileNotFoundError(f"{run} holds no checkpoint yet")
     return steps[-1][1]
 
 

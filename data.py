@@ -56,8 +56,8 @@ class Scenes:
 
 
 class Jsonl:
-    """One JSON object a line: id, image (a path, relative to the file, or null), problem, solution, task, thought
-    (optional). solution: text, or for tasks with boxes JSON (as text or as it is). Every line is checked at the start."""
+    """One JSON object a line: id, image (a path, relative to the file, or null), problem, solution, task, and thought
+    if there is one. solution: text, or for tasks with boxes JSON (as text or as it is). All is checked at the start."""
     def __init__(self, path: Path):
         self.path, self.rows = path, []
         with open(path, encoding="utf-8") as lines:
@@ -125,8 +125,8 @@ def take(source, cursor: int, count: int, seed: int) -> list[Example]:
 # Prompts
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen2.5-VL's size rule: each side to a multiple of `factor` (round half to even), then both scaled by one ratio if
-    the area leaves [min_pixels, max_pixels].
+    """Qwen2.5-VL's size rule: each side to a multiple of `factor` (round half to even), then both scaled by one ratio
+    if the area leaves [min_pixels, max_pixels].
 
     >>> smart_resize(112, 112, 28, 3136, 12845056), smart_resize(30, 100, 28, 3136, 12845056)
     ((112, 112), (28, 112))
@@ -304,8 +304,9 @@ def collate(rows: list[Row], device="cpu") -> Batch:
         return torch.tensor([v + [fill] * (T - len(v)) for v in values], device=device)
 
     position = torch.stack([torch.nn.functional.pad(row.position, (0, T - row.position.shape[1])) for row in rows], 1)
-    return Batch(pad([r.tokens for r in rows], 0), pad([r.segment for r in rows], -1),
-                 pad([r.predictor for r in rows], 0), position.to(device), *collate_images([r.prompt for r in rows], device))
+    tokens, segment, predictor = (pad([getattr(row, name) for row in rows], fill)
+                                  for name, fill in (("tokens", 0), ("segment", -1), ("predictor", 0)))
+    return Batch(tokens, segment, predictor, position.to(device), *collate_images([row.prompt for row in rows], device))
 
 
 def collate_images(prompts: list[Prompt], device="cpu") -> tuple[Tensor, list[tuple[int, int]]]:

@@ -26,7 +26,7 @@ from rollout import generate
 
 @dataclass
 class Record:
-    """One evaluated example. predicted, truth: boxes in the frame the model saw; error: why the answer is unreadable."""
+    """One evaluated example. predicted, truth: boxes in the frame the model saw; error: why no box could be read."""
     id: str
     task: str
     question: str
@@ -181,7 +181,8 @@ def draw_overlay(records: list[Record], prompts: list[Prompt], path: Path, colum
         corner = (at % columns * cell[0] + 4, at // columns * cell[1] + 4)
         sheet.paste(picture, corner)
         text = textwrap.wrap(f"Q: {record.question}", 52)[:2] + textwrap.wrap(record.response, 52)
-        ImageDraw.Draw(sheet).multiline_text((corner[0], corner[1] + side + 2), "\n".join(text[:lines_of_text]), "black")
+        below = (corner[0], corner[1] + side + 2)
+        ImageDraw.Draw(sheet).multiline_text(below, "\n".join(text[:lines_of_text]), "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

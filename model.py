@@ -71,9 +71,9 @@ class Config:
         vision = raw.get("vision_config", {})
         if text.get("use_sliding_window"):
             raise ValueError(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
-        for where, activation in (("text", text.get("hidden_act", "silu")), ("vision", vision.get("hidden_act", "silu"))):
-            if activation != "silu":
-                raise ValueError(f"{path}: {where} hidden_act is {activation!r}; only 'silu' is supported")
+        for where, section in (("text", text), ("vision", vision)):
+            if section.get("hidden_act", "silu") != "silu":
+                raise ValueError(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only 'silu' is supported")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
             raise ValueError(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
@@ -494,7 +494,7 @@ class Qwen2_5_VL(nn.Module):
                 parameter.zero_()
 
     def save_pretrained(self, folder, max_shard_size: str = "5GB") -> None:
-        """Writes config, safetensors (sharded above max_shard_size), tokenizer and processor files: a complete folder."""
+        """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer, processor files."""
         from huggingface_hub import save_torch_state_dict
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -520,7 +520,8 @@ def local_folder(name) -> Path:
     if str(name).count("/") != 1 or str(name).startswith((".", "/")):
         raise FileNotFoundError(f"{name} is neither a folder nor a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
+    return Path(snapshot_download(str(name), allow_patterns=patterns))
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 train.py --model FOLDER --data FILE.jsonl --precision bfloat16
 
 One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side, with the three
-controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as one packed row (data.py, model.py),
-one optimizer step. Every metric that is logged is defined in README.md.
+controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as one packed row (data.py,
+model.py), one optimizer step. Every metric that is logged is defined in README.md.
 
 The paper leaves the learning rate, the batch, the std and the length normalisation open: they are options.
 """
@@ -88,8 +88,9 @@ class Config:
 
     def check(self, world: int) -> None:
         for flag, wrong, rule in (
-                ("prompts-per-step", self.prompts_per_step % world, f"must be divisible by the {world} ranks"),
-                ("rollouts", self.method != "sft" and self.rollouts < 2, "must be at least 2, or no group has a spread"),
+                ("prompts-per-step", self.prompts_per_step < 1 or self.prompts_per_step % world,
+                 f"must be a multiple of the {world} ranks"),
+                ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
                 ("temperature", self.temperature <= 0, "must be above 0"),
                 ("inner-epochs", self.inner_epochs < 1, "must be at least 1"),
                 ("micro-rows", self.micro_rows < 1, "must be at least 1"),
@@ -150,7 +151,7 @@ class Meter(defaultdict):
 
     def add(self, name: str, values) -> None:
         """A mean: every element of `values` (tensor or list) counts once. No element, no entry."""
-        values = values.detach().double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
+        values = values.double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
         if values:
             self[name][0] += sum(values)
             self[name][1] += len(values)
@@ -260,7 +261,8 @@ class MicroBatch:
 def micro_batches(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int]:
     """Packs the groups of this rank; returns as many micro-batches on every rank, and the denominator of the loss,
     counted over all ranks. Rows are sorted by length, so that little is padded."""
-    rows: list[tuple[Row, Group]] = [(row, g) for g in groups for row in pack_group(g.prompt, g.responses, cfg.max_row_tokens)]
+    rows: list[tuple[Row, Group]] = [
+        (row, g) for g in groups for row in pack_group(g.prompt, g.responses, cfg.max_row_tokens)]
     rows.sort(key=lambda pair: len(pair[0].tokens), reverse=True)
     parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
     count = max(gather_json(len(parts), device))
@@ -313,15 +315,15 @@ def measure_update(cfg: Config, logp: Tensor, entropy: Tensor, mb: MicroBatch, d
         meter.add("clipped_rollouts" if name == "rlvr" else "clipped_y", clipped[where])
 
 
-def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list, groups: list[Group],
-           meter: Meter, compute) -> tuple[float, float, int]:
+def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
+           groups: list[Group], meter: Meter) -> tuple[float, float, int]:
     """cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and row tokens trained on.
     A step whose loss or gradient is not finite changes nothing, on any rank."""
     device = ddp.module.lm_head.weight.device
     batches, denominator = micro_batches(cfg, groups, device)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
     for mb in batches:
-        with torch.no_grad(), compute():
+        with torch.no_grad(), compute(cfg, device):
             if cfg.inner_epochs > 1:
                 mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
             if reference is not None:
@@ -331,7 +333,7 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
         for i, mb in enumerate(batches):
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the average a sum.
             with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
-                with compute():
+                with compute(cfg, device):
                     logp, entropy = ddp(**vars(mb.batch), **settings)
                 loss = micro_loss(cfg, logp, mb, denominator)
                 (loss * dist.get_world_size()).backward()
@@ -374,14 +376,102 @@ def set_lr(cfg: Config, optimizers: list, step: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def evaluate_on_all_ranks(cfg: Config, model: Qwen2_5_VL, processor: Processor, examples: list, rank: int, world: int,
-                          picture: Path) -> dict:
-    """Every rank evaluates its share; all get the metrics of the whole. Rank 0 draws its first answers."""
-    records, prompts = evaluate(model, processor, examples[rank::world], cfg.max_new_tokens, progress=rank == 0)
-    if rank == 0:
-        draw_overlay(records[:12], prompts[:12], picture)
-    everyone = gather_json([vars(r) for r in records], model.lm_head.weight.device)
-    return summarise([Record(**r) for part in everyone for r in part])
+@dataclass
+class Job:
+    """What the loop works with."""
+    cfg: Config
+    rank: int
+    world: int
+    device: torch.device
+    ddp: DistributedDataParallel          # the loss goes through this, sampling through ddp.module
+    reference: Qwen2_5_VL | None          # frozen, for --kl
+    processor: Processor
+    optimizers: list
+    state: dict                           # step, cursor, bad_steps: with the weights and optimizers, a checkpoint
+    run: Path = Path()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def log(self, line: dict) -> None:
+        if self.rank == 0:
+            with open(self.run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def set_up() -> Job:
+    cfg = parse_config()
+    rank, world, device = start_ranks()
+    cfg.check(world)
+    checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
+    state = {"step": 0, "cursor": 0, "bad_steps": 0}
+    if checkpoint:
+        state = json.loads((checkpoint / "state.json").read_text())
+    torch.manual_seed(cfg.seed)
+    model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, torch.float32, device,
+                                       random_weights=cfg.random_weights and not checkpoint)
+    reference = None
+    if cfg.kl:
+        torch.manual_seed(cfg.seed)
+        reference = Qwen2_5_VL.from_pretrained(cfg.model, torch.float32, device, cfg.random_weights)
+        reference.requires_grad_(False)
+    optimizers = make_optimizers(cfg, model)
+    if checkpoint:
+        for k, optimizer in enumerate(optimizers):
+            load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    job = Job(cfg, rank, world, device, ddp, reference, Processor(model.folder), optimizers, state)
+    job.run = open_run(cfg, rank, device, state["step"])
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    job.say(f"{cfg.method}: {size:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on {device.type}, "
+            f"{cfg.precision}; writing to {job.run}")
+    return job
+
+
+def compute(cfg: Config, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
+
+
+def train_step(job: Job, source) -> dict:
+    """Samples, updates, measures: a line of metrics.jsonl. Advances job.state."""
+    cfg, state, meter, began = job.cfg, job.state, Meter(), time.time()
+    set_lr(cfg, job.optimizers, state["step"])
+    examples = take(source, state["cursor"], cfg.prompts_per_step, cfg.seed)
+    share = cfg.prompts_per_step // job.world
+    prompts = [job.processor.prompt(e) for e in examples[job.rank * share:(job.rank + 1) * share]]
+    loaded = time.time()
+    with compute(cfg, job.device):
+        groups = make_groups(cfg, job.ddp.module, job.processor, prompts, state["step"])
+    measure_groups(cfg, groups, meter)
+    sampled = time.time()
+    loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter)
+    ended = time.time()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    state.update(step=state["step"] + 1, cursor=state["cursor"] + cfg.prompts_per_step,
+                 bad_steps=0 if finite else state["bad_steps"] + 1)
+    line = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite,
+            "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
+    sampled_tokens = sum(len(o.tokens) for g in groups for o in g.rollouts)
+    sampled_tokens, tokens = add_over_ranks([sampled_tokens, tokens], job.device)
+    if sampled_tokens:
+        line["sampling_tokens_per_s"] = sampled_tokens / (sampled - loaded)
+    return {**line, "training_tokens_per_s": tokens / (ended - sampled), "peak_memory_gb": peak_memory_gb(job.device),
+            "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded}
+
+
+def run_evaluation(job: Job, examples: list, history: dict[str, dict]) -> None:
+    """Every rank answers its share; rank 0 draws its first answers, and prints the table of all evaluations so far."""
+    cfg, step = job.cfg, job.state["step"]
+    with compute(cfg, job.device):
+        records, prompts = evaluate(job.ddp.module, job.processor, examples[job.rank::job.world], cfg.max_new_tokens,
+                                    progress=job.rank == 0)
+    if job.rank == 0:
+        draw_overlay(records[:12], prompts[:12], job.run / "samples" / f"step_{step}.png")
+    everyone = gather_json([vars(r) for r in records], job.device)
+    history[f"step {step}"] = summarise([Record(**r) for part in everyone for r in part])
+    job.log({"step": step, "eval": history[f"step {step}"]})
+    job.say(f"{cfg.eval_data}, first {len(examples)}:\n" + table(history))
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -395,110 +485,43 @@ def progress_line(m: dict) -> str:
              ("advantage_y", "+.2f"), ("smoothed", ".2f"), ("tied", ".2f"), ("logp_y", ".1f"), ("entropy", ".3f"),
              ("response_length", ".0f"), ("grad_norm", ".2f"), ("sampling_tokens_per_s", ".0f"),
              ("training_tokens_per_s", ".0f"))
-    return f"step {m['step']:>4}  " + "  ".join(f"{name.split('/')[-1]} {m[name]:{form}}" for name, form in shown if name in m)
-
-
-def train_step(cfg: Config, ddp, reference, processor: Processor, optimizers: list, source, state: dict, rank: int,
-               world: int, compute) -> dict:
-    """One line of metrics.jsonl: samples, updates, measures. Advances state (step, cursor, bad_steps)."""
-    device, meter, began = ddp.module.lm_head.weight.device, Meter(), time.time()
-    set_lr(cfg, optimizers, state["step"])
-    examples = take(source, state["cursor"], cfg.prompts_per_step, cfg.seed)
-    share = cfg.prompts_per_step // world
-    prompts = [processor.prompt(e) for e in examples[rank * share:(rank + 1) * share]]
-    loaded = time.time()
-    with compute():
-        groups = make_groups(cfg, ddp.module, processor, prompts, state["step"])
-    measure_groups(cfg, groups, meter)
-    sampled = time.time()
-    loss, norm, tokens = update(cfg, ddp, reference, optimizers, groups, meter, compute)
-    ended = time.time()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    state.update(step=state["step"] + 1, cursor=state["cursor"] + cfg.prompts_per_step,
-                 bad_steps=0 if finite else state["bad_steps"] + 1)
-    sampled_tokens = sum(len(o.tokens) for g in groups for o in g.rollouts)
-    sampled_tokens, tokens = add_over_ranks([sampled_tokens, tokens], device)
-    return {"step": state["step"], "loss": loss, "grad_norm": norm, "lr": optimizers[0].param_groups[0]["lr"],
-            **meter.read(device), "skipped": not finite,
-            "sampling_tokens_per_s": sampled_tokens / (sampled - loaded), "training_tokens_per_s": tokens / (ended - sampled),
-            "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded,
-            "peak_memory_gb": peak_memory_gb(device)}
+    parts = (f"{name.split('/')[-1]} {m[name]:{form}}" for name, form in shown if name in m)
+    return f"step {m['step']:>4}  " + "  ".join(parts)
 
 
 def main() -> None:
-    cfg = parse_config()
-    rank, world, device = start_ranks()
-    cfg.check(world)
-    checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {"step": 0, "cursor": 0, "bad_steps": 0}
-    torch.manual_seed(cfg.seed)
-    model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, torch.float32, device,
-                                       random_weights=cfg.random_weights and not checkpoint)
-    processor = Processor(model.folder)
+    job = set_up()
+    cfg, state = job.cfg, job.state
     source = load(cfg.data)
-    reference = None
-    if cfg.kl:
-        reference = Qwen2_5_VL.from_pretrained(cfg.model, torch.float32, device).requires_grad_(False)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizers = make_optimizers(cfg, model)
-    if checkpoint:
-        for k, optimizer in enumerate(optimizers):
-            load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
-    run = open_run(cfg, rank, device, state["step"])
-
-    def compute():
-        return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
-
-    stop = [False]
-    signal.signal(signal.SIGTERM, lambda *_: stop.__setitem__(0, True))
-    metrics = open(run / "metrics.jsonl", "a") if rank == 0 else None
-    say = tqdm.write if rank == 0 else lambda *_: None
-
-    def log(line: dict) -> None:
-        if metrics:
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-
-    examples = load(cfg.eval_data) if cfg.eval_data else []
-    examples = [examples[i] for i in range(min(cfg.eval_examples, len(examples)))]
+    held_out = load(cfg.eval_data) if cfg.eval_data else []
+    held_out = [held_out[i] for i in range(min(cfg.eval_examples, len(held_out)))]
+    terminated = []
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     history: dict[str, dict] = {}
+    if held_out and state["step"] == 0:
+        run_evaluation(job, held_out, history)
 
-    def run_evaluation() -> None:
-        if examples:
-            with compute():
-                result = evaluate_on_all_ranks(cfg, model, processor, examples, rank, world,
-                                               run / "samples" / f"step_{state['step']}.png")
-            history[f"step {state['step']}"] = result
-            log({"step": state["step"], "eval": result})
-            say(f"{cfg.eval_data}, first {len(examples)}:\n" + table(history))
-
-    say(f"{cfg.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters of {checkpoint or cfg.model}, "
-        f"{len(source)} examples of {cfg.data},\n{cfg.prompts_per_step} prompts × {cfg.rollouts} rollouts a step, "
-        f"{world} rank(s) on {device.type}; writing to {run}")
-    if not checkpoint:
-        run_evaluation()
-    with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=rank > 0) as bar:
+    with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
         while state["step"] < cfg.steps:
-            line = train_step(cfg, ddp, reference, processor, optimizers, source, state, rank, world, compute)
-            log(line)
+            line = train_step(job, source)
+            job.log(line)
             bar.update()
-            if line["step"] % cfg.log_every == 0:
-                say(progress_line(line))
-            if state["bad_steps"]:
-                say(f"step {line['step']}: loss {line['loss']} or gradient norm {line['grad_norm']} is not finite; skipped")
-            stopping = any(gather_json(stop[0], device)) or state["bad_steps"] >= MAX_BAD_STEPS
-            done = state["step"] == cfg.steps
+            if state["step"] % cfg.log_every == 0:
+                job.say(progress_line(line))
+            if line["skipped"]:
+                job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
                 raise SystemExit(f"{MAX_BAD_STEPS} steps in a row were not finite; the last good checkpoint is "
-                                 f"{newest_checkpoint(run)}")
-            if done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0:
-                run_evaluation()
+                                 f"{newest_checkpoint(job.run)}")
+            done, stopping = state["step"] == cfg.steps, any(gather_json(bool(terminated), job.device))
+            if held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
+                run_evaluation(job, held_out, history)
             if done or stopping or cfg.save_every and state["step"] % cfg.save_every == 0:
-                save_checkpoint(run, model, optimizers, state, rank)
-            if stopping:
-                say(f"stopped by SIGTERM at step {state['step']}; go on with --resume {run}")
+                save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
+            if stopping and not done:
+                job.say(f"stopped by SIGTERM at step {state['step']}; go on with --resume {job.run}")
                 break
-    say(f"metrics: {run}/metrics.jsonl  pictures: {run}/samples/  model: {newest_checkpoint(run)}")
+    job.say(f"metrics: {job.run}/metrics.jsonl   pictures: {job.run}/samples/   model: {newest_checkpoint(job.run)}")
     dist.destroy_process_group()
 
 

@@ -56,7 +56,8 @@ def test_targets_found_counts_true_boxes():
 def test_summary_by_hand():
     box, other = [item(0, 0, 9, 9)], [item(5, 0, 14, 9)]
     metrics = summarise([
-        record(box, box, length=40), record(other, box, thinks=False, length=40), record([], box, "no_answer", length=2),
+        record(box, box, length=40), record(other, box, thinks=False, length=40),
+        record([], box, "no_answer", length=2),
         record([], [], thinks=False, length=8), record([], [], "bad_json"), record(box, []),
         record([], [], task="vqa", correct=True), record([], [], task="math", correct=False)])
     assert metrics["gIoU"] == pytest.approx((1 + 1 / 3 + 0 + 1 + 1 + 0) / 6)
@@ -88,7 +89,7 @@ def test_an_answer_is_judged_in_the_frame_the_model_saw_and_reported_in_the_pict
     assert prompt.size == (112, 56) and judged.predicted == [{"bbox_2d": [11, 11, 56, 45], "point_2d": [34, 28]}]
     assert box_hit(judged.predicted, judged.truth) and not judged.thinks and judged.error is None
     assert evaluation.original_frame(judged, prompt)[0]["bbox_2d"] == [10, 10, 50, 40]
-    assert evaluation.judge(prompt, "<think>hm</think> <answer>[1]</answer>", 5).error == "not_objects"
+    assert evaluation.judge(prompt, "<think>hm</think> <answer>[1]</answer>", 5).error == "not_an_object"
 
 
 def test_the_command_writes_metrics_records_and_a_picture(tmp_path, monkeypatch, capsys):

@@ -76,7 +76,8 @@ def test_recorded_log_probs_equal_the_training_forward(model, prompts):
 
 def test_rollouts_do_not_depend_on_the_batch(model, prompts):
     def run(chosen):
-        return {p.example.id: [r.tokens for r in group] for p, group in zip(chosen, generate(model, chosen, 4, 16, 1.0))}
+        groups = generate(model, chosen, 4, 16, 1.0)
+        return {p.example.id: [r.tokens for r in group] for p, group in zip(chosen, groups)}
     together = run(prompts)
     assert run(prompts[::-1]) == together
     for prompt in prompts:
