@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 import scenes
-from model import VISION_TOKENS, Config, local_folder, mrope_positions, read_eos_ids
+from model import Config, local_folder, mrope_positions, read_eos_ids
 from rewards import TASKS, label_error, user_text
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
@@ -60,27 +60,31 @@ class Jsonl:
     if there is one. solution: text, or for tasks with boxes JSON (as text or as it is). All is checked at the start."""
     def __init__(self, path: Path):
         self.path, self.rows = path, []
-        with open(path, encoding="utf-8") as lines:
+        with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     self.rows.append(self.read(line, f"{path}, row {number}"))
         if not self.rows:
             raise ValueError(f"{path} holds no rows")
 
-    def read(self, line: str, where: str) -> Example:
+    def read(self, line: bytes, where: str) -> Example:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not a JSON object")
         missing = {"id", "image", "problem", "solution", "task"} - row.keys()
         if missing:
             raise ValueError(f"{where}: the columns {sorted(missing)} are missing")
+        for column, kind in (("task", str), ("problem", str), ("image", (str, type(None))),
+                             ("solution", (str, list)), ("thought", str)):
+            if not isinstance(row.get(column, ""), kind):
+                raise ValueError(f"{where}: the column {column!r} holds a {type(row[column]).__name__}")
         solution = row["solution"] if isinstance(row["solution"], str) else json.dumps(row["solution"])
         if (reason := label_error(row["task"], solution)) is not None:
             raise ValueError(f"{where}: bad label: {reason}")
-        if not isinstance(row["problem"], str) or not row["problem"].strip():
+        if not row["problem"].strip():
             raise ValueError(f"{where}: the problem is empty")
         image = None
         if row["image"] is not None:
@@ -186,8 +190,8 @@ class Processor:
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
         self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
         self.eos_ids = read_eos_ids(folder)
-        self.special = [token for token in self.tokenizer.get_added_vocab()
-                        if token.startswith("<|")]  # must never come out of data
+        # <|im_start|> and its like must never come out of data; <tool_call>, which Qwen2.5 adds too, is harmless text.
+        self.special = [token for token in self.tokenizer.get_added_vocab() if token.startswith("<|")]
 
     def patches(self, image: Image.Image) -> tuple[Tensor, tuple[int, int], Image.Image]:
         """RGB image → patches [N, 3·2·14·14], (gh, gw), the resized image. A still image is doubled in time."""
@@ -230,8 +234,7 @@ class Processor:
     def encode(self, response: str) -> list[int]:
         """A label's text → its tokens and one EOS, the ids that carry r(y)."""
         tokens = self.tokenizer(response, add_special_tokens=False).input_ids
-        forbidden = {*self.eos_ids, *(getattr(self.config, name) for name in VISION_TOKENS)}
-        if forbidden & set(tokens):
+        if any(token in response for token in self.special):
             raise ValueError(f"a label holds a special token of the model: {response[:200]!r}")
         return tokens + [self.eos_ids[0]]
 

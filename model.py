@@ -98,7 +98,7 @@ class Config:
             rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
             mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            **{name: field(text, name) for name in VISION_TOKENS},
+            **{name: field(raw, name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
             **vision_fields)
 
 
@@ -496,13 +496,13 @@ class Qwen2_5_VL(nn.Module):
     def save_pretrained(self, folder, max_shard_size: str = "5GB") -> None:
         """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer, processor files."""
         from huggingface_hub import save_torch_state_dict
+        if self.folder is None:
+            raise ValueError("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()
                  if not (name == "lm_head.weight" and self.config.tie_word_embeddings)}
         save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-        if self.folder is None:
-            raise ValueError("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
         raw = json.loads((self.folder / "config.json").read_text())
         raw.pop("torch_dtype", None)
         raw["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")

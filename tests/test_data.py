@@ -1,0 +1,488 @@
+"""data.py against transformers' processor of the same folder, the packing of rows, the files it refuses, and scenes.py,
+whose answers are counted again from the pixels."""
+import collections
+import doctest
+import functools
+import json
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+import data
+import scenes
+from data import Example, Processor, Prompt, Row, collate, convert_boxes, load, order, pack_group, smart_resize, take
+from rewards import user_text
+
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+BOX = {"bbox_2d": [10, 15, 50, 30], "point_2d": [30, 22]}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(TINY)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Every pixel another colour: nothing is as hard to resize alike."""
+    return Image.fromarray(np.random.default_rng((seed, width, height)).integers(0, 256, (height, width, 3), np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same prompt as transformers
+
+SIZES = [(112, 112), (28, 28), (1, 1), (3, 200), (199, 1), (14, 13), (42, 70), (70, 98), (113, 111)]
+SIZES += [(rng.randint(1, 320), rng.randint(1, 320)) for rng in [random.Random(7)] for _ in range(31)]
+
+
+@pytest.mark.parametrize("pixels", [{}, {"min_pixels": 40 * 784, "max_pixels": 60 * 784}], ids=["official", "narrow"])
+def test_patches(pixels, tmp_path):
+    """`narrow` lets hardly an image keep its size: small ones grow, large ones shrink."""
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    settings = json.loads((TINY / "preprocessor_config.json").read_text()) | pixels
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    ours, reference = Processor(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    counts = set()
+    for width, height in SIZES:
+        image = noise(width, height)
+        expected = reference(images=[image], return_tensors="pt")
+        patches, (gh, gw), resized = ours.patches(image)
+        assert [[1, gh, gw]] == expected["image_grid_thw"].tolist(), image.size
+        assert resized.size == (14 * gw, 14 * gh)
+        torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-5)
+        counts.add(gh * gw // 4)
+    assert len(counts) > 10 and (min(counts) >= 40 if pixels else min(counts) < 10)
+
+
+@pytest.mark.parametrize("limits", [(3136, 12845056), (784, 784 * 16), (256 * 784, 1280 * 784), (100000, 100001)])
+def test_smart_resize(limits):
+    reference = sys.modules[Qwen2VLImageProcessorPil.__module__].smart_resize
+    rng = random.Random(0)
+    refused = 0
+    sizes = [tuple(int(np.exp(rng.uniform(0, 8.7))) for _ in "hw") for _ in range(3000)]
+    for height, width in [*sizes, (10, 2000), (2000, 10), (10, 2001), (2001, 10), (14, 42), (42, 70), (70, 98), (1, 1)]:
+        try:
+            expected = reference(height, width, 28, *limits)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError, match=f"{width}×{height} pixels"):
+                smart_resize(height, width, 28, *limits)
+        else:
+            assert smart_resize(height, width, 28, *limits) == expected, (height, width)
+    assert 10 < refused < 1500
+
+
+CONVERSATIONS = [("vqa", "How many red rings are there?", (150, 90)), ("vqa", "Describe  the image.\n", (40, 300)),
+                 ("scene_grounding", "Red Ring.", (112, 112)), ("math", "1+1? Answer in \\boxed{}.", None),
+                 ("grounding", "the café {left}", (57, 200)), ("vqa", "<think> 漢字 é e\u0301 </answer>", (28, 28))]
+
+
+@pytest.mark.parametrize("task, question, size", CONVERSATIONS)
+def test_prompt_tokens(processor, task, question, size):
+    """transformers' AutoProcessor wants torchvision; so tokenizer and image processor, joined by hand."""
+    answer = json.dumps([BOX]) if "grounding" in task else "1"
+    prompt = processor.prompt(Example("x", size and noise(*size), question, answer, task))
+    tokenizer, images = AutoTokenizer.from_pretrained(TINY), Qwen2VLImageProcessorPil.from_pretrained(TINY)
+    content, count = [{"type": "text", "text": user_text(task, question)}], 0
+    if size:
+        grid = images(images=[noise(*size)], return_tensors="pt")["image_grid_thw"]
+        content, count = [{"type": "image"}, *content], int(grid.prod()) // images.merge_size ** 2
+        assert prompt.grids == [tuple(grid[0, 1:].tolist())]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                         add_generation_prompt=True)
+    assert text.count("<|image_pad|>") == bool(size)
+    expected = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count))["input_ids"]
+    assert prompt.tokens == expected
+    assert prompt.tokens.count(processor.config.image_token_id) == count == len(prompt.patches) // 4
+    assert prompt.position.shape == (3, len(prompt.tokens))
+    longer_side = max(prompt.grids[0]) // 2 if size else 0  # in image tokens: so many ids does an image take
+    assert prompt.next_position == len(prompt.tokens) - count + longer_side
+
+
+def test_prompt_has_the_chat_of_the_paper(processor):
+    """Section 7 of paper.md, to the letter."""
+    prompt = processor.prompt(Example("x", noise(56, 56), "Hello?", "1", "vqa"))
+    assert processor.tokenizer.decode(prompt.tokens) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        + "<|image_pad|>" * 4 + "<|vision_end|>Hello?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_other_colour_modes_and_files(processor, tmp_path, mode):
+    noise(60, 90).convert(mode).save(tmp_path / "a.png")
+    prompt = processor.prompt(Example("x", str(tmp_path / "a.png"), "What?", "1", "vqa"))
+    expected = Qwen2VLImageProcessorPil.from_pretrained(TINY)(images=[Image.open(tmp_path / "a.png").convert("RGB")])
+    torch.testing.assert_close(prompt.patches, torch.tensor(expected["pixel_values"]), rtol=0, atol=1e-5)
+
+
+def test_truncated_image_names_the_example(processor, tmp_path):
+    noise(60, 90).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="example number 7: the image cannot be read"):
+        processor.prompt(Example("number 7", str(tmp_path / "half.png"), "What?", "1", "vqa"))
+
+
+SPECIAL = ["<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+
+
+@pytest.mark.parametrize("token", [*SPECIAL, "<|im_start|>"])
+def test_question_with_a_special_token(processor, token):
+    for task, question in (("vqa", f"a {token} b"), ("scene_grounding", f"a {token.upper()} b")):  # lower-cased there
+        with pytest.raises(ValueError, match="example x: the question holds a special token"):
+            processor.prompt(Example("x", None, question, "[]", task))
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+def test_label_with_a_special_token(processor, token):
+    with pytest.raises(ValueError, match="a label holds a special token"):
+        processor.encode(f"<answer>{token}</answer>")
+
+
+def test_encode_and_decode(processor):
+    eos, pad = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    for text in ("<answer>[]</answer>", "two words", f"<answer>{json.dumps([BOX])}</answer>", "漢字 é"):
+        tokens = processor.encode(text)
+        assert tokens == [*processor.tokenizer(text)["input_ids"], eos]
+        assert eos not in tokens[:-1] and len(tokens) > 1
+        assert processor.decode(tokens) == processor.decode([*tokens[:-1], pad]) == text
+        assert processor.decode(tokens[:-1]) == text  # a truncated response
+    assert processor.decode([*tokens, eos]) == text + "<|im_end|>"  # one EOS ends a response, a second is content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes
+
+def test_convert_boxes():
+    # 100×50 → 112×84: x·1.12, y·1.68, then int(· + 0.5).
+    answer = [{"bbox_2d": [10, 20, 50, 25], "point_2d": [30, 22.5], "label": "a"},
+              {"bbox_2d": [0, 0, 100, 50], "point_2d": [1, 1]}]
+    assert json.loads(convert_boxes(json.dumps(answer), (100, 50), (112, 84))) == [
+        {"bbox_2d": [11, 34, 56, 42], "point_2d": [34, 38], "label": "a"},   # 11.2 33.6 56 42; 33.6 37.8
+        {"bbox_2d": [0, 0, 112, 84], "point_2d": [1, 2]}]                    # 1.12 1.68
+    halves = '[{"bbox_2d":[1,3,5,7],"point_2d":[3,4]}]'
+    assert json.loads(convert_boxes(halves, (8, 8), (4, 4))) == [{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 2]}]
+    assert convert_boxes(halves, (8, 8), (8, 8)) == halves  # not even its blanks
+    assert convert_boxes("[]", (8, 8), (4, 4)) == "[]"
+
+
+def test_grounding_example_of_a_file_gets_its_boxes_converted(processor, tmp_path):
+    noise(100, 60).save(tmp_path / "a.png")
+    lines = [{"id": task, "image": "a.png", "problem": "red ring", "solution": [BOX], "task": task}
+             for task in ("grounding", "scene_grounding", "vqa")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = load(str(tmp_path / "a.jsonl"))
+    for example in (source[0], source[1]):
+        prompt = processor.prompt(example)
+        assert (prompt.original_size, prompt.size, prompt.image.size) == ((100, 60), (112, 56), (112, 56))
+        # x·1.12: 11.2 56 33.6; y·56/60: 14 28 20.53
+        assert json.loads(prompt.answer) == [{"bbox_2d": [11, 14, 56, 28], "point_2d": [34, 21]}]
+        assert json.loads(example.answer) == [BOX]  # the source keeps the image's own pixels
+    assert processor.prompt(source[2]).answer == json.dumps([BOX])  # text to a task without boxes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+def plain_prompt(tokens: list[int], **more) -> Prompt:
+    position = torch.arange(len(tokens)).expand(3, -1)
+    return Prompt(Example("the id", None, "", "", "vqa"), tokens, position, **{
+        "patches": torch.empty(0, 0), "grids": [], "answer": "", **more})
+
+
+def test_pack_group_docstring():
+    [row] = pack_group(plain_prompt([7, 8]), [[1, 2], [3, 4, 5]])
+    assert row.tokens == [7, 8, 1, 2, 3, 4, 5]
+    assert row.segment == [0, 0, 1, 1, 2, 2, 2]
+    assert row.predictor == [0, 0, 1, 2, 1, 4, 5]
+    assert row.position.tolist() == [[0, 1, 2, 3, 2, 3, 4]] * 3
+
+
+def test_responses_go_on_after_the_largest_position():
+    """After an image the largest id is not that of the last token."""
+    prompt = plain_prompt([9] * 4)
+    prompt.position = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [5, 0, 1, 1]])
+    [row] = pack_group(prompt, [[1, 2], [3]])
+    assert row.position[:, 4:].tolist() == [[6, 7, 6]] * 3
+
+
+def by_response(rows: list[Row]) -> dict[int, list]:
+    """Response number → (token, position, what precedes it: a token or the prompt's end) of each of its tokens."""
+    found = collections.defaultdict(list)
+    for row in rows:
+        for i, s in enumerate(row.segment):
+            if s:
+                p = row.predictor[i]
+                before = "prompt" if row.segment[p] == 0 else (row.segment[p], row.tokens[p])
+                assert row.segment[p] or p == row.segment.count(0) - 1
+                found[s].append((row.tokens[i], row.position[:, i].tolist(), before))
+    return found
+
+
+@pytest.mark.parametrize("limit", range(9, 32))
+def test_splitting_by_max_row_tokens(limit):
+    prompt, lengths = plain_prompt([50, 51, 52, 53]), (3, 1, 5, 5, 2, 4, 5, 1)
+    responses = [[10 * s + i for i in range(n)] for s, n in enumerate(lengths, 1)]
+    rows = pack_group(prompt, responses, limit)
+    for row in rows:
+        assert len(row.tokens) == len(row.segment) == len(row.predictor) == row.position.shape[1] <= limit
+        assert row.tokens[:4] == prompt.tokens and row.segment[:4] == [0] * 4
+    found = by_response(rows)
+    assert list(found) == list(range(1, 9))
+    assert [[token for token, _, _ in found[s]] for s in found] == responses
+    assert found == by_response(pack_group(prompt, responses))
+    for row, following in zip(rows, rows[1:]):  # no row was ended early
+        assert len(row.tokens) + lengths[max(row.segment)] > limit, following.segment
+
+
+def test_response_that_does_not_fit():
+    with pytest.raises(ValueError, match="example the id: .* 4 tokens and a response of 5 exceed --max-row-tokens 8"):
+        pack_group(plain_prompt([50, 51, 52, 53]), [[1], [1, 2, 3, 4, 5]], 8)
+
+
+def test_collate():
+    images = [torch.full((4, 6), 1.0), torch.full((8, 6), 2.0)]
+    prompts = [plain_prompt([7, 8], patches=images[0], grids=[(2, 2)]), plain_prompt([7, 8, 9]),
+               plain_prompt([6], patches=images[1], grids=[(2, 4)])]
+    batch = collate([row for p in prompts for row in pack_group(p, [[1, 2]])])
+    assert batch.tokens.tolist() == [[7, 8, 1, 2, 0], [7, 8, 9, 1, 2], [6, 1, 2, 0, 0]]
+    assert batch.segment.tolist() == [[0, 0, 1, 1, -1], [0, 0, 0, 1, 1], [0, 1, 1, -1, -1]]
+    assert batch.predictor.tolist() == [[0, 0, 1, 2, 0], [0, 0, 0, 2, 3], [0, 0, 1, 0, 0]]
+    assert batch.position.tolist() == [[[0, 1, 2, 3, 0], [0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]] * 3
+    assert torch.equal(batch.patches, torch.cat(images)) and batch.grids == [(2, 2), (2, 4)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+def test_order():
+    orders = {(seed, epoch): order(40, seed, epoch).tolist() for seed in (0, 1, 2) for epoch in (0, 1, 2)}
+    assert all(sorted(o) == list(range(40)) for o in orders.values())
+    assert len(set(map(tuple, orders.values()))) == 9  # (1, 2) and (2, 1) differ as well
+    order.cache_clear()
+    assert all(order(40, *key).tolist() == o for key, o in orders.items())
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 10, 16])
+def test_take_visits_everything_once_an_epoch(count):
+    source, seen = list("abcdefghij"), []
+    while len(seen) < 50:
+        seen += take(source, len(seen), count, seed=5)
+    epochs = [seen[at:at + 10] for at in range(0, 50, 10)]
+    assert all(sorted(epoch) == source for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 5
+    assert seen == take(source, 0, len(seen), seed=5) != take(source, 0, len(seen), seed=6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+GOOD = {"id": 1, "image": "pictures/a.png", "problem": "red ring", "solution": [BOX], "task": "grounding"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    noise(40, 30).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "corrupt.png").write_bytes(b"not a picture")
+    return tmp_path
+
+
+def write(folder: Path, *rows) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder / "a.jsonl")
+
+
+def test_jsonl(folder, monkeypatch):
+    text = GOOD | {"id": "b", "image": None, "problem": "1+1, é?", "solution": "2", "task": "math", "thought": "Easy."}
+    as_text = GOOD | {"solution": json.dumps([BOX]), "task": "scene_grounding"}
+    nothing = GOOD | {"id": 4, "solution": []}
+    path = write(folder, GOOD, "", text, as_text, nothing)
+    monkeypatch.chdir("/")  # image paths are relative to the file
+    source = load(path)
+    picture = str(folder / "pictures" / "a.png")
+    assert len(source) == 4
+    assert [source[i] for i in range(4)] == [
+        Example("1", picture, "red ring", json.dumps([BOX]), "grounding"),
+        Example("b", None, "1+1, é?", "2", "math", "Easy."),
+        Example("1", picture, "red ring", json.dumps([BOX]), "scene_grounding"),
+        Example("4", picture, "red ring", "[]", "grounding")]
+    assert Image.open(source[0].image).size == (40, 30)
+
+
+def without(column: str) -> dict:
+    return {key: value for key, value in GOOD.items() if key != column}
+
+
+@pytest.mark.parametrize("row, reason", [
+    ("{not json", "not JSON"), ("[1, 2]", "not a JSON object"),
+    *((without(column), rf"columns \['{column}'\] are missing") for column in GOOD),
+    (GOOD | {"image": "pictures/b.png"}, "image cannot be read: .*b.png"),
+    (GOOD | {"image": "pictures/corrupt.png"}, "image cannot be read: .*corrupt.png"),
+    (GOOD | {"solution": "red"}, "bad label: bad_json"), (GOOD | {"solution": BOX}, "the column 'solution' holds a dict"),
+    (GOOD | {"solution": [{"point_2d": [1, 2]}]}, "bad label: no_bbox_2d"),
+    (GOOD | {"solution": [BOX | {"bbox_2d": [1, 2, 3]}]}, "bad label: bad_bbox_2d"),
+    (GOOD | {"solution": [BOX | {"point_2d": "1, 2"}]}, "bad label: bad_point_2d"),
+    (GOOD | {"solution": " ", "task": "vqa"}, "bad label: the solution is empty"),
+    (GOOD | {"task": "chess"}, "task 'chess' is not one of"), (GOOD | {"problem": " \n"}, "the problem is empty"),
+    (GOOD | {"problem": None}, "the column 'problem' holds a NoneType")])
+def test_bad_row(folder, row, reason):
+    path = write(folder, GOOD, "", row, GOOD)  # the blank line counts: it is the number an editor shows
+    with pytest.raises(ValueError, match=f"^{re.escape(path)}, row 3: .*{reason}"):
+        load(path)
+
+
+@pytest.mark.parametrize("change", [{"image": 5}, {"task": ["vqa"]}, {"solution": None, "task": "vqa"}],
+                         ids=["image is a number", "task is a list", "solution is null"])
+def test_row_of_wrong_types(folder, change):
+    path = write(folder, GOOD, GOOD | change)
+    with pytest.raises(ValueError, match=f"^{re.escape(path)}, row 2: "):
+        load(path)
+
+
+@pytest.mark.parametrize("name, error, reason", [
+    ("scenes:nowhere", ValueError, "nowhere does not exist; the splits are words, pretrain, train, val, test"),
+    ("scenes", ValueError, "give scenes:SPLIT"), ("data.csv", ValueError, "data.csv: give scenes:SPLIT"),
+    ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: there is no such file")])
+def test_unknown_data(name, error, reason):
+    with pytest.raises(error, match=reason):
+        load(name)
+
+
+def test_empty_file(folder):
+    with pytest.raises(ValueError, match="a.jsonl holds no rows"):
+        load(write(folder, "", " "))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in world
+
+@functools.lru_cache
+def examples(split: str) -> list[Example]:
+    source = load("scenes:" + split)
+    return [source[i] for i in range(240)]
+
+
+def things_in(image: Image.Image) -> list[scenes.Thing]:
+    """What the picture shows, found from its pixels alone. Without the light, the channels of grey and its noise are at
+    most 31 apart, those of paint at least 55; shapes do not touch. A square paints its corner, a ring not even its
+    middle."""
+    pixels = np.asarray(image).astype(int) - scenes.LIGHT
+    painted = np.ptp(pixels, axis=-1) > 43
+    label, _ = ndimage.label(painted, np.ones((3, 3)))
+    things = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(label), 1):
+        mean = pixels[label == number].mean(0)
+        colour = min(scenes.COLOURS, key=lambda c: np.abs(mean - scenes.COLOURS[c]).sum())
+        x1, y1, x2, y2 = columns.start, rows.start, columns.stop - 1, rows.stop - 1
+        middle = painted[(y1 + y2) // 2, (x1 + x2) // 2]
+        shape = "square" if painted[y1, x1] else "cross" if middle else "ring"
+        things.append(scenes.Thing(colour, shape, (x1, y1, x2, y2)))
+    return sorted(things, key=lambda t: t.box[:2])
+
+
+def fitting(things: list[scenes.Thing], phrase: str) -> list[scenes.Thing]:
+    """phrase: "red ring", "red object" or "ring"."""
+    words = phrase.split()
+    assert set(words) <= {*scenes.COLOURS, *scenes.SHAPES, "object"}, phrase
+    return [t for t in things if all(word in (t.colour, t.shape, "object") for word in words)]
+
+
+def singular(phrase: str) -> str:
+    return phrase.removesuffix("es") if phrase.endswith("sses") else phrase.removesuffix("s")
+
+
+KINDS = {"How many": "count", "Describe": "caption", "What": "attribute", "Where": "where"}
+
+
+def centre(thing: scenes.Thing) -> list[int]:
+    x1, y1, x2, y2 = thing.box
+    return [(x1 + x2) // 2, (y1 + y2) // 2]
+
+
+def kind_of(example: Example) -> str:
+    if example.task == "scene_grounding":
+        return "absent" if example.answer == "[]" else "present"
+    return next(kind for start, kind in KINDS.items()
+                if example.question.startswith(start))
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_answers_are_exact(split):
+    for example in examples(split):
+        things, kind = things_in(example.image), kind_of(example)
+        if kind in ("present", "absent"):
+            found = fitting(things, example.question)
+            expected = [{"bbox_2d": list(t.box), "point_2d": centre(t)} for t in found]
+            assert example.answer == json.dumps(expected, separators=(",", ":")), example.id
+            if split != "pretrain":  # else naming everything, or the number of things, gives the answer away
+                assert len(things) >= 2 and len(found) < len(things), example.id
+        elif kind == "count":
+            [phrase] = re.findall("^How many (.+) are there", example.question)
+            assert example.answer == str(len(fitting(things, singular(phrase)))), example.id
+            assert (example.task == "scene_math") == ("\\boxed{}" in example.question)
+        elif kind == "attribute":
+            [(asked, phrase)] = re.findall(r"^What (colour|shape) is the (.+)\?$", example.question)
+            [thing] = fitting(things, phrase)
+            assert example.answer == getattr(thing, asked), example.id
+        elif kind == "where":
+            [thing] = fitting(things, re.findall(r"^Where is the (.+)\?$", example.question)[0])
+            assert example.answer == str(centre(thing)), example.id
+        else:
+            assert example.answer == ", ".join(f"a {t.colour} {t.shape}" for t in things), example.id
+
+
+def test_what_each_split_asks():
+    kinds = {split: collections.Counter(map(kind_of, examples(split))) for split in scenes.SPLITS}
+    assert set(kinds["words"]) == set(KINDS.values())
+    assert set(kinds["pretrain"]) == {*KINDS.values(), "present"}
+    assert set(kinds["train"]) == {"present", "absent"} and 90 < kinds["train"]["absent"] < 150
+    assert kinds["val"] == kinds["test"] == {"present": 80, "absent": 80, "count": 80}
+    # The base model has counted to zero, but never answered `[]`.
+    for split in ("words", "pretrain"):
+        assert not any("[]" in example.answer for example in examples(split))
+        assert any(kind_of(example) == "count" and example.answer == "0" for example in examples(split))
+
+
+def test_only_pretraining_thinks():
+    for split in scenes.SPLITS:
+        for example in examples(split):
+            thinks = split == "pretrain" and kind_of(example) == "present"
+            assert bool(example.thought) == thinks and (not thinks or example.question in example.thought)
+
+
+def test_splits_are_deterministic_and_never_share_a_scene():
+    pictures = [example.image.tobytes() for split in scenes.SPLITS for example in examples(split)]
+    assert len(set(pictures)) == len(pictures) == 240 * 5  # the same index is another scene in each split
+    for split in scenes.SPLITS:
+        for index in (239, 0, 17):  # whatever was asked before
+            again, first = load("scenes:" + split)[index], examples(split)[index]
+            assert again.image.tobytes() == first.image.tobytes()
+            assert (again.id, again.question, again.answer, again.task) == (
+                first.id, first.question, first.answer, first.task) and again.id == f"scenes:{split}/{index}"
+
+
+def test_every_scene_fills_a_prompt(processor):
+    for split in scenes.SPLITS:
+        prompt = processor.prompt(examples(split)[3])
+        assert prompt.size == prompt.original_size == (112, 112) and prompt.answer == examples(split)[3].answer
+        assert prompt.tokens.count(processor.config.image_token_id) == 16
+
+
+def test_names():
+    assert scenes.name(("red", "ring")) == "red ring" and scenes.name(("red", None), plural=True) == "red objects"
+    assert scenes.name((None, "cross")) == "cross" and scenes.name((None, "cross"), plural=True) == "crosses"
+
+
+def test_docstring_examples():
+    results = [doctest.testmod(module) for module in (data, scenes)]
+    assert sum(r.attempted for r in results) >= 1 and not any(r.failed for r in results)
