@@ -189,25 +189,24 @@ def test_a_step_that_is_not_finite_changes_nothing(alone):
 def test_the_point_of_the_paper_on_one_question(alone):
     """From random weights no rollout ever earns its answer: RLVR stays where it is, every group tied. ViSurf raises y
     until the rollouts find it, then smoothing takes y out. SFT learns y by heart."""
-    last = {}
+    logs = {}
     for method in ("rlvr", "visurf", "sft"):
         model, processor = small_model()
         cfg = train.Config(method=method, rollouts=4, max_new_tokens=12)
         prompt = processor.prompt(Scenes("test")[1])
         ddp, optimizer = DistributedDataParallel(model), torch.optim.AdamW(model.parameters(), lr=3e-3)
+        logs[method] = []
         for step in range(60):
             meter = train.Meter()
             groups = train.make_groups(cfg, model, processor, [prompt], step)
             train.measure_groups(cfg, groups, meter)
             train.update(cfg, ddp, None, [optimizer], groups, meter)
-            if step == 0:
-                first = meter.read(torch.device("cpu"))
-        last[method] = meter.read(torch.device("cpu"))
-        if method == "visurf":
-            assert first["smoothed"] == 0 and first["advantage_y"] == pytest.approx(4 / 5 ** 0.5)   # G/√(G+1)
-    assert last["rlvr"]["r_rollouts"] == 1 and last["rlvr"]["tied"] == 1
-    assert last["visurf"]["r_rollouts"] >= 5.5 and last["visurf"]["smoothed"] == 1
-    assert last["sft"]["logp_y"] > -1
+            logs[method].append(meter.read(torch.device("cpu")))
+    first, last = logs["visurf"][0], logs["visurf"][-20:]
+    assert first["smoothed"] == 0 and first["advantage_y"] == pytest.approx(4 / 5 ** 0.5)   # G/√(G+1)
+    assert sum(m["r_rollouts"] for m in last) / 20 > 4 and sum(m["smoothed"] for m in last) / 20 > 0.7
+    assert all(m["r_rollouts"] == 1 and m["tied"] == 1 for m in logs["rlvr"])
+    assert logs["sft"][-1]["logp_y"] > -1
 
 
 def test_learning_rate_schedule():
