@@ -60,7 +60,7 @@ class Config:
     temperature: float = option(1.0, "T of sampling and scoring [paper.md 1: 1.0]")
     micro_rows: int = option(16, "rows per forward; any value gives the same update")
     max_row_tokens: int = option(0, "a group whose row is longer becomes several rows (0: no limit)")
-    lr: float = option(2e-4, "learning rate, constant [paper.md 1: 1e-6, for 7B]")
+    lr: float = option(5e-4, "learning rate, constant [paper.md 1: 1e-6, for 7B]")
     warmup_steps: int = option(0, "steps of linear warm-up")
     cooldown_steps: int = option(0, "last steps, of linear decay to 0 (for pretraining)")
     optimizer: str = option("adamw", "adamw; muon: Muon for matrices, AdamW for the rest (for pretraining)",

@@ -9,7 +9,7 @@ for method in visurf rlvr sft; do
     python eval.py --model runs/four-$method --data scenes:test --out runs/four-$method/eval
 done
 # Two-stage: half of the steps for each stage, so that all rows have seen as many prompts.
-torchrun train.py --method sft --steps @@HALF@@ --name four-sft-half
-torchrun train.py --method rlvr --steps @@HALF@@ --model "$(ls -d runs/four-sft-half/checkpoints/step_@@HALF@@)" \
+torchrun train.py --method sft --steps 150 --name four-sft-half
+torchrun train.py --method rlvr --steps 150 --model "$(ls -d runs/four-sft-half/checkpoints/step_150)" \
     --name four-sft-rlvr
 python eval.py --model runs/four-sft-rlvr --data scenes:test --out runs/four-sft-rlvr/eval
