@@ -63,7 +63,7 @@ def draw(things: list[Thing], rng: random.Random) -> Image.Image:
     """Shapes on grey, lit by a warm lamp on the right and a cold one below, with noise.
 
     The light is there for the tiny model: Qwen2.5-VL's vision tower knows relative positions only, and on an even
-    background two layers of it could not tell where a shape was (no box was found in 80,000 examples).
+    background two layers of it did not learn where a shape is (assets/README.md).
     """
     grey = rng.randint(90, 170)
     image = Image.new("RGB", (SIZE, SIZE), (grey, grey, grey))

@@ -58,7 +58,7 @@ class Config:
     rollouts: int = option(8, "G, rollouts of each prompt [paper.md 1: 8]")
     max_new_tokens: int = option(128, "R, longest response; a longer rollout is truncated [paper.md 1: 2000]")
     temperature: float = option(1.0, "T of sampling and scoring [paper.md 1: 1.0]")
-    micro_rows: int = option(16, "rows per forward; any value gives the same update")
+    micro_rows: int = option(4, "rows per forward; any value gives the same update")
     max_row_tokens: int = option(0, "a group whose row is longer becomes several rows (0: no limit)")
     lr: float = option(5e-4, "learning rate, constant [paper.md 1: 1e-6, for 7B]")
     warmup_steps: int = option(0, "steps of linear warm-up")
