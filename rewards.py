@@ -224,8 +224,8 @@ OFFICIAL_PROMPT = (  # the authors' evaluation prompt, to the letter
 
 OFFICIAL_MATH_PROMPT = (
     "{question} First think about the question and then provide the answer. The answer is in latex format and wrapped "
-    "using the \\boxed{{}} command. The thinking process and answer are enclosed within <think> </think> and \\boxed{{}} "
-    "tags, respectively. i.e., <think> thinking process here. </think>\\boxed{{2}}")
+    "using the \\boxed{{}} command. The thinking process and answer are enclosed within <think> </think> and "
+    "\\boxed{{}} tags, respectively. i.e., <think> thinking process here. </think>\\boxed{{2}}")
 
 TASKS = {
     "grounding": Task(OFFICIAL_PROMPT, render_grounding, grounding_reward, boxes=True),

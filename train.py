@@ -138,6 +138,14 @@ def start_ranks() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def leave_ranks() -> None:
+    """Gloo's worker thread frees the tensors of its last collective, for which it needs the GIL; a process group (or a DDP
+    wrapper) freed at that moment holds the GIL and waits for the thread, for ever. So the thread goes first."""
+    dist.barrier()
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+
 def add_over_ranks(values: list[float], device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -522,7 +530,7 @@ def main() -> None:
                 job.say(f"stopped by SIGTERM at step {state['step']}; go on with --resume {job.run}")
                 break
     job.say(f"metrics: {job.run}/metrics.jsonl   pictures: {job.run}/samples/   model: {newest_checkpoint(job.run)}")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -547,8 +547,8 @@ def test_questions_are_lower_cased_and_stripped(question, plain):
     assert user_text("scene_math", question) == user_text("vqa", question) == question
     assert user_text("math", question) == question + (
         r" First think about the question and then provide the answer. The answer is in latex format and wrapped using "
-        r"the \boxed{} command. The thinking process and answer are enclosed within <think> </think> and \boxed{} tags, "
-        r"respectively. i.e., <think> thinking process here. </think>\boxed{2}")
+        r"the \boxed{} command. The thinking process and answer are enclosed within <think> </think> and \boxed{} "
+        r"tags, respectively. i.e., <think> thinking process here. </think>\boxed{2}")
 
 
 @pytest.mark.parametrize("task, stored", [

@@ -69,7 +69,7 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             change["weights"] = torch.tensor([weights.get("rlvr_weight", 0), weights.get("sft_weight", 0)])
             if rank == 0:
                 save_file(change, folder / f"{variant}_{world}_{rows}.safetensors")
-    train.dist.destroy_process_group()
+    train.leave_ranks()
 
 
 def test_ranks_and_micro_batches_do_not_change_the_update(tmp_path):
@@ -99,7 +99,7 @@ def alone(monkeypatch):
         monkeypatch.setenv(name, value)
     train.start_ranks()
     yield
-    train.dist.destroy_process_group()
+    train.leave_ranks()
 
 
 def small_model():
