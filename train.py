@@ -139,8 +139,8 @@ def start_ranks() -> tuple[int, int, torch.device]:
 
 
 def leave_ranks() -> None:
-    """Gloo's worker thread frees the tensors of its last collective, for which it needs the GIL; a process group (or a DDP
-    wrapper) freed at that moment holds the GIL and waits for the thread, for ever. So the thread goes first."""
+    """Gloo's worker thread frees the tensors of its last collective, for which it needs the GIL; a process group (or a
+    DDP wrapper) freed at that moment holds the GIL and waits for the thread, for ever. So the thread goes first."""
     dist.barrier()
     time.sleep(0.2)
     dist.destroy_process_group()
