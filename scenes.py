@@ -4,12 +4,13 @@ Every example is a pure function of (split, index): the splits draw from differe
 
     split     asks for
     words     captions, counting (zero included), attributes, the centre of something that is there
-    pretrain  the same, and grounding of objects that are there (with a thought before the answer)
+    pretrain  the same, and grounding of what is there (with a thought first), half of it in scenes of one thing
+    crowds    the same, but only a tenth of the grounding in scenes of one thing
     train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets
     val, test grounding of something present, of something absent, counting: one third each
 
-The tiny base model in assets/ learns `words` and `pretrain`. It counts to zero, so it knows what is absent, but it has
-never met a grounding question whose answer is `[]`: that is left to post-training.
+The tiny base model in assets/ learns `words`, `pretrain` and `crowds`, in this order. It counts to zero, so it knows
+what is absent, but it has never met a grounding question whose answer is `[]`: that is left to post-training.
 """
 import json
 import random
@@ -23,7 +24,11 @@ COLOURS = {"red": (214, 48, 40), "green": (44, 160, 60), "blue": (40, 80, 220), 
            "purple": (150, 60, 190)}
 SHAPES = ("square", "ring", "cross")
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "train": 100_000, "val": 1536, "test": 1536}
+SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "train": 100_000, "val": 1536, "test": 1536}
+# Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding; and the share of grounding
+# in scenes of one thing. Where is it comes before which of them is it: the latter alone is not learnt.
+MIX = {"words": (3, 5, 1, 4, 0), "pretrain": (2, 4, 1, 2, 10), "crowds": (2, 6, 1, 2, 10)}
+SINGLE = {"pretrain": 0.5, "crowds": 0.1}
 RAMP = np.linspace(-45, 45, SIZE).astype(np.int16)
 LIGHT = np.stack(np.broadcast_arrays(RAMP, np.int16(0), RAMP[:, None]), -1)  # red grows to the right, blue downwards
 THOUGHTS = ("I look for the {}.", "Where is the {}?", "The {} is to be found.")
@@ -162,9 +167,8 @@ def caption(things: list[Thing]) -> dict:
 def make(split: str, index: int) -> dict:
     """Fields of data.Example: id, image, question, answer, task and, where the label has one, a thought."""
     rng = random.Random(f"{split}/{index}")
-    if split in ("words", "pretrain"):
-        weights = (3, 5, 1, 4, 0) if split == "words" else (2, 4, 1, 2, 10)
-        kind = rng.choices(("caption", "count", "attribute", "where", "present"), weights)[0]
+    if split in MIX:
+        kind = rng.choices(("caption", "count", "attribute", "where", "present"), MIX[split])[0]
     elif split == "train":
         kind = rng.choice(("present", "absent"))
     else:
@@ -172,13 +176,13 @@ def make(split: str, index: int) -> dict:
     # Present and absent alike have at least two things: their number must not give the answer away.
     things = place_things(rng, at_least=2 if kind in ("present", "absent") else 1)
     if kind == "present":
-        if split == "pretrain" and rng.random() < 0.5:
-            things = place_things(rng, at_most=1)   # where is it, before which is it: the latter alone is not learnt
+        if split in SINGLE and rng.random() < SINGLE[split]:
+            things = place_things(rng, at_most=1)
             query = queries_of((things[0].colour, things[0].shape))[0]
         else:
             while (query := present_query(things, rng)) is None:
                 things = place_things(rng, at_least=2)
-        fields = grounding(things, query, split == "pretrain", rng)
+        fields = grounding(things, query, split in MIX, rng)
     elif kind == "absent":
         fields = grounding(things, absent_query(things, rng), False, rng)
     elif kind == "count":

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes assets/tiny/ from nothing: config and tokenizer, then weights, trained by train.py --method sft in three stages.
-# About 70 minutes on 2 cores.      bash experiments/make_tiny.sh
+# Makes assets/tiny/ from nothing: config and tokenizer, then weights, trained by train.py --method sft in four stages.
+# About 100 minutes on 2 cores.      bash experiments/make_tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python experiments/make_tiny.py
 sft() {
     torchrun --nproc-per-node 2 train.py --method sft --optimizer muon --lr 3e-3 --weight-decay 0 --warmup-steps 20 \
-        --prompts-per-step 64 --micro-rows 32 --eval-data "" --save-every 0 "$@"
+        --prompts-per-step 64 --micro-rows 8 --eval-data "" --save-every 0 "$@"
 }
 # 1. Short answers only: captions, counting, attributes, where things are. Long captions teach the vision tower.
 sft --name tiny-words --data scenes:words --model assets/tiny --random-weights --normaliser token-mean --steps 1500
@@ -14,7 +14,13 @@ sft --name tiny-words --data scenes:words --model assets/tiny --random-weights -
 sft --name tiny-pretrain --data scenes:pretrain --model runs/tiny-words/checkpoints/step_1500 --normaliser seq-mean \
     --steps 2100 --cooldown-steps 1640
 # 3. More of the same, on other examples.
-sft --name tiny --data scenes:pretrain --model runs/tiny-pretrain/checkpoints/step_2100 --normaliser seq-mean \
+sft --name tiny-more --data scenes:pretrain --model runs/tiny-pretrain/checkpoints/step_2100 --normaliser seq-mean \
     --seed 43 --lr 2e-3 --steps 1400 --cooldown-steps 1380
-cp runs/tiny/checkpoints/step_1400/model.safetensors assets/tiny/
+# 4. Which of several things is meant. Where every token counts the same, the coordinates that tell outweigh the counts;
+#    then every answer counts the same again, and counting comes back.
+sft --name tiny-crowds --data scenes:crowds --model runs/tiny-more/checkpoints/step_1400 --normaliser token-mean \
+    --seed 44 --lr 1.5e-3 --prompts-per-step 128 --steps 1000
+sft --name tiny --data scenes:crowds --model runs/tiny-crowds/checkpoints/step_1000 --normaliser seq-mean \
+    --seed 45 --lr 1e-3 --prompts-per-step 128 --steps 1000 --cooldown-steps 1000
+cp runs/tiny/checkpoints/step_1000/model.safetensors assets/tiny/
 python eval.py --model assets/tiny --data scenes:test --out runs/tiny/eval
