@@ -148,15 +148,19 @@ def attribute(things: list[Thing], rng: random.Random) -> dict:
     return {"task": "vqa", "question": question, "answer": answer}
 
 
-def where(things: list[Thing], rng: random.Random) -> dict:
+def where(things: list[Thing], rng: random.Random, tags: bool) -> dict:
     """Asks for the centre of the only thing of its kind; else a caption. In few tokens, location is learnt far sooner
-    than in the forty of a JSON answer."""
+    than in the forty of a JSON answer. tags: wants the answer in <answer>. Without that the base would never have met
+    two tokens of `<answer>[]</answer>`, ">[" and "]</", which any real model knows."""
     unique = [t for t in things if sum((o.colour, o.shape) == (t.colour, t.shape) for o in things) == 1]
     if not unique:
         return caption(things)
     thing = rng.choice(unique)
     x, y = (thing.box[0] + thing.box[2]) // 2, (thing.box[1] + thing.box[3]) // 2
-    return {"task": "vqa", "question": f"Where is the {thing.colour} {thing.shape}?", "answer": f"[{x}, {y}]"}
+    question, answer = f"Where is the {thing.colour} {thing.shape}?", f"[{x}, {y}]"
+    if tags:
+        question, answer = f"{question} Answer in <answer>.", f"<answer>{answer}</answer>"
+    return {"task": "vqa", "question": question, "answer": answer}
 
 
 def caption(things: list[Thing]) -> dict:
@@ -188,7 +192,7 @@ def make(split: str, index: int) -> dict:
     elif kind == "count":
         fields = counting(things, rng, boxed=rng.random() < 0.25)
     elif kind == "where":
-        fields = where(things, rng)
+        fields = where(things, rng, tags=split == "crowds" and rng.random() < 0.5)
     else:
         fields = attribute(things, rng) if kind == "attribute" else caption(things)
     return {"id": f"scenes:{split}/{index}", "image": draw(things, rng), "thought": "", **fields}

@@ -436,8 +436,9 @@ def test_answers_are_exact(split):
             [thing] = fitting(things, phrase)
             assert example.answer == getattr(thing, asked), example.id
         elif kind == "where":
-            [thing] = fitting(things, re.findall(r"^Where is the (.+)\?$", example.question)[0])
-            assert example.answer == str(centre(thing)), example.id
+            [(phrase, tags)] = re.findall(r"^Where is the (.+)\?( Answer in <answer>.)?$", example.question)
+            [thing] = fitting(things, phrase)
+            assert example.answer == (f"<answer>{centre(thing)}</answer>" if tags else str(centre(thing))), example.id
         else:
             assert example.answer == ", ".join(f"a {t.colour} {t.shape}" for t in things), example.id
 
