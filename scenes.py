@@ -127,11 +127,15 @@ def grounding(things: list[Thing], query, thinks: bool, rng: random.Random) -> d
             "answer": json.dumps(items, separators=(",", ":"))}
 
 
-def counting(things: list[Thing], rng: random.Random, boxed: bool) -> dict:
+def counting(things: list[Thing], rng: random.Random, boxed: bool, quoted: bool = False) -> dict:
+    """quoted: in the words of a grounding question, 'Please count "red ring".', so that one reading of a question serves
+    both."""
     thing = rng.choice(things)
     query = absent_query(things, rng) if rng.random() < 0.4 else rng.choices(
         queries_of((thing.colour, thing.shape)), (4, 1, 1))[0]
     question = f"How many {name(query, plural=True)} are there?" + (" Answer in \\boxed{}." if boxed else "")
+    if quoted:
+        question = f'Please count "{name(query)}".' + (" Answer in \\boxed{}." if boxed else "")
     count = sum(t.fits(query) for t in things)
     return {"task": "scene_math" if boxed else "vqa", "question": question, "answer": str(count)}
 
@@ -190,7 +194,7 @@ def make(split: str, index: int) -> dict:
     elif kind == "absent":
         fields = grounding(things, absent_query(things, rng), False, rng)
     elif kind == "count":
-        fields = counting(things, rng, boxed=rng.random() < 0.25)
+        fields = counting(things, rng, boxed=rng.random() < 0.25, quoted=split == "crowds" and rng.random() < 0.5)
     elif kind == "where":
         fields = where(things, rng, tags=split == "crowds" and rng.random() < 0.5)
     else:

@@ -402,7 +402,7 @@ def singular(phrase: str) -> str:
     return phrase.removesuffix("es") if phrase.endswith("sses") else phrase.removesuffix("s")
 
 
-KINDS = {"How many": "count", "Describe": "caption", "What": "attribute", "Where": "where"}
+KINDS = {"How many": "count", "Please count": "count", "Describe": "caption", "What": "attribute", "Where": "where"}
 
 
 def centre(thing: scenes.Thing) -> list[int]:
@@ -428,8 +428,8 @@ def test_answers_are_exact(split):
             if split not in scenes.SINGLE:  # else naming everything, or the number of things, gives the answer away
                 assert len(things) >= 2 and len(found) < len(things), example.id
         elif kind == "count":
-            [phrase] = re.findall("^How many (.+) are there", example.question)
-            assert example.answer == str(len(fitting(things, singular(phrase)))), example.id
+            [(plural, phrase)] = re.findall("^(?:How many (.+) are there|Please count \"(.+)\")", example.question)
+            assert example.answer == str(len(fitting(things, phrase or singular(plural)))), example.id
             assert (example.task == "scene_math") == ("\\boxed{}" in example.question)
         elif kind == "attribute":
             [(asked, phrase)] = re.findall(r"^What (colour|shape) is the (.+)\?$", example.question)
@@ -458,7 +458,7 @@ def test_what_each_split_asks():
 def test_only_pretraining_thinks():
     for split in scenes.SPLITS:
         for example in examples(split):
-            thinks = split == "pretrain" and kind_of(example) == "present"
+            thinks = split in scenes.SINGLE and kind_of(example) == "present"
             assert bool(example.thought) == thinks and (not thinks or example.question in example.thought)
 
 
