@@ -27,7 +27,7 @@ KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "train": 100_000, "val": 1536, "test": 1536}
 # Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding; and the share of grounding
 # in scenes of one thing. Where is it comes before which of them is it: the latter alone is not learnt.
-MIX = {"words": (3, 5, 1, 4, 0), "pretrain": (2, 4, 1, 2, 10), "crowds": (2, 6, 1, 2, 10)}
+MIX = {"words": (3, 5, 1, 4, 0), "pretrain": (2, 4, 1, 2, 10), "crowds": (2, 10, 1, 2, 8)}
 SINGLE = {"pretrain": 0.5, "crowds": 0.1}
 RAMP = np.linspace(-45, 45, SIZE).astype(np.int16)
 LIGHT = np.stack(np.broadcast_arrays(RAMP, np.int16(0), RAMP[:, None]), -1)  # red grows to the right, blue downwards
@@ -194,7 +194,7 @@ def make(split: str, index: int) -> dict:
     elif kind == "absent":
         fields = grounding(things, absent_query(things, rng), False, rng)
     elif kind == "count":
-        fields = counting(things, rng, boxed=rng.random() < 0.25, quoted=split == "crowds" and rng.random() < 0.5)
+        fields = counting(things, rng, boxed=rng.random() < 0.25, quoted=split == "crowds" and rng.random() < 0.75)
     elif kind == "where":
         fields = where(things, rng, tags=split == "crowds" and rng.random() < 0.5)
     else:

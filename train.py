@@ -60,9 +60,9 @@ class Config:
     temperature: float = option(1.0, "T of sampling and scoring [paper.md 1: 1.0]")
     micro_rows: int = option(4, "rows per forward; any value gives the same update")
     max_row_tokens: int = option(0, "a group whose row is longer becomes several rows (0: no limit)")
-    lr: float = option(5e-4, "learning rate, constant [paper.md 1: 1e-6, for 7B]")
-    warmup_steps: int = option(0, "steps of linear warm-up")
-    cooldown_steps: int = option(0, "last steps, of linear decay to 0 (for pretraining)")
+    lr: float = option(2e-4, "learning rate [paper.md 1: 1e-6, constant, for 7B]")
+    warmup_steps: int = option(10, "steps of linear warm-up")
+    cooldown_steps: int = option(100, "last steps, of linear decay to 0")
     optimizer: str = option("adamw", "adamw; muon: Muon for matrices, AdamW for the rest (for pretraining)",
                             ("adamw", "muon"))
     weight_decay: float = option(0.01, "decoupled weight decay [paper.md 1: 1e-2]")

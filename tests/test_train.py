@@ -21,7 +21,7 @@ from model import Qwen2_5_VL
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
-         "--log-every", "1", "--warmup-steps", "3"]
+         "--log-every", "1", "--warmup-steps", "3", "--cooldown-steps", "0"]
 
 
 def free_port() -> int:
