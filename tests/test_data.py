@@ -402,7 +402,7 @@ def singular(phrase: str) -> str:
     return phrase.removesuffix("es") if phrase.endswith("sses") else phrase.removesuffix("s")
 
 
-KINDS = {"How many": "count", "Please count": "count", "Describe": "caption", "What": "attribute", "Where": "where"}
+KINDS = {"How many": "count", "Please find": "count", "Describe": "caption", "What": "attribute", "Where": "where"}
 
 
 def centre(thing: scenes.Thing) -> list[int]:
@@ -428,7 +428,7 @@ def test_answers_are_exact(split):
             if split not in scenes.SINGLE:  # else naming everything, or the number of things, gives the answer away
                 assert len(things) >= 2 and len(found) < len(things), example.id
         elif kind == "count":
-            [(plural, phrase)] = re.findall("^(?:How many (.+) are there|Please count \"(.+)\")", example.question)
+            [(plural, phrase)] = re.findall("^(?:How many (.+) are there|Please find \"(.+)\" and count)", example.question)
             assert example.answer == str(len(fitting(things, phrase or singular(plural)))), example.id
             assert (example.task == "scene_math") == ("\\boxed{}" in example.question)
         elif kind == "attribute":
