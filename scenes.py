@@ -127,15 +127,17 @@ def grounding(things: list[Thing], query, thinks: bool, rng: random.Random) -> d
             "answer": json.dumps(items, separators=(",", ":"))}
 
 
-def counting(things: list[Thing], rng: random.Random, boxed: bool, quoted: bool = False) -> dict:
-    """quoted: 'Please find "red ring" and count.' Up to the quotation mark that is a grounding question, so what a causal
-    model reads from the picture at the name serves both."""
+def counting(things: list[Thing], rng: random.Random, boxed: bool, quoted: bool) -> dict:
+    """quoted: 'Please find "red ring" and count.' Up to the quotation mark that is a grounding question, so what a
+    causal model reads from the picture at the name serves both."""
     thing = rng.choice(things)
     query = absent_query(things, rng) if rng.random() < 0.4 else rng.choices(
         queries_of((thing.colour, thing.shape)), (4, 1, 1))[0]
-    question = f"How many {name(query, plural=True)} are there?" + (" Answer in \\boxed{}." if boxed else "")
+    question = f"How many {name(query, plural=True)} are there?"
     if quoted:
-        question = f'Please find "{name(query)}" and count.' + (" Answer in \\boxed{}." if boxed else "")
+        question = f'Please find "{name(query)}" and count.'
+    if boxed:
+        question += " Answer in \\boxed{}."
     count = sum(t.fits(query) for t in things)
     return {"task": "scene_math" if boxed else "vqa", "question": question, "answer": str(count)}
 

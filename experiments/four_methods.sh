@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The four rows of the README's table: the default job with each method, then 512 test scenes of each kind.
-#     bash experiments/four_methods.sh            about 25 minutes on 2 cores; results in runs/four-*/eval/metrics.json
+# The base model, and the default job with each method and in two stages, on 512 test scenes of each kind.
+#     bash experiments/four_methods.sh            half an hour (estimated); results in runs/four-*/eval/metrics.json
 set -euo pipefail
 cd "$(dirname "$0")/.."
 test_model() { python eval.py --model "$1" --data scenes:test --out "runs/four-$2/eval"; }
@@ -10,6 +10,7 @@ for method in visurf rlvr sft; do
     test_model runs/four-$method $method
 done
 # Two-stage: half of the steps for each stage, so that all rows have seen as many prompts.
-torchrun train.py --method sft --steps 150 --name four-sft-half
-torchrun train.py --method rlvr --steps 150 --model runs/four-sft-half/checkpoints/step_150 --name four-sft-rlvr
+torchrun train.py --method sft --steps 150 --cooldown-steps 50 --name four-sft-half
+torchrun train.py --method rlvr --steps 150 --cooldown-steps 50 --model runs/four-sft-half/checkpoints/step_150 \
+    --name four-sft-rlvr
 test_model runs/four-sft-rlvr sft-rlvr

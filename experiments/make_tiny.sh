@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes assets/tiny/ from nothing: config and tokenizer, then weights, trained by train.py --method sft in five stages.
-# About two hours on 2 cores.      bash experiments/make_tiny.sh
+# About two hours on 2 cores (estimated).      bash experiments/make_tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python experiments/make_tiny.py
 sft() {
     torchrun --nproc-per-node 2 train.py --method sft --optimizer muon --lr 3e-3 --weight-decay 0 --warmup-steps 20 \
-        --prompts-per-step 64 --micro-rows 8 --eval-data "" --save-every 0 "$@"
+        --cooldown-steps 0 --prompts-per-step 64 --micro-rows 8 --eval-data "" --save-every 0 "$@"
 }
 # 1. Short answers only: captions, counting, attributes, where things are. Long captions teach the vision tower.
 sft --name tiny-words --data scenes:words --model assets/tiny --random-weights --normaliser token-mean --steps 1500

@@ -428,7 +428,8 @@ def test_answers_are_exact(split):
             if split not in scenes.SINGLE:  # else naming everything, or the number of things, gives the answer away
                 assert len(things) >= 2 and len(found) < len(things), example.id
         elif kind == "count":
-            [(plural, phrase)] = re.findall("^(?:How many (.+) are there|Please find \"(.+)\" and count)", example.question)
+            asked = r'^(?:How many (.+) are there|Please find "(.+)" and count)'
+            [(plural, phrase)] = re.findall(asked, example.question)
             assert example.answer == str(len(fitting(things, phrase or singular(plural)))), example.id
             assert (example.task == "scene_math") == ("\\boxed{}" in example.question)
         elif kind == "attribute":
@@ -464,7 +465,8 @@ def test_only_pretraining_thinks():
 
 def test_splits_are_deterministic_and_never_share_a_scene():
     pictures = [example.image.tobytes() for split in scenes.SPLITS for example in examples(split)]
-    assert len(set(pictures)) == len(pictures) == 240 * len(scenes.SPLITS)  # the same index is another scene in each split
+    # The same index is another scene in each split.
+    assert len(set(pictures)) == len(pictures) == 240 * len(scenes.SPLITS)
     for split in scenes.SPLITS:
         for index in (239, 0, 17):  # whatever was asked before
             again, first = load("scenes:" + split)[index], examples(split)[index]
