@@ -5,32 +5,47 @@ Every example is a pure function of (split, index): the splits draw from differe
     split     asks for
     words     captions, counting (zero included), attributes, the centre of something that is there
     pretrain  the same, and grounding of what is there (with a thought first), half of it in scenes of one thing
-    crowds    the same, but only a tenth of the grounding in scenes of one thing
+    crowds    the same, but only a tenth of the grounding in scenes of one thing; and the families reasoning and sums
+    untidy    as crowds, without the families, but a fifth of the grounding questions are answered by a bare count
+    tidying   as crowds, with a hundredth of them
     train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets
     val, test grounding of something present, of something absent, counting: one third each
+    longer-train     the families gui, anomaly, lesion
+    FAMILY-test      of each family: reasoning ("the leftmost of the two squares"), gui ("click save"), anomaly (a
+                     texture with a defect or, half of the time, none: `[]`), lesion, sums (of two drawn digits)
 
-The tiny base model in assets/ learns `words`, `pretrain` and `crowds`, in this order. It counts to zero, so it knows
-what is absent, but it has never met a grounding question whose answer is `[]`: that is left to post-training.
+The tiny base model in assets/ learns from `words`, `pretrain`, `crowds`, `untidy`, `tidying` and again `crowds`. It counts
+to zero, so it knows what is absent, but it has never met a grounding question whose answer is `[]`: that is left to
+post-training. It has never seen the families gui, anomaly and lesion.
 """
 import json
 import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from rewards import user_text
 
 SIZE = 112  # pixels, both sides
 COLOURS = {"red": (214, 48, 40), "green": (44, 160, 60), "blue": (40, 80, 220), "yellow": (232, 206, 40),
            "purple": (150, 60, 190)}
 SHAPES = ("square", "ring", "cross")
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "train": 100_000, "val": 1536, "test": 1536}
-# Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding; and the share of grounding
-# in scenes of one thing. Where is it comes before which of them is it: the latter alone is not learnt.
-MIX = {"words": (3, 5, 1, 4, 0), "pretrain": (2, 4, 1, 2, 10), "crowds": (2, 10, 1, 2, 8)}
-SINGLE = {"pretrain": 0.5, "crowds": 0.1}
+FAMILIES = ("reasoning", "gui", "anomaly", "lesion", "sums")
+SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "untidy": 1_000_000, "tidying": 1_000_000,
+          "train": 100_000, "val": 1536, "test": 1536, "longer-train": 100_000,
+          **{f"{family}-test": 512 for family in FAMILIES}}
+# Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding, reasoning, sums; and the
+# share of grounding in scenes of one thing. Where is it comes before which of them is it: the latter alone is not learnt.
+MIX = {"words": (3, 5, 1, 4, 0, 0, 0), "pretrain": (2, 4, 1, 2, 10, 0, 0), "crowds": (2, 8, 1, 2, 8, 2, 2),
+       "untidy": (2, 10, 1, 2, 8, 0, 0), "tidying": (2, 8, 1, 2, 8, 2, 2)}
+SINGLE = {"pretrain": 0.5, "crowds": 0.1, "untidy": 0.1, "tidying": 0.1}
+BARE = {"untidy": 0.2, "tidying": 0.01}  # share of the grounding questions that are answered by a bare count
 RAMP = np.linspace(-45, 45, SIZE).astype(np.int16)
 LIGHT = np.stack(np.broadcast_arrays(RAMP, np.int16(0), RAMP[:, None]), -1)  # red grows to the right, blue downwards
+EXTREMES = {"leftmost": (0, min), "rightmost": (2, max), "topmost": (1, min), "lowest": (3, max)}  # corner, which
+BUTTONS = ("OK", "SAVE", "EXIT", "STOP", "HELP")
 THOUGHTS = ("I look for the {}.", "Where is the {}?", "The {} is to be found.")
 
 
@@ -85,8 +100,12 @@ def draw(things: list[Thing], rng: random.Random) -> Image.Image:
             arm = 3 * side // 8
             pen.rectangle((x1 + arm, y1, x2 - arm, y2), fill=colour)
             pen.rectangle((x1, y1 + arm, x2, y2 - arm), fill=colour)
+    return finish(image, rng)
+
+
+def finish(picture: Image.Image, rng: random.Random) -> Image.Image:
     noise = np.frombuffer(rng.randbytes(SIZE * SIZE * 3), np.int8).reshape(SIZE, SIZE, 3) >> 3  # −16 … 15
-    return Image.fromarray(np.clip(np.asarray(image, np.int16) + LIGHT + noise, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.asarray(picture, np.int16) + LIGHT + noise, 0, 255).astype(np.uint8))
 
 
 def name(query: tuple[str | None, str | None], plural: bool = False) -> str:
@@ -119,23 +138,26 @@ def absent_query(things: list[Thing], rng: random.Random):
     return query
 
 
-def grounding(things: list[Thing], query, thinks: bool, rng: random.Random) -> dict:
-    found = [t.box for t in things if t.fits(query)]
-    items = [{"bbox_2d": list(b), "point_2d": [(b[0] + b[2]) // 2, (b[1] + b[3]) // 2]} for b in found]
-    thought = rng.choice(THOUGHTS).format(name(query)) if thinks else ""
-    return {"task": "scene_grounding", "question": name(query), "thought": thought,
+def grounding(question: str, boxes: list[tuple[int, int, int, int]], thinks: bool, rng: random.Random) -> dict:
+    items = [{"bbox_2d": list(b), "point_2d": [(b[0] + b[2]) // 2, (b[1] + b[3]) // 2]} for b in boxes]
+    thought = rng.choice(THOUGHTS).format(question.removeprefix("the ")) if thinks else ""
+    return {"task": "scene_grounding", "question": question, "thought": thought,
             "answer": json.dumps(items, separators=(",", ":"))}
 
 
-def counting(things: list[Thing], rng: random.Random, boxed: bool, quoted: bool) -> dict:
-    """quoted: 'Please find "red ring" and count.' Up to the quotation mark that is a grounding question, so what a
-    causal model reads from the picture at the name serves both."""
+def bare_count(things: list[Thing], query) -> dict:
+    """A grounding question, answered by the number of things alone. It makes the first token of an answer depend on what
+    is there. Where that token was always `<think`, the model did not look before it wrote, and ViSurf, which decides
+    there between a thought and `<answer>[]`, learnt to go by colour alone (assets/README.md)."""
+    return {"task": "vqa", "question": user_text("scene_grounding", name(query)),
+            "answer": str(sum(t.fits(query) for t in things))}
+
+
+def counting(things: list[Thing], rng: random.Random, boxed: bool) -> dict:
     thing = rng.choice(things)
     query = absent_query(things, rng) if rng.random() < 0.4 else rng.choices(
         queries_of((thing.colour, thing.shape)), (4, 1, 1))[0]
     question = f"How many {name(query, plural=True)} are there?"
-    if quoted:
-        question = f'Please find "{name(query)}" and count.'
     if boxed:
         question += " Answer in \\boxed{}."
     count = sum(t.fits(query) for t in things)
@@ -174,15 +196,93 @@ def caption(things: list[Thing]) -> dict:
             "answer": ", ".join(f"a {t.colour} {t.shape}" for t in things)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The other families of the paper's data, in small
+
+def reasoning(rng: random.Random, thinks: bool) -> tuple[Image.Image, dict]:
+    """The one of several things that lies or is most …, by at least 6 pixels."""
+    while True:
+        things = place_things(rng, at_least=2)
+        shape = rng.choice([None, *SHAPES])
+        group = [t.box for t in things if shape in (None, t.shape)]
+        word = rng.choice([*EXTREMES, "largest", "smallest"])
+        corner, best = EXTREMES.get(word, (None, max if word == "largest" else min))
+        values = [box[2] - box[0] if corner is None else box[corner] for box in group]
+        if len(group) > 1 and sum(abs(v - best(values)) < 6 for v in values) == 1:
+            break
+    number = ("two", "three", "four")[len(group) - 2]
+    question = f"the {word} of the {number} {name((None, shape), plural=True)}"
+    return draw(things, rng), grounding(question, [group[values.index(best(values))]], thinks, rng)
+
+
+def gui(rng: random.Random) -> tuple[Image.Image, dict]:
+    """Two to four buttons with different words."""
+    words = rng.sample(BUTTONS, rng.randint(2, 4))
+    picture = Image.new("RGB", (SIZE, SIZE), (rng.randint(190, 225),) * 3)
+    pen, boxes = ImageDraw.Draw(picture), []
+    for word, row in zip(words, rng.sample(range(4), len(words))):
+        x, y = rng.randint(2, SIZE - 52), 4 + 27 * row + rng.randint(0, 4)
+        boxes.append((x, y, x + 48, y + 20))
+        pen.rectangle(boxes[-1], fill=(70, 80, 110), outline=(30, 30, 40))
+        pen.text((x + 24, y + 10), word, fill=(250, 250, 250), font=ImageFont.load_default(14), anchor="mm")
+    return finish(picture, rng), grounding(f"click {words[0].lower()}", boxes[:1], False, rng)
+
+
+def anomaly(rng: random.Random) -> tuple[Image.Image, dict]:
+    """Stripes; half of the time with a blot, which is to be found."""
+    period, dark, light = rng.randint(6, 12), rng.randint(80, 110), rng.randint(140, 170)
+    at = np.add.outer(np.arange(SIZE) * rng.choice((0, 1)), np.arange(SIZE)) // period % 2
+    picture = Image.fromarray(np.where(at, light, dark).astype(np.uint8)).convert("RGB")
+    boxes = []
+    if rng.random() < 0.5:
+        width, height = rng.randint(14, 34), rng.randint(14, 34)
+        x, y = rng.randint(1, SIZE - width - 2), rng.randint(1, SIZE - height - 2)
+        boxes.append((x, y, x + width, y + height))
+        ImageDraw.Draw(picture).ellipse(boxes[0], fill=rng.choice(((30, 25, 20), (215, 210, 200))))
+    return finish(picture, rng), grounding("defect", boxes, False, rng)
+
+
+def lesion(rng: random.Random) -> tuple[Image.Image, dict]:
+    """A dark blot of several soft discs on skin."""
+    mask = Image.new("L", (SIZE, SIZE))
+    pen = ImageDraw.Draw(mask)
+    x, y = rng.randint(35, SIZE - 36), rng.randint(35, SIZE - 36)
+    for _ in range(5):
+        r, dx, dy = rng.randint(7, 14), rng.randint(-10, 10), rng.randint(-10, 10)
+        pen.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=255)
+    x1, y1, x2, y2 = mask.getbbox()
+    skin = Image.new("RGB", (SIZE, SIZE), (rng.randint(190, 220), rng.randint(150, 170), rng.randint(120, 145)))
+    skin.paste((rng.randint(70, 110), 60, 45), mask=mask.filter(ImageFilter.GaussianBlur(1.5)))
+    return finish(skin, rng), grounding("lesion", [(x1, y1, x2 - 1, y2 - 1)], False, rng)
+
+
+def sums(rng: random.Random) -> tuple[Image.Image, dict]:
+    picture = Image.new("RGB", (SIZE, SIZE), (rng.randint(120, 190),) * 3)
+    digits = rng.randint(0, 9), rng.randint(0, 9)
+    for left, digit in zip((0, SIZE // 2), digits):
+        corner = left + rng.randint(4, 14), rng.randint(4, 44)
+        ImageDraw.Draw(picture).text(corner, str(digit), fill=(20, 20, 30), font=ImageFont.load_default(52))
+    return finish(picture, rng), {"task": "scene_math", "answer": str(sum(digits)),
+                                  "question": "What is the sum of the digits? Answer in \\boxed{}."}
+
+
 def make(split: str, index: int) -> dict:
     """Fields of data.Example: id, image, question, answer, task and, where the label has one, a thought."""
     rng = random.Random(f"{split}/{index}")
     if split in MIX:
-        kind = rng.choices(("caption", "count", "attribute", "where", "present"), MIX[split])[0]
+        kind = rng.choices(("caption", "count", "attribute", "where", "present", "reasoning", "sums"), MIX[split])[0]
+    elif split == "longer-train":
+        kind = rng.choice(("gui", "anomaly", "lesion"))
+    elif split.endswith("-test"):
+        kind = split.removesuffix("-test")
     elif split == "train":
         kind = rng.choice(("present", "absent"))
     else:
         kind = ("present", "absent", "count")[index % 3]
+    if kind in FAMILIES:
+        image, fields = {"gui": gui, "anomaly": anomaly, "lesion": lesion, "sums": sums,
+                         "reasoning": lambda rng: reasoning(rng, split in MIX)}[kind](rng)
+        return {"id": f"scenes:{split}/{index}", "image": image, "thought": "", **fields}
     # Present and absent alike have at least two things: their number must not give the answer away.
     things = place_things(rng, at_least=2 if kind in ("present", "absent") else 1)
     if kind == "present":
@@ -192,13 +292,15 @@ def make(split: str, index: int) -> dict:
         else:
             while (query := present_query(things, rng)) is None:
                 things = place_things(rng, at_least=2)
-        fields = grounding(things, query, split in MIX, rng)
+        fields = grounding(name(query), [t.box for t in things if t.fits(query)], split in MIX, rng)
+        if split in BARE and rng.random() < BARE[split]:
+            fields = bare_count(things, query)
     elif kind == "absent":
-        fields = grounding(things, absent_query(things, rng), False, rng)
+        fields = grounding(name(absent_query(things, rng)), [], False, rng)
     elif kind == "count":
-        fields = counting(things, rng, boxed=rng.random() < 0.25, quoted=split == "crowds" and rng.random() < 0.75)
+        fields = counting(things, rng, boxed=rng.random() < 0.25)
     elif kind == "where":
-        fields = where(things, rng, tags=split == "crowds" and rng.random() < 0.5)
+        fields = where(things, rng, tags=split in ("crowds", *BARE) and rng.random() < 0.5)
     else:
         fields = attribute(things, rng) if kind == "attribute" else caption(things)
     return {"id": f"scenes:{split}/{index}", "image": draw(things, rng), "thought": "", **fields}

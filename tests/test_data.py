@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
@@ -351,7 +351,7 @@ def test_row_of_wrong_types(folder, change):
 
 
 @pytest.mark.parametrize("name, error, reason", [
-    ("scenes:nowhere", ValueError, "nowhere does not exist; the splits are words, pretrain, crowds, train, val, test"),
+    ("scenes:nowhere", ValueError, "nowhere does not exist; the splits are words, pretrain, crowds, untidy, tidying, train, val, test"),
     ("scenes", ValueError, "give scenes:SPLIT"), ("data.csv", ValueError, "data.csv: give scenes:SPLIT"),
     ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: there is no such file")])
 def test_unknown_data(name, error, reason):
@@ -402,7 +402,9 @@ def singular(phrase: str) -> str:
     return phrase.removesuffix("es") if phrase.endswith("sses") else phrase.removesuffix("s")
 
 
-KINDS = {"How many": "count", "Please find": "count", "Describe": "caption", "What": "attribute", "Where": "where"}
+KINDS = {"How many": "count", "Please find": "count", "Describe": "caption", "What colour": "attribute",
+         "What shape": "attribute", "Where": "where", "What is the sum": "sums"}
+WORLD = [split for split in scenes.SPLITS if not split.startswith(("longer", *scenes.FAMILIES))]
 
 
 def centre(thing: scenes.Thing) -> list[int]:
@@ -412,25 +414,46 @@ def centre(thing: scenes.Thing) -> list[int]:
 
 def kind_of(example: Example) -> str:
     if example.task == "scene_grounding":
+        if example.question.startswith("the "):
+            return "reasoning"
         return "absent" if example.answer == "[]" else "present"
-    return next(kind for start, kind in KINDS.items()
-                if example.question.startswith(start))
+    return next(kind for start, kind in KINDS.items() if example.question.startswith(start))
 
 
-@pytest.mark.parametrize("split", scenes.SPLITS)
+def extreme(things: list[scenes.Thing], question: str) -> scenes.Thing:
+    """ "the leftmost of the two squares" → which one."""
+    [(word, number, plural)] = re.findall(r"^the (\w+) of the (\w+) (\w+)$", question)
+    group = fitting(things, singular(plural))
+    assert {"two": 2, "three": 3, "four": 4}[number] == len(group)
+    key = {"leftmost": lambda t: t.box[0], "rightmost": lambda t: -t.box[2], "topmost": lambda t: t.box[1],
+           "lowest": lambda t: -t.box[3], "smallest": lambda t: t.box[2] - t.box[0],
+           "largest": lambda t: t.box[0] - t.box[2]}[word]
+    first, second, *_ = sorted(group, key=key)
+    assert key(second) - key(first) >= 6
+    return first
+
+
+@pytest.mark.parametrize("split", [*WORLD, "reasoning-test"])
 def test_answers_are_exact(split):
     for example in examples(split):
-        things, kind = things_in(example.image), kind_of(example)
-        if kind in ("present", "absent"):
+        kind = kind_of(example)
+        if kind == "sums":
+            continue
+        things = things_in(example.image)
+        if kind == "reasoning":
+            thing = extreme(things, example.question)
+            assert json.loads(example.answer) == [{"bbox_2d": list(thing.box), "point_2d": centre(thing)}], example.id
+        elif kind in ("present", "absent"):
             found = fitting(things, example.question)
             expected = [{"bbox_2d": list(t.box), "point_2d": centre(t)} for t in found]
             assert example.answer == json.dumps(expected, separators=(",", ":")), example.id
             if split not in scenes.SINGLE:  # else naming everything, or the number of things, gives the answer away
                 assert len(things) >= 2 and len(found) < len(things), example.id
         elif kind == "count":
-            asked = r'^(?:How many (.+) are there|Please find "(.+)" and count)'
+            asked = r'^(?:How many (.+) are there|Please find "(.+)" with bboxs and points)'
             [(plural, phrase)] = re.findall(asked, example.question)
             assert example.answer == str(len(fitting(things, phrase or singular(plural)))), example.id
+            assert example.answer != "0" or plural, example.id   # grounding questions ask for what is there
             assert (example.task == "scene_math") == ("\\boxed{}" in example.question)
         elif kind == "attribute":
             [(asked, phrase)] = re.findall(r"^What (colour|shape) is the (.+)\?$", example.question)
@@ -445,22 +468,87 @@ def test_answers_are_exact(split):
 
 
 def test_what_each_split_asks():
-    kinds = {split: collections.Counter(map(kind_of, examples(split))) for split in scenes.SPLITS}
-    assert set(kinds["words"]) == set(KINDS.values())
-    assert set(kinds["pretrain"]) == set(kinds["crowds"]) == {*KINDS.values(), "present"}   # never an absent thing
+    kinds = {split: collections.Counter(map(kind_of, examples(split))) for split in WORLD}
+    assert set(kinds["words"]) == {*KINDS.values()} - {"sums"}
+    assert set(kinds["pretrain"]) == {*kinds["words"], "present"}                    # never an absent thing
+    assert set(kinds["untidy"]) == set(kinds["pretrain"])
+    assert set(kinds["crowds"]) == set(kinds["tidying"]) == {*kinds["pretrain"], "reasoning", "sums"}
+    bare = {split: sum(e.question.startswith("Please find") for e in examples(split)) for split in WORLD}
+    assert 10 < bare.pop("untidy") < 40 and bare.pop("tidying") < 10 and not any(bare.values())
     assert set(kinds["train"]) == {"present", "absent"} and 90 < kinds["train"]["absent"] < 150
     assert kinds["val"] == kinds["test"] == {"present": 80, "absent": 80, "count": 80}
     # The base model has counted to zero, but never answered `[]`.
-    for split in ("words", "pretrain"):
+    for split in scenes.MIX:
         assert not any("[]" in example.answer for example in examples(split))
         assert any(kind_of(example) == "count" and example.answer == "0" for example in examples(split))
 
 
 def test_only_pretraining_thinks():
-    for split in scenes.SPLITS:
+    for split in WORLD:
         for example in examples(split):
-            thinks = split in scenes.SINGLE and kind_of(example) == "present"
-            assert bool(example.thought) == thinks and (not thinks or example.question in example.thought)
+            thinks = split in scenes.SINGLE and kind_of(example) in ("present", "reasoning")
+            assert bool(example.thought) == thinks
+            assert not thinks or example.question.removeprefix("the ") in example.thought
+
+
+def unlit(example: Example) -> np.ndarray:
+    return np.asarray(example.image).astype(int) - scenes.LIGHT
+
+
+def around(found: np.ndarray) -> list[int]:
+    ys, xs = np.nonzero(ndimage.binary_opening(found, np.ones((3, 3))))   # without specks of noise
+    return [int(v) for v in (xs.min(), ys.min(), xs.max(), ys.max())] if len(xs) else []
+
+
+def test_boxes_of_buttons_defects_and_lesions():
+    """Each against what its pixels say: blue-black buttons on a light page, a blot darker or lighter than any stripe, a
+    dark blot on skin (whose soft edge may cost two pixels)."""
+    words, rows = collections.Counter(), collections.Counter()
+    for example in examples("gui-test"):
+        [item] = json.loads(example.answer)
+        x1, y1, x2, y2 = item["bbox_2d"]
+        label, _ = ndimage.label(unlit(example).mean(-1) < 150)
+        buttons = [[c.start, r.start, c.stop - 1, r.stop - 1] for r, c in ndimage.find_objects(label)
+                   if r.stop - r.start > 15]
+        assert 2 <= len(buttons) <= 4 and min(np.abs(np.subtract(b, item["bbox_2d"])).max() for b in buttons) <= 2
+        words[example.question.removeprefix("click ")] += 1
+        rows[sorted(b[1] for b in buttons).index(min((b[1] for b in buttons), key=lambda y: abs(y - y1)))] += 1
+    assert set(words) == {w.lower() for w in scenes.BUTTONS} and len(rows) == 4 and min(rows.values()) > 10
+    defects = 0
+    for example in examples("anomaly-test"):
+        truth = [item["bbox_2d"] for item in json.loads(example.answer)]
+        light = unlit(example).mean(-1)
+        found = around((light < 60) | (light > 190))
+        assert bool(found) == bool(truth) and (not truth or np.abs(np.subtract(found, truth[0])).max() <= 4), example.id
+        defects += bool(truth)
+    assert 90 < defects < 150
+    for example in examples("lesion-test"):
+        [item] = json.loads(example.answer)
+        assert np.abs(np.subtract(around(unlit(example)[..., 0] < 145), item["bbox_2d"])).max() <= 3, example.id
+
+
+def test_sums():
+    """The digits are read by drawing each of the ten at every place and taking the likest."""
+    for example in examples("sums-test")[:10]:
+        ink, values = unlit(example).mean(-1), []
+        for half in (ink[:, :56], ink[:, 56:]):
+            paper = float(np.median(half))
+            misses = {}
+            for digit in range(10):
+                cell = Image.new("L", (56, 112), 255)
+                ImageDraw.Draw(cell).text((4, 4), str(digit), fill=0, font=ImageFont.load_default(52))
+                drawn = (255 - np.asarray(cell, float)) / 255
+                misses[digit] = min(np.abs(half - paper + np.roll(drawn, (dy, dx), (0, 1)) * (paper - 23)).mean()
+                                    for dx in range(11) for dy in range(0, 41))
+            values.append(min(misses, key=misses.get))
+        assert example.answer == str(sum(values)), example.id
+
+
+def test_longer_training_has_the_families_that_the_base_does_not_know():
+    asked = collections.Counter(e.question.split()[0] for e in examples("longer-train"))
+    assert set(asked) == {"click", "defect", "lesion"} and min(asked.values()) > 50
+    assert not any(e.thought for split in ("longer-train", "gui-test", "anomaly-test", "lesion-test", "sums-test",
+                                           "reasoning-test") for e in examples(split))
 
 
 def test_splits_are_deterministic_and_never_share_a_scene():
