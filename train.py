@@ -62,7 +62,7 @@ class Config:
     max_row_tokens: int = option(0, "a group whose row is longer becomes several rows (0: no limit)")
     lr: float = option(2e-4, "learning rate [paper.md 1: 1e-6, constant, for 7B]")
     warmup_steps: int = option(10, "steps of linear warm-up")
-    cooldown_steps: int = option(100, "last steps, of linear decay to 0; a shorter run starts lower")
+    cooldown_steps: int = option(220, "last steps, of linear decay to 0; a shorter run starts lower")
     optimizer: str = option("adamw", "adamw; muon: Muon for matrices, AdamW for the rest (for pretraining)",
                             ("adamw", "muon"))
     weight_decay: float = option(0.01, "decoupled weight decay [paper.md 1: 1e-2]")
