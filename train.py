@@ -419,6 +419,8 @@ def set_up() -> Job:
     torch.manual_seed(cfg.seed)
     model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, torch.float32, device,
                                        random_weights=cfg.random_weights and not checkpoint)
+    if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait for each other
     reference = None
     if cfg.kl:
         torch.manual_seed(cfg.seed)
