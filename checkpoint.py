@@ -25,18 +25,8 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from model import Qwen2_5_VL
+from ranks import gather_json
 from rewards import TASKS
-
-
-def gather_json(value, device) -> list:
-    """What every rank holds, in rank order, on every rank."""
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
-    longest = max(int(s) for s in sizes)
-    parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
-    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [json.loads(bytes(part[:int(size)].cpu().numpy())) for part, size in zip(parts, sizes)]
 
 
 def versions() -> dict[str, str]:

@@ -1,17 +1,15 @@
-"""Examples, prompts, and the packing of a group into one row.
+"""Prompts, and the packing of a group into one row.
 
-    Example → Prompt (tokens, M-RoPE positions, image patches) → Row (the prompt and its S responses) → Batch
+    Example (sources.py) → Prompt (tokens, M-RoPE positions, image patches) → Row (the prompt and its S responses) → Batch
 
 Everything that depends on the image size happens once, in `Processor.prompt`: resizing, token count, positions, and the
 conversion of boxes into the frame the model sees. Prompts are never truncated.
 
 Letters: B rows, T tokens of a row, P prompt tokens, S = G+1 responses, N patches.
 """
-import functools
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,110 +17,11 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-import scenes
 from model import Config, local_folder, mrope_positions, read_eos_ids
-from rewards import TASKS, label_error, user_text
+from rewards import TASKS, user_text
+from sources import Example
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
-
-
-@dataclass
-class Example:
-    """image: a Pillow image, the path of one, or None. answer: text; for tasks with boxes, JSON in the image's own
-    pixels. thought: reasoning in front of the label, which only pretraining data has."""
-    id: str
-    image: Image.Image | str | None
-    question: str
-    answer: str
-    task: str
-    thought: str = ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources: everything with a length and an item is a source of examples
-
-class Scenes:
-    """The built-in world, `scenes:SPLIT`."""
-    def __init__(self, split: str):
-        if split not in scenes.SPLITS:
-            raise ValueError(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
-        self.split = split
-
-    def __len__(self) -> int:
-        return scenes.SPLITS[self.split]
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(**scenes.make(self.split, index))
-
-
-class Jsonl:
-    """One JSON object a line: id, image (a path, relative to the file, or null), problem, solution, task, and thought
-    if there is one. solution: text, or for tasks with boxes JSON (as text or as it is). All is checked at the start."""
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    self.rows.append(self.read(line, f"{path}, row {number}"))
-        if not self.rows:
-            raise ValueError(f"{path} holds no rows")
-
-    def read(self, line: bytes, where: str) -> Example:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{where}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not a JSON object")
-        missing = {"id", "image", "problem", "solution", "task"} - row.keys()
-        if missing:
-            raise ValueError(f"{where}: the columns {sorted(missing)} are missing")
-        for column, kind in (("task", str), ("problem", str), ("image", (str, type(None))),
-                             ("solution", (str, list)), ("thought", str)):
-            if not isinstance(row.get(column, ""), kind):
-                raise ValueError(f"{where}: the column {column!r} holds a {type(row[column]).__name__}")
-        solution = row["solution"] if isinstance(row["solution"], str) else json.dumps(row["solution"])
-        if (reason := label_error(row["task"], solution)) is not None:
-            raise ValueError(f"{where}: bad label: {reason}")
-        if not row["problem"].strip():
-            raise ValueError(f"{where}: the problem is empty")
-        image = None
-        if row["image"] is not None:
-            image = str(self.path.parent / row["image"])
-            try:
-                Image.open(image).close()
-            except OSError as error:
-                raise ValueError(f"{where}: the image cannot be read: {error}") from None
-        return Example(str(row["id"]), image, row["problem"], solution, row["task"], row.get("thought", ""))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.rows[index]
-
-
-def load(data: str) -> Scenes | Jsonl:
-    """The source that a --data string names: scenes:SPLIT or the path of a .jsonl file."""
-    if data.startswith("scenes:"):
-        return Scenes(data.removeprefix("scenes:"))
-    if not data.endswith(".jsonl"):
-        raise ValueError(f"--data {data}: give scenes:SPLIT or a .jsonl file")
-    if not Path(data).is_file():
-        raise FileNotFoundError(f"--data {data}: there is no such file")
-    return Jsonl(Path(data))
-
-
-@functools.lru_cache(maxsize=2)
-def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits n examples: a permutation, a pure function of (seed, epoch)."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def take(source, cursor: int, count: int, seed: int) -> list[Example]:
-    """Examples number cursor … cursor + count − 1 of the endless sequence of epochs. No remainder is dropped."""
-    n = len(source)
-    return [source[int(order(n, seed, at // n)[at % n])] for at in range(cursor, cursor + count)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,10 +92,14 @@ class Processor:
         # <|im_start|> and its like must never come out of data; <tool_call>, which Qwen2.5 adds too, is harmless text.
         self.special = [token for token in self.tokenizer.get_added_vocab() if token.startswith("<|")]
 
-    def patches(self, image: Image.Image) -> tuple[Tensor, tuple[int, int], Image.Image]:
-        """RGB image → patches [N, 3·2·14·14], (gh, gw), the resized image. A still image is doubled in time."""
+    def patches(self, image: Image.Image, frame: tuple[int, int] | None = None
+                ) -> tuple[Tensor, tuple[int, int], Image.Image]:
+        """RGB image → patches [N, 3·2·14·14], (gh, gw), the resized image. A still image is doubled in time. frame:
+        (width, height) to resize to first, bilinear and whatever the aspect, as the authors do for grounding."""
         c = self.config
         p, t, merge = c.vision_patch_size, c.vision_temporal_patch_size, c.vision_spatial_merge_size
+        if frame and image.size != frame:
+            image = image.resize(frame, Image.Resampling.BILINEAR)
         height, width = smart_resize(image.height, image.width, p * merge, self.min_pixels, self.max_pixels)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -208,15 +111,10 @@ class Processor:
         text = user_text(example.task, example.question)
         if any(token in text for token in self.special):
             raise ValueError(f"example {example.id}: the question holds a special token of the model")
-        original, image, patches, grids, answer = None, None, torch.empty(0, 0), [], example.answer
+        original, image, patches, grids, answer = example.image, None, torch.empty(0, 0), [], example.answer
         content = [{"type": "text", "text": text}]
-        if example.image is not None:
-            try:
-                original = example.image if isinstance(example.image, Image.Image) else Image.open(example.image)
-                original = original.convert("RGB")
-            except OSError as error:
-                raise ValueError(f"example {example.id}: the image cannot be read: {error}") from None
-            patches, grid, image = self.patches(original)
+        if original is not None:
+            patches, grid, image = self.patches(original, TASKS[example.task].frame)
             grids, content = [grid], [{"type": "image"}, *content]
             if TASKS[example.task].boxes:
                 answer = convert_boxes(answer, original.size, image.size)

@@ -1,15 +1,17 @@
-"""Evaluation: greedy answers, the paper's metrics, a picture.
+"""Evaluation: greedy answers, the paper's metrics, pictures.
 
-    python eval.py --model assets/tiny --data scenes:test        (a model folder, a run of train.py, or a hub id)
+    python eval.py --model assets/tiny --data scenes:test
+    torchrun --nproc-per-node 8 eval.py --model MODEL --data Ricky06662/grefcoco_val_all --benchmark grefcoco \\
+        --masks facebook/sam2-hiera-large
 
-Metrics are pure functions of (predicted boxes, true boxes). Without segmentation masks the filled boxes stand in for
-them, and the table says so. Corners are inclusive pixels throughout (paper.md, section 5).
+MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as it
+goes; the same command again goes on where it was interrupted. The metrics themselves are in metrics.py.
 """
 import argparse
+import itertools
 import json
-import statistics
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,159 +20,106 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checkpoint import newest_checkpoint
-from data import Processor, Prompt, convert_boxes, load
+from data import Processor, Prompt, convert_boxes
+from masks import Segmenter
+from metrics import Record, box_mask, intersection_union, point_hit, summarise
 from model import Qwen2_5_VL
-from rewards import TASKS, has_thinking_format, iou_matrix, parse_boxes
+from ranks import gather_json, leave_ranks, start_ranks
+from rewards import TASKS, has_thinking_format, parse_boxes, parse_points
 from rollout import generate
+from sources import BadRow, load
 
-
-@dataclass
-class Record:
-    """One evaluated example. predicted, truth: boxes in the frame the model saw; error: why no box could be read."""
-    id: str
-    task: str
-    question: str
-    response: str
-    length: int
-    thinks: bool
-    correct: bool            # tasks without boxes: full reward
-    error: str | None
-    predicted: list[dict]
-    truth: list[dict]
-    size: tuple[int, int]    # (width, height) of that frame
+# What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers", the
+# mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
+SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "T-acc", "bbox accuracy", "targets IoU>0.5", "answers")
+ALWAYS = ("thinks, present", "thinks, absent", "length", "examples")
+BENCHMARKS = {
+    "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc strict", "N-acc official", "T-acc", "bbox accuracy")),
+    "reasonseg": ("grounding", ("gIoU", "cIoU", "bbox accuracy")),
+    "isic": ("grounding", ("gIoU", "cIoU", "bbox accuracy")),
+    "realiad": ("grounding", ("anomaly accuracy", "ROC-AUC official", "ROC-AUC by area")),
+    "omniact": ("grounding", ("GUI accuracy", "bbox accuracy")),
+    "mathvista": ("math", ("math accuracy = answers",)),
+    "chartqa": ("chartqa", ("relaxed accuracy = answers",)),
+    "docvqa": ("docvqa", ("ANLS = answers",)),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# Answering
 
-def box_mask(items: list[dict], size: tuple[int, int]) -> np.ndarray:
-    """The union of the filled boxes, bool [height, width], cut at the picture's border. Stands in for a mask."""
-    mask = np.zeros((size[1], size[0]), bool)
-    for x1, y1, x2, y2 in (item["bbox_2d"] for item in items):
-        x1, y1 = max(0, round(x1)), max(0, round(y1))
-        mask[y1:max(y1, round(y2) + 1), x1:max(x1, round(x2) + 1)] = True
-    return mask
-
-
-def intersection_union(predicted: list[dict], truth: list[dict], size: tuple[int, int]) -> tuple[int, int]:
-    """Pixels in both masks, pixels in either."""
-    a, b = box_mask(predicted, size), box_mask(truth, size)
-    return int((a & b).sum()), int((a | b).sum())
-
-
-def mask_iou(predicted: list[dict], truth: list[dict], size: tuple[int, int]) -> float:
-    """I/U; 1 if the truth is empty and no box was predicted; 0 if U = 0 otherwise."""
-    if not truth and not predicted:
-        return 1.0
-    i, u = intersection_union(predicted, truth, size)
-    return i / u if u else 0.0
-
-
-def hull(items: list[dict]) -> list[float]:
-    """The box around all boxes."""
-    boxes = np.array([item["bbox_2d"] for item in items], float)
-    return [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
+def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_new_tokens: int, batch: int = 64,
+             repetition_penalty: float = 1.0, segmenter: Segmenter | None = None) -> Iterator[tuple[Record, Prompt]]:
+    """Greedy answers to the examples, in order, `batch` at a time: each one's record, and its prompt for pictures."""
+    examples = iter(examples)
+    while chunk := [processor.prompt(e) for e in itertools.islice(examples, batch)]:
+        answers = generate(model, chunk, 1, max_new_tokens, temperature=0, repetition_penalty=repetition_penalty)
+        records = [judge(p, processor.decode(o.tokens), len(o.tokens)) for p, (o,) in zip(chunk, answers)]
+        boxed = [(r, p) for r, p in zip(records, chunk) if TASKS[p.example.task].boxes]
+        objects = [original_frame(r.predicted, p) for r, p in boxed]
+        if segmenter and boxed:
+            masks = segmenter([p.example.image for _, p in boxed], objects)
+        else:
+            masks = [box_mask(items, p.original_size) for items, (_, p) in zip(objects, boxed)]
+        for mask, (record, prompt) in zip(masks, boxed):
+            boxes = json.loads(prompt.example.answer)
+            truth = prompt.example.mask if segmenter else box_mask(boxes, prompt.original_size)
+            if truth is None:
+                raise ValueError(f"example {record.id}: --masks compares with true masks, and the data has no column mask")
+            record.intersection, record.union = intersection_union(mask, truth)
+            record.area = int(mask.sum())
+        yield from zip(records, chunk)
 
 
-def box_hit(predicted: list[dict], truth: list[dict]) -> bool:
-    """Whether any predicted box, or the union of all, has IoU > 0.5 with the truth box (the box around all true boxes).
-    Empty truth: whether nothing was predicted."""
-    if not truth or not predicted:
-        return not truth and not predicted
-    candidates = np.array([item["bbox_2d"] for item in predicted] + [hull(predicted)], float)
-    return bool((iou_matrix(candidates, np.array([hull(truth)])) > 0.5).any())
+def judge(prompt: Prompt, response: str, length: int) -> Record:
+    example, task = prompt.example, TASKS[prompt.example.task]
+    record = Record(example.id, example.task, example.question, response, length, has_thinking_format(response), None,
+                    [], [], prompt.size, prompt.original_size)
+    if task.boxes:
+        record.predicted, record.error = parse_boxes(response)
+        record.truth = json.loads(prompt.answer)
+        record.score = float(point_hit(parse_points(response), record.truth))
+    else:
+        record.score = task.metric(response, prompt.answer)
+    return record
 
 
-def targets_found(predicted: list[dict], truth: list[dict]) -> int:
-    """How many true boxes have a predicted box with IoU > 0.5."""
-    if not predicted or not truth:
-        return 0
-    boxes, true_boxes = (np.array([item["bbox_2d"] for item in items], float) for items in (predicted, truth))
-    return int((iou_matrix(boxes, true_boxes) > 0.5).any(0).sum())
+def original_frame(items: list[dict], prompt: Prompt) -> list[dict]:
+    """Boxes in the frame the model saw → in the pixels of the picture as it was given."""
+    return json.loads(convert_boxes(json.dumps(items), prompt.size, prompt.original_size))
 
 
-def mean(values) -> float | None:
-    """None where there is nothing to average: the table shows a dash, never a 0 that was not measured."""
-    values = list(values)
-    return float(statistics.fmean(values)) if values else None
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person sees
 
-
-def summarise(records: list[Record]) -> dict[str, float | None]:
-    """Every metric of the table. Present and absent: grounding questions with and without a true box."""
-    grounding = [r for r in records if TASKS[r.task].boxes]
-    present, absent = [r for r in grounding if r.truth], [r for r in grounding if not r.truth]
-    others = [r for r in records if not TASKS[r.task].boxes]
-    areas = [intersection_union(r.predicted, r.truth, r.size) for r in grounding]
-    union, targets = sum(u for _, u in areas), sum(len(r.truth) for r in present)
-    return {
-        "gIoU": mean(mask_iou(r.predicted, r.truth, r.size) for r in grounding),
-        "cIoU": sum(i for i, _ in areas) / union if union else None,
-        "N-acc strict": mean(not r.predicted and r.error is None for r in absent),
-        "N-acc official": mean(not r.predicted for r in absent),     # an unreadable answer counts as a rejection
-        "T-acc": mean(bool(r.predicted) for r in present),
-        "bbox accuracy": mean(box_hit(r.predicted, r.truth) for r in present),
-        "targets IoU>0.5": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
-        "thinks, present": mean(r.thinks for r in present),
-        "thinks, absent": mean(r.thinks for r in absent),
-        "answers": mean(r.correct for r in others),                  # counting and other short answers
-        "length": mean(r.length for r in records),
-        "examples": len(records),
-    }
-
-
-def table(columns: dict[str, dict[str, float | None]]) -> str:
+def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = SHOWN) -> str:
     """{title: metrics} → a text table, one metric a line."""
     def cell(name: str, value) -> str:
         if value is None:
             return "–"
         return f"{value:d}" if name == "examples" else f"{value:.1f}" if name == "length" else f"{value:.3f}"
-    names = list(next(iter(columns.values())))
     widths = [max(len(title), 8) for title in columns]
     lines = [" " * 16 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths))]
-    lines += [f"{name:<16}" + "".join(f"  {cell(name, m[name]):>{w}}" for m, w in zip(columns.values(), widths))
-              for name in names]
+    for entry in (*shown, *ALWAYS):
+        name, metric = entry.split(" = ") if " = " in entry else (entry, entry)
+        cells = (f"  {cell(metric, m[metric]):>{w}}" for m, w in zip(columns.values(), widths))
+        lines.append(f"{name:<16}" + "".join(cells))
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Running a model
-
-def evaluate(model: Qwen2_5_VL, processor: Processor, examples: list, max_new_tokens: int, batch: int = 64,
-             progress: bool = True) -> tuple[list[Record], list[Prompt]]:
-    """Greedy answers to the examples, in order. Returns their records and, for pictures, their prompts."""
-    records, prompts = [], []
-    with tqdm(total=len(examples), desc="evaluating", unit="ex", disable=not progress, leave=False) as bar:
-        for start in range(0, len(examples), batch):
-            chunk = [processor.prompt(e) for e in examples[start:start + batch]]
-            for prompt, (response,) in zip(chunk, generate(model, chunk, 1, max_new_tokens, temperature=0)):
-                records.append(judge(prompt, processor.decode(response.tokens), len(response.tokens)))
-            prompts += chunk
-            bar.update(len(chunk))
-    return records, prompts
-
-
-def judge(prompt: Prompt, response: str, length: int) -> Record:
-    example, task = prompt.example, TASKS[prompt.example.task]
-    predicted, error = parse_boxes(response) if task.boxes else ([], None)
-    correct = not task.boxes and task.reward(response, prompt.answer).terms["accuracy"] == 1
-    return Record(example.id, example.task, example.question, response, length, has_thinking_format(response), correct,
-                  error, predicted, json.loads(prompt.answer) if task.boxes else [], prompt.size)
-
-
-def original_frame(record: Record, prompt: Prompt) -> list[dict]:
-    """Predicted boxes in the pixels of the picture as it was given."""
-    return json.loads(convert_boxes(json.dumps(record.predicted), prompt.size, prompt.original_size))
-
-
-def draw_overlay(records: list[Record], prompts: list[Prompt], path: Path, columns: int = 4, side: int = 320) -> None:
-    """A sheet of pictures: true boxes green, predicted boxes red with their point, question and answer below."""
+def draw_overlay(pairs: list[tuple[Record, Prompt]], path: Path, columns: int = 4, side: int = 320) -> None:
+    """A sheet of pictures: true boxes and masks green, predicted boxes red with their point, question and answer
+    below."""
     lines_of_text, line = 7, 14
     cell = (side + 8, side + lines_of_text * line + 8)
-    shown = [(r, p) for r, p in zip(records, prompts) if p.image is not None]
+    shown = [(r, p) for r, p in pairs if p.image is not None]
     sheet = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(shown) // columns)), "white")
     for at, (record, prompt) in enumerate(shown):
         ratio = side / max(prompt.image.size)
         picture = prompt.image.resize((round(prompt.image.width * ratio), round(prompt.image.height * ratio)))
+        if prompt.example.mask is not None:
+            tint = Image.fromarray(prompt.example.mask.astype(np.uint8) * 90).resize(picture.size)
+            picture.paste((0, 255, 60), (0, 0), tint)
         pen = ImageDraw.Draw(picture)
         for items, colour, width in ((record.truth, (0, 255, 60), 4), (record.predicted, (255, 0, 0), 2)):
             for item in items:
@@ -187,36 +136,125 @@ def draw_overlay(records: list[Record], prompts: list[Prompt], path: Path, colum
     sheet.save(path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The evaluation as a resumable job
+
+def open_folder(out: Path, settings: dict) -> dict[int, dict]:
+    """The lines that an interrupted evaluation with the same settings left in `out`, by example number."""
+    path = out / "settings.json"
+    if path.exists() and (old := json.loads(path.read_text())) != settings:
+        different = [f"{name}: {old.get(name)!r} → {new!r}" for name, new in settings.items() if old.get(name) != new]
+        raise SystemExit(f"{out} holds an evaluation with other settings ({'; '.join(different)}): "
+                         "give another --out, or remove it")
+    done = {}
+    for part in out.glob("records*.jsonl"):
+        for line in part.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:      # the line that was being written when it was interrupted
+                continue
+            done[record["index"]] = record
+    return done
+
+
+def weights_of(folder: Path) -> list:
+    """What tells whether a folder holds other weights than before."""
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))]
+
+
+def read_examples(source, numbers: list[int], bad: list[str], skip: bool) -> Iterator:
+    for number in numbers:
+        try:
+            yield number, source[number]
+        except BadRow as error:
+            if not skip:
+                raise
+            bad.append(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder, run folder of train.py, or hub id")
-    parser.add_argument("--data", default="scenes:test", help="scenes:SPLIT or a .jsonl file")
+    parser.add_argument("--data", default="scenes:test", help="what sources.py reads: scenes:SPLIT, files, folder, hub id")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, help="shows that benchmark's metrics")
+    parser.add_argument("--task", default="", help="task of rows without a column task (default: the benchmark's)")
+    parser.add_argument("--masks", default="", help="SAM 2 folder or hub id; without it boxes stand in for masks")
     parser.add_argument("--limit", type=int, default=0, help="evaluate the first LIMIT examples only (0: all)")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=2048)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0,
+                        help="the authors' scripts inherit 1.05 from the model's generation_config")
     parser.add_argument("--batch", type=int, default=64, help="prompts decoded together")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and list them")
     parser.add_argument("--out", default="", help="folder for metrics.json, records.jsonl, overlay.png "
-                                                  "(default: eval/ beside the model's weights)")
+                                                  "(default: eval/DATA beside the model's weights)")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = args.model
-    if (Path(folder) / "checkpoints").is_dir():
-        folder = newest_checkpoint(Path(folder))
-    model = Qwen2_5_VL.from_pretrained(folder, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    source = load(args.data)
-    count = min(args.limit or len(source), len(source))
-    records, prompts = evaluate(model, Processor(model.folder), [source[i] for i in range(count)], args.max_new_tokens,
-                                args.batch)
-    metrics = summarise(records)
-    print(table({f"{args.model} on {args.data}": metrics}))
-    print("gIoU and cIoU: filled boxes stand in for masks")
-    out = Path(args.out or model.folder / "eval")
+    rank, world, device = start_ranks()
+    torch.set_grad_enabled(False)
+    task, shown = BENCHMARKS.get(args.benchmark, ("", SHOWN))
+    folder = newest_checkpoint(Path(args.model)) if (Path(args.model) / "checkpoints").is_dir() else args.model
+    model = Qwen2_5_VL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    segmenter = Segmenter(args.masks, device) if args.masks else None
+    source = load(args.data, args.task or task, args.skip_bad_rows)
+    out = Path(args.out or model.folder / "eval" / args.data.strip("/").replace("/", "-").replace(":", "-"))
+    settings = {"model": str(args.model), "weights": weights_of(model.folder), "data": args.data, "masks": args.masks,
+                "task": args.task or task, "max_new_tokens": args.max_new_tokens,
+                "repetition_penalty": args.repetition_penalty}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(
-        {"model": str(folder), "data": args.data, "examples": count, "metrics": metrics}, indent=2) + "\n")
-    with open(out / "records.jsonl", "w") as file:
-        for record, prompt in zip(records, prompts):
-            file.write(json.dumps({**vars(record), "predicted_original_frame": original_frame(record, prompt)}) + "\n")
-    draw_overlay(records[:12], prompts[:12], out / "overlay.png")
+    done = open_folder(out, settings)
+    gather_json(None, device)          # every rank has read the folder before rank 0 writes to it
+    if rank == 0:
+        (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    numbers = range(min(args.limit or len(source), len(source)))
+    missing = [n for n in numbers if n not in done][rank::world]
+    if rank == 0:
+        print(f"{args.model} on {args.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
+              f"before; greedy, repetition penalty {args.repetition_penalty}, "
+              + (f"masks by {args.masks}" if args.masks else "filled boxes stand in for masks"))
+    drawn, bad, order = [], list(source.bad), []
+
+    def examples():
+        for number, example in read_examples(source, missing, bad, args.skip_bad_rows):
+            order.append(number)
+            yield example
+
+    path = out / f"records.rank{rank}.jsonl"
+    if path.exists() and not path.read_text().endswith("\n"):   # interrupted in the middle of a line
+        path.write_text(path.read_text() + "\n")
+    with open(path, "a") as file:
+        answered = evaluate(model, Processor(model.folder), examples(), args.max_new_tokens, args.batch,
+                            args.repetition_penalty, segmenter)
+        for at, (record, prompt) in enumerate(tqdm(answered, total=len(missing), unit="ex", disable=rank > 0)):
+            line = {"index": order[at], **vars(record),
+                    "predicted_original_frame": original_frame(record.predicted, prompt)}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if len(drawn) < 12:
+                drawn.append((record, prompt))
+    bad = sum(gather_json(bad if rank == 0 else bad[len(source.bad):], device), [])
+    if rank == 0:
+        finish(out, args, settings, numbers, bad, shown, drawn)
+    leave_ranks()
+
+
+def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], shown: tuple, drawn: list) -> None:
+    """Joins what the ranks wrote, prints the table, writes metrics.json and the picture."""
+    lines = open_folder(out, settings)
+    if len(lines) < len(numbers) - len(bad):
+        raise SystemExit(f"{out} holds {len(lines)} of {len(numbers)} examples; do all ranks write to the same disk?")
+    with open(out / "all.tmp", "w") as file:
+        file.writelines(json.dumps(lines[n]) + "\n" for n in sorted(lines))
+    (out / "all.tmp").rename(out / "records.jsonl")
+    for part in out.glob("records.rank*.jsonl"):
+        part.unlink()
+    names = Record.__dataclass_fields__
+    records = [Record(**{k: v for k, v in lines[n].items() if k in names}) for n in numbers if n in lines]
+    metrics = summarise(records)
+    print(table({f"{args.model} on {args.data}": metrics}, shown))
+    for line in bad:
+        print(f"left out: {line}")
+    (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": metrics}, indent=2) + "\n")
+    if drawn:
+        draw_overlay(drawn, out / "overlay.png")
     print(f"wrote metrics.json, records.jsonl and overlay.png to {out}")
 
 

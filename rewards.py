@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from verify_math import same_value
+
 MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
 LABEL_STYLES = {"spaced": (", ", ": "), "compact": (",", ":")}  # what stands after an item and after a key
 
@@ -99,6 +101,20 @@ def parse_boxes(response: str) -> tuple[list[dict], str | None]:
     items, error = parse_json(text)
     error = error or next(filter(None, map(item_error, items)), None)
     return ([], error) if error else (items[:MAX_OBJECTS], None)
+
+
+def parse_points(response: str) -> list[list[float]]:
+    """The points of a response, as OmniACT counts them: of an item without a point, the centre of its box; of one
+    without either, none."""
+    text = answer_text(response)
+    points = []
+    for item in parse_json(text)[0][:MAX_OBJECTS] if text is not None else []:
+        point, box = (item.get("point_2d"), item.get("bbox_2d")) if isinstance(item, dict) else (None, None)
+        if numbers(point, 2):
+            points.append(point)
+        elif numbers(box, 4):
+            points.append([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+    return points
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,19 +201,87 @@ def boxed(response: str) -> str | None:
     return None
 
 
+def final_text(response: str) -> str:
+    """What a response answers: the text in <answer>, else what follows </think>, else all of it."""
+    response = response[:MAX_CHARACTERS]
+    text = answer_text(response)
+    return text if text is not None else response.rpartition("</think>")[2].strip()
+
+
+def math_equal(answer: str, truth: str, choices: list[str] = ()) -> bool:
+    """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text: B
+    and (B) for choices[1]."""
+    if len(letter := answer.strip("() .")) == 1 and 0 <= (at := ord(letter.upper()) - ord("A")) < len(choices):
+        answer = choices[at]
+    return answer.strip() == truth.strip() or (answer not in choices and same_value(answer, truth))
+
+
+def read_choices(answer: str) -> tuple[str, list[str]]:
+    """A math label: text, or JSON {"answer": text, "choices": [text, …]} → answer, choices."""
+    if not answer.startswith("{\"answer\""):
+        return answer.strip(), []
+    label = json.loads(answer)
+    return label["answer"].strip(), label["choices"]
+
+
 def math_reward(response: str, truth: str) -> Reward:
-    r"""1.0 correct, 0.1 wrong but boxed, 0 without \boxed{}. Compared as text."""
+    r"""1.0 correct, 0.1 wrong but boxed, 0 without \boxed{}."""
     answer = boxed(response[:MAX_CHARACTERS])
     if answer is None:
         return Reward({"accuracy": 0.0}, "no_boxed")
-    return Reward({"accuracy": 1.0 if answer == truth.strip() else 0.1})
+    return Reward({"accuracy": 1.0 if math_equal(answer, *read_choices(truth)) else 0.1})
+
+
+def accepted(truth: str) -> list[str]:
+    """A label of short text: the text, or a JSON list of all accepted texts."""
+    return json.loads(truth) if truth.startswith("[\"") else [truth]
 
 
 def vqa_reward(response: str, truth: str) -> Reward:
-    """1 if the response is the answer, up to case, blanks around it and a final full stop; else 0."""
+    """1 if the response is an accepted answer, up to case, blanks around it and a final full stop; else 0."""
     def plain(text: str) -> str:
         return text.strip().removesuffix(".").strip().lower()
-    return Reward({"accuracy": float(plain(response[:MAX_CHARACTERS]) == plain(truth))})
+    return Reward({"accuracy": float(plain(final_text(response)) in map(plain, accepted(truth)))})
+
+
+def relaxed_match(answer: str, truth: str) -> bool:
+    """ChartQA's relaxed accuracy: numbers (a final % divides by 100) may be 5 % off a true number other than 0; all else
+    must be equal up to case."""
+    def number(text: str) -> float | None:
+        found = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,2})?)(%?)", text.strip().lower())
+        return float(found[1]) / (100 if found[2] else 1) if found else None
+    a, b = number(answer[:100]), number(truth)
+    if a is not None and b:
+        return abs(a - b) <= 0.05 * abs(b)
+    return answer.strip().lower() == truth.strip().lower()
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein: insertions, deletions and substitutions of one character."""
+    line = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        corner, line[0] = line[0], i
+        for j, y in enumerate(b, 1):
+            corner, line[j] = line[j], min(line[j] + 1, line[j - 1] + 1, corner + (x != y))
+    return line[-1]
+
+
+def anls(answer: str, truths: list[str]) -> float:
+    """DocVQA's average normalised Levenshtein similarity of one question: best over the accepted answers of
+    1 − distance / longer length, 0 where that is not above 0.5. Case and runs of blanks do not count."""
+    def similarity(truth: str) -> float:
+        a, b = (" ".join(text.lower().split())[:1000] for text in (answer, truth))
+        s = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
+        return s if s > 0.5 else 0.0
+    return max(map(similarity, truths))
+
+
+def chart_reward(response: str, truth: str) -> Reward:
+    return Reward({"accuracy": float(any(relaxed_match(final_text(response), t) for t in accepted(truth)))})
+
+
+def document_reward(response: str, truth: str) -> Reward:
+    return Reward({"accuracy": anls(final_text(response), accepted(truth))})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,15 +289,17 @@ def vqa_reward(response: str, truth: str) -> Reward:
 
 @dataclass(frozen=True)
 class Task:
-    """All that a task is. prompt: with {question}; render(answer, style): the text of y; reward(response, answer);
-    boxes: whether answers are JSON boxes, to be converted when the image is resized."""
-    prompt: str
-    render: Callable[[str, str], str]
-    reward: Callable[[str, str], Reward]
-    boxes: bool = False
+    """All that a task is."""
+    prompt: str                                   # the user's turn, with {question}
+    render: Callable[[str, str], str]             # (answer, style) → the text of y
+    reward: Callable[[str, str], Reward]          # (response, answer) → named terms
+    metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: the box metrics of metrics.py
+    boxes: bool = False                           # answers are JSON boxes, converted when the image is resized
+    frame: tuple[int, int] | None = None          # (width, height) that every image is resized to, aspect ignored
+    strip: str = ""                               # marks cut off the question, which is then lower-cased
 
 
-OFFICIAL_PROMPT = (  # the authors' evaluation prompt, to the letter
+GROUNDING_PROMPT = (  # the authors' evaluation prompt, to the letter
     'Please find "{question}" with bboxs and points.'
     "Compare the difference between object(s) and find the most closely matched object(s)."
     "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
@@ -221,27 +307,51 @@ OFFICIAL_PROMPT = (  # the authors' evaluation prompt, to the letter
     "i.e., <think> thinking process here </think>"
     '<answer>[{{"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}}, '
     '{{"bbox_2d": [225, 296, 706, 786], "point_2d": [302, 410]}}]</answer>')
-
-OFFICIAL_MATH_PROMPT = (
+# The prompt that their earlier trainer used: a newline after the image, no blanks inside the lists.
+GROUNDING_TRAIN_PROMPT = "\n" + GROUNDING_PROMPT.replace("[10, 100, 200, 210]", "[10,100,200,210]").replace(
+    "[30, 110]", "[30,110]").replace("[225, 296, 706, 786]", "[225,296,706,786]").replace("[302, 410]", "[302,410]")
+MATH_PROMPT = (
     "{question} First think about the question and then provide the answer. The answer is in latex format and wrapped "
     "using the \\boxed{{}} command. The thinking process and answer are enclosed within <think> </think> and "
     "\\boxed{{}} tags, respectively. i.e., <think> thinking process here. </think>\\boxed{{2}}")
+SHORT_PROMPT = "{question}\nAnswer the question using a single word or phrase."   # Qwen2.5-VL's own, for both
+
+
+def render_boxed(answer: str, style: str) -> str:
+    return f"\\boxed{{{read_choices(answer)[0]}}}"
+
+
+def render_short(answer: str, style: str) -> str:
+    return accepted(answer)[0]
+
+
+def accuracy_of(reward: Callable[[str, str], Reward]) -> Callable[[str, str], float]:
+    """The metric that is a reward's accuracy term, where that is all there is."""
+    return lambda response, answer: reward(response, answer).terms["accuracy"]
+
+
+def math_metric(response: str, answer: str) -> float:
+    return float(math_reward(response, answer).total == 1)   # boxed but wrong is wrong
+
 
 TASKS = {
-    "grounding": Task(OFFICIAL_PROMPT, render_grounding, grounding_reward, boxes=True),
+    "grounding": Task(GROUNDING_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), '."?!'),
+    "grounding_train": Task(GROUNDING_TRAIN_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), "."),
+    "math": Task(MATH_PROMPT, render_boxed, math_reward, math_metric),
+    "chartqa": Task(SHORT_PROMPT, render_short, chart_reward, accuracy_of(chart_reward)),
+    "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward)),
+    "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward)),
     # The built-in world asks in fewer words, for speed; its answers and rewards are the same.
-    "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding, grounding_reward,
-                            boxes=True),
-    "math": Task(OFFICIAL_MATH_PROMPT, lambda answer, style: f"\\boxed{{{answer}}}", math_reward),
-    "scene_math": Task("{question}", lambda answer, style: f"\\boxed{{{answer}}}", math_reward),
-    "vqa": Task("{question}", lambda answer, style: answer, vqa_reward),
+    "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding, grounding_reward, None,
+                            True, None, '."?!'),
+    "scene_math": Task("{question}", render_boxed, math_reward, math_metric),
 }
 
 
 def user_text(task: str, question: str) -> str:
-    """The user's turn. Grounding questions are lower-cased and stripped of marks, as in the authors' scripts."""
-    if TASKS[task].boxes:
-        question = question.lower().strip('."?!')
+    """The user's turn."""
+    if marks := TASKS[task].strip:
+        question = question.lower().strip(marks)
     return TASKS[task].prompt.format(question=question)
 
 
@@ -251,10 +361,18 @@ def label_error(task: str, answer: str) -> str | None:
         return f"task {task!r} is not one of {sorted(TASKS)}"
     if not isinstance(answer, str):
         return f"the solution is {type(answer).__name__}, not text"
+    if not answer.strip():
+        return "the solution is empty"
     if not TASKS[task].boxes:
-        return None if answer.strip() else "the solution is empty"
+        try:
+            return None if TASKS[task].render(answer, "spaced").strip() else "the solution is empty"
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return f"the solution cannot be read: {error!r}"
     items, error = parse_json(answer)
-    return error or next(filter(None, map(item_error, items)), None)
+    error = error or next(filter(None, map(item_error, items)), None)
+    if error is None and (wrong := [b for b in (i["bbox_2d"] for i in items) if b[0] > b[2] or b[1] > b[3]]):
+        return f"the box {wrong[0]} is inverted; it must be [x1, y1, x2, y2] with x1 ≤ x2 and y1 ≤ y2"
+    return error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,9 +72,9 @@ def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: 
 
 @torch.no_grad()
 def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-             seed: int = 0, step: int = 0) -> list[list[Response]]:
+             seed: int = 0, step: int = 0, repetition_penalty: float = 1.0) -> list[list[Response]]:
     """G responses to each prompt. temperature 0 is greedy decoding (then use G = 1). Runs the raw module, never a
-    DDP wrapper."""
+    DDP wrapper. repetition_penalty, of evaluations only: training does not score with it."""
     greedy = temperature == 0
     device = model.lm_head.weight.device
     eos = torch.tensor(model.eos_ids, device=device)
@@ -85,12 +85,17 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
     start = torch.tensor([p.next_position for p in prompts], device=device)                     # [B]
     alive = torch.arange(len(prompts), device=device)      # prompts still in the batch
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
+    seen = None if repetition_penalty == 1 else seen_tokens(prompts, G, len(model.model.embed_tokens.weight), device)
     # Per step: which prompts took part, and their tokens and log-probs [B', G].
     history: list[tuple[Tensor, Tensor, Tensor]] = []
     for r in range(max_new_tokens):
         logits = model.logits(hidden, 1.0 if greedy else temperature)
+        if seen is not None:
+            logits = penalise(logits, seen, repetition_penalty)
         token, logp = sample(logits, None if greedy else rearrange(u[alive, :, r], "b g -> (b g)"))
         history.append((alive, rearrange(token, "(b g) -> b g", g=G), rearrange(logp, "(b g) -> b g", g=G)))
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
         ended[alive] |= torch.isin(history[-1][1], eos)
         going = ~ended[alive].all(1)
         if not going.any() or r + 1 == max_new_tokens:
@@ -99,9 +104,25 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
             stay = torch.nonzero(going)[:, 0]
             alive = alive[stay]
             cache.keep(stay)
+            if seen is not None:
+                seen = rearrange(rearrange(seen, "(b g) v -> b g v", g=G)[stay], "b g v -> (b g) v")
             token = rearrange(history[-1][1][stay], "b g -> (b g)")
         hidden = decode_one_token(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
     return collect(history, len(prompts), G, set(model.eos_ids))
+
+
+def seen_tokens(prompts: list[Prompt], G: int, vocabulary: int, device) -> Tensor:
+    """Which tokens each prompt holds, [B·G, V] bool."""
+    seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
+    for line, prompt in zip(seen, prompts):
+        line[torch.tensor(prompt.tokens, device=device)] = True
+    return repeat(seen, "b v -> (b g) v", g=G).clone()
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """The repetition penalty of CTRL (arXiv 1909.05858), as transformers applies it: the logit of a token that prompt or
+    response already hold is divided by the penalty if positive, else multiplied."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def collect(history: list[tuple[Tensor, Tensor, Tensor]], prompts: int, G: int, eos: set[int]) -> list[list[Response]]:

@@ -1,17 +1,15 @@
 """ViSurf (arXiv 2510.10606) in plain PyTorch DDP: supervised and reinforcement fine-tuning in one stage.
 
     torchrun train.py                                      the built-in world and the tiny model: minutes on a laptop
-    torchrun --nproc-per-node 8 train.py --model FOLDER --data FILE.jsonl --precision bfloat16
+    torchrun --nproc-per-node 8 train.py --preset paper    Qwen2.5-VL-7B on the authors' data
 
 One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side, with the three
 controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as one packed row (data.py,
 model.py), one optimizer step. Every metric that is logged is defined in README.md.
 
-The paper leaves the learning rate, the batch, the std and the length normalisation open: they are options.
+The paper leaves the learning rate, the batch, the std and the length normalisation open: they are options (config.py).
 """
-import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -25,131 +23,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import objective
-from checkpoint import gather_json, load_optimizer, newest_checkpoint, open_run, save_checkpoint
-from data import Batch, Processor, Prompt, Row, collate, load, pack_group, take
-from eval import Record, draw_overlay, evaluate, summarise, table
+from checkpoint import load_optimizer, newest_checkpoint, open_run, save_checkpoint
+from config import PRESETS, Config, parse_config
+from data import Batch, Processor, Prompt, Row, collate, pack_group
+from eval import draw_overlay, evaluate, table
+from metrics import Record, summarise
 from model import Qwen2_5_VL
+from optimizers import make_optimizers, set_lr
+from ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
 from rewards import LABEL_STYLES, TASKS, Reward, label_reward, label_text, smooth
 from rollout import Response, generate
+from sources import load, take
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
-
-
-def option(default, text: str, choices: tuple = ()):
-    return field(default=default, metadata={"help": text, "choices": choices or None})
-
-
-@dataclass
-class Config:
-    """Every option of train.py; saved with the run."""
-    method: str = option("visurf", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy)", ("visurf", "rlvr", "sft"))
-    model: str = option("assets/tiny", "model folder in the Hugging Face layout, or hub id")
-    data: str = option("scenes:train", "scenes:SPLIT, or a .jsonl file (columns id, image, problem, solution, task)")
-    name: str = option("", "the run's folder is runs/NAME (default: the method and the time); never overwritten")
-    resume: str = option("", "run folder to go on with, from its newest checkpoint and its saved options")
-    seed: int = option(42, "seeds the order of the data, the rollouts and random weights")
-    steps: int = option(300, "optimizer steps (with --inner-epochs E: sampling rounds of E optimizer steps)")
-    prompts_per_step: int = option(16, "prompts per step over all ranks [paper.md 1: 16]")
-    rollouts: int = option(8, "G, rollouts of each prompt [paper.md 1: 8]")
-    max_new_tokens: int = option(128, "R, longest response; a longer rollout is truncated [paper.md 1: 2000]")
-    temperature: float = option(1.0, "T of sampling and scoring [paper.md 1: 1.0]")
-    micro_rows: int = option(4, "rows per forward; any value gives the same update")
-    max_row_tokens: int = option(0, "a group whose row is longer becomes several rows (0: no limit)")
-    lr: float = option(2e-4, "learning rate [paper.md 1: 1e-6, constant, for 7B]")
-    warmup_steps: int = option(10, "steps of linear warm-up")
-    cooldown_steps: int = option(220, "last steps, of linear decay to 0; a shorter run starts lower")
-    optimizer: str = option("adamw", "adamw; muon: Muon for matrices, AdamW for the rest (for pretraining)",
-                            ("adamw", "muon"))
-    weight_decay: float = option(0.01, "decoupled weight decay [paper.md 1: 1e-2]")
-    grad_clip: float = option(1.0, "largest gradient norm [paper.md 1: 1.0]")
-    clip: float = option(0.2, "ε of the clipped surrogate, Eq. 8 [paper.md 1: 0.2]; inert with one inner epoch")
-    kl: float = option(0.0, "weight of the k3 KL to the frozen initial model; ViSurf has none")
-    inner_epochs: int = option(1, "optimizer steps per sampling round [paper.md 1: 1]")
-    std: str = option("sample", "std R of Eq. 6 and 7", ("sample", "population", "none"))
-    normaliser: str = option("token-mean", "length normalisation; seq-sum is Eq. 9 to the letter",
-                             ("token-mean", "seq-mean", "seq-sum"))
-    label_style: str = option("spaced", "control 1, the text of y: spaced (the paper's), compact (off), auto (what the "
-                              "policy finds likeliest)", (*LABEL_STYLES, "auto"))
-    no_thinking_reward: bool = option(True, "control 2: y earns no thinking reward")
-    smoothing: bool = option(True, "control 3: r(y) := mean r(o) once a rollout is as good as y")
-    precision: str = option("float32", "compute precision; weights and optimizer stay float32", ("float32", "bfloat16"))
-    checkpoint_activations: bool = option(False, "recompute each block in backward: less memory, about 30 %% more time")
-    random_weights: bool = option(False, "take only config and tokenizer from --model (for pretraining)")
-    eval_data: str = option("scenes:val", "evaluated before, during and after; empty: never")
-    eval_examples: int = option(192, "how many of it")
-    eval_every: int = option(100, "steps between evaluations (0: only before and after)")
-    save_every: int = option(100, "steps between checkpoints (0: only at the end)")
-    log_every: int = option(10, "steps between printed lines; metrics.jsonl has every step")
-
-    def check(self, world: int) -> None:
-        for flag, wrong, rule in (
-                ("prompts-per-step", self.prompts_per_step < 1 or self.prompts_per_step % world,
-                 f"must be a multiple of the {world} ranks"),
-                ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
-                ("temperature", self.temperature <= 0, "must be above 0"),
-                ("inner-epochs", self.inner_epochs < 1, "must be at least 1"),
-                ("micro-rows", self.micro_rows < 1, "must be at least 1"),
-                ("kl", self.kl and self.method == "sft", "has no meaning with --method sft")):
-            if wrong:
-                raise SystemExit(f"--{flag} {getattr(self, flag.replace('-', '_'))}: {rule}")
-
-
-def parse_config(arguments: list[str] | None = None) -> Config:
-    """Flags → Config. With --resume the run's saved options are the defaults. Unknown flags are errors."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"]}
-        shown = "" if f.type is bool else f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
-    given = vars(parser.parse_args(arguments))
-    saved = {}
-    if given.get("resume"):
-        path = Path(given["resume"]) / "config.json"
-        if not path.exists():
-            raise SystemExit(f"--resume {given['resume']}: there is no {path}")
-        saved = json.loads(path.read_text())["config"]
-    return Config(**{**saved, **given})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
-
-def start_ranks() -> tuple[int, int, torch.device]:
-    """Joins the process group that torchrun describes (alone without it). Returns rank, world size, device."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", "29511")):
-        os.environ.setdefault(name, value)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))  # share the cores
-        dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def leave_ranks() -> None:
-    """Gloo's worker thread frees the tensors of its last collective, for which it needs the GIL; a process group (or a
-    DDP wrapper) freed at that moment holds the GIL and waits for the thread, for ever. So the thread goes first."""
-    dist.barrier()
-    time.sleep(0.2)
-    dist.destroy_process_group()
-
-
-def add_over_ranks(values: list[float], device) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
 
 
 class Meter(defaultdict):
@@ -331,7 +221,7 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     batches, denominator = micro_batches(cfg, groups, device)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
     for mb in batches:
-        with torch.no_grad(), compute(cfg, device):
+        with torch.no_grad():
             if cfg.inner_epochs > 1:
                 mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
             if reference is not None:
@@ -341,8 +231,7 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
         for i, mb in enumerate(batches):
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the average a sum.
             with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
-                with compute(cfg, device):
-                    logp, entropy = ddp(**vars(mb.batch), **settings)
+                logp, entropy = ddp(**vars(mb.batch), **settings)
                 loss = micro_loss(cfg, logp, mb, denominator)
                 (loss * dist.get_world_size()).backward()
             loss_sum += float(loss.detach())
@@ -355,30 +244,6 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
                 optimizer.step()
         ddp.zero_grad(set_to_none=True)
     return loss_sum, norm, sum(int((mb.batch.segment >= 0).sum()) for mb in batches)
-
-
-def make_optimizers(cfg: Config, model: Qwen2_5_VL) -> list:
-    """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the same on all."""
-    adamw = {"lr": cfg.lr, "betas": (0.9, 0.999), "weight_decay": cfg.weight_decay}
-    parameters = list(model.parameters())
-    if cfg.optimizer == "muon":
-        embedding = model.model.embed_tokens.weight, model.lm_head.weight
-        matrices = [p for p in parameters if p.dim() == 2 and not any(p is e for e in embedding)]
-        rest = [p for p in parameters if not any(p is m for m in matrices)]
-        return [torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW(rest, **adamw)]
-    if dist.get_world_size() == 1:
-        return [torch.optim.AdamW(parameters, **adamw)]
-    return [ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **adamw)]
-
-
-def set_lr(cfg: Config, optimizers: list, step: int) -> None:
-    """Constant, after cfg.warmup_steps of linear warm-up and before cfg.cooldown_steps of linear decay. step from 0."""
-    up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
-    down = (cfg.steps - step) / cfg.cooldown_steps if cfg.cooldown_steps else 1.0
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, up, down)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,14 +282,15 @@ def set_up() -> Job:
     if checkpoint:
         state = json.loads((checkpoint / "state.json").read_text())
     torch.manual_seed(cfg.seed)
-    model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, torch.float32, device,
+    dtype = getattr(torch, cfg.precision)
+    model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, dtype, device,
                                        random_weights=cfg.random_weights and not checkpoint)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait for each other
+        torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     reference = None
     if cfg.kl:
         torch.manual_seed(cfg.seed)
-        reference = Qwen2_5_VL.from_pretrained(cfg.model, torch.float32, device, cfg.random_weights)
+        reference = Qwen2_5_VL.from_pretrained(cfg.model, dtype, device, cfg.random_weights)
         reference.requires_grad_(False)
     optimizers = make_optimizers(cfg, model)
     if checkpoint:
@@ -432,27 +298,25 @@ def set_up() -> Job:
             load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     job = Job(cfg, rank, world, device, ddp, reference, Processor(model.folder), optimizers, state)
-    job.run = open_run(cfg, rank, device, state["step"])
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    job.say(f"{cfg.method}: {size:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on {device.type}, "
-            f"{cfg.precision}; writing to {job.run}")
+    size = sum(p.numel() for p in model.parameters())
+    job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on "
+            f"{device.type}, {cfg.precision}, preset {cfg.preset}"
+            + "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset]))
+    width, master = (2, 4) if cfg.precision == "bfloat16" else (4, 0)
+    job.say(f"memory of each rank before activations: weights {size * width / 1e9:.2f} GB, gradients "
+            f"{size * width / 1e9:.2f} GB, optimizer {size * (8 + master) / world / 1e9:.2f} GB")
     return job
-
-
-def compute(cfg: Config, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
 
 
 def train_step(job: Job, source) -> dict:
     """Samples, updates, measures: a line of metrics.jsonl. Advances job.state."""
     cfg, state, meter, began = job.cfg, job.state, Meter(), time.time()
     set_lr(cfg, job.optimizers, state["step"])
-    examples = take(source, state["cursor"], cfg.prompts_per_step, cfg.seed)
     share = cfg.prompts_per_step // job.world
-    prompts = [job.processor.prompt(e) for e in examples[job.rank * share:(job.rank + 1) * share]]
+    first = state["cursor"] + job.rank * share
+    prompts = [job.processor.prompt(e) for e in take(source, range(first, first + share), cfg.seed)]
     loaded = time.time()
-    with compute(cfg, job.device):
-        groups = make_groups(cfg, job.ddp.module, job.processor, prompts, state["step"])
+    groups = make_groups(cfg, job.ddp.module, job.processor, prompts, state["step"])
     measure_groups(cfg, groups, meter)
     sampled = time.time()
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter)
@@ -473,15 +337,49 @@ def train_step(job: Job, source) -> dict:
 def run_evaluation(job: Job, examples: list, history: dict[str, dict]) -> None:
     """Every rank answers its share; rank 0 draws its first answers, and prints the table of all evaluations so far."""
     cfg, step = job.cfg, job.state["step"]
-    with compute(cfg, job.device):
-        records, prompts = evaluate(job.ddp.module, job.processor, examples[job.rank::job.world], cfg.max_new_tokens,
-                                    progress=job.rank == 0)
+    own = examples[job.rank::job.world]
+    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens)
+    pairs = list(tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0))
+    records = [record for record, _ in pairs]
     if job.rank == 0:
-        draw_overlay(records[:12], prompts[:12], job.run / "samples" / f"step_{step}.png")
+        draw_overlay(pairs[:12], job.run / "samples" / f"step_{step}.png")
     everyone = gather_json([vars(r) for r in records], job.device)
     history[f"step {step}"] = summarise([Record(**r) for part in everyone for r in part])
     job.log({"step": step, "eval": history[f"step {step}"]})
     job.say(f"{cfg.eval_data}, first {len(examples)}:\n" + table(history))
+
+
+def dry_run(job: Job, source) -> None:
+    """One step as expensive as any can be: the longest prompt among 256 examples, every response max_new_tokens long.
+    Nothing is written; the learning rate is 0."""
+    cfg = job.cfg
+    numbers = sorted({i * len(source) // 256 for i in range(256)})
+    prompt = max((job.processor.prompt(source[n]) for n in numbers), key=lambda p: len(p.tokens))
+    S = {"sft": 1, "rlvr": cfg.rollouts, "visurf": cfg.rollouts + 1}[cfg.method]
+    share = cfg.prompts_per_step // job.world
+    rows = pack_group(prompt, [[prompt.tokens[0]] * cfg.max_new_tokens] * S, cfg.max_row_tokens)
+    job.say(f"longest prompt of {len(numbers)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
+            f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
+    for optimizer in job.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    few = min(32, cfg.max_new_tokens)
+    groups = min(share, cfg.micro_rows)
+    fake = [Group(prompt, [[prompt.tokens[0]] * cfg.max_new_tokens] * S, [], [1.0] * S)] * groups
+    seconds = {}
+    for _ in range(2):                 # the first time warms up
+        began = time.time()
+        if cfg.method != "sft":
+            sampled = generate(job.ddp.module, [prompt] * share, cfg.rollouts, few, cfg.temperature)
+            taken = max(len(o.tokens) for o in sum(sampled, []))
+            seconds["sampling"] = (time.time() - began) * cfg.max_new_tokens / taken
+        began = time.time()
+        update(cfg, job.ddp, job.reference, job.optimizers, fake, Meter())
+        seconds["update"] = (time.time() - began) * share / groups
+    gigabytes = max(gather_json(peak_memory_gb(job.device), job.device))
+    total = max(gather_json(sum(seconds.values()), job.device))
+    job.say(f"peak memory {gigabytes:.1f} GB; one step at most " + " + ".join(f"{k} {v:.1f} s" for k, v in seconds.items())
+            + f"; {cfg.steps} steps at most {cfg.steps * total / 3600:.1f} hours. Shorter responses take less.")
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -502,7 +400,14 @@ def progress_line(m: dict) -> str:
 def main() -> None:
     job = set_up()
     cfg, state = job.cfg, job.state
-    source = load(cfg.data)
+    source = load(cfg.data, cfg.task, cfg.skip_bad_rows)
+    for reason in source.bad:
+        job.say(f"left out: {reason}")
+    if cfg.dry_run:
+        dry_run(job, source)
+        return leave_ranks()
+    job.run = open_run(cfg, job.rank, job.device, state["step"])
+    job.say(f"writing to {job.run}")
     held_out = load(cfg.eval_data) if cfg.eval_data else []
     held_out = [held_out[i] for i in range(min(cfg.eval_examples, len(held_out)))]
     terminated = []

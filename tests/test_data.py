@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import data
 import scenes
-from data import Example, Processor, Prompt, Row, collate, convert_boxes, load, order, pack_group, smart_resize, take
-from rewards import user_text
+from data import Processor, Prompt, Row, collate, convert_boxes, pack_group, smart_resize
+from rewards import TASKS, user_text
+from sources import Example, load, open_image
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 BOX = {"bbox_2d": [10, 15, 50, 30], "point_2d": [30, 22]}
@@ -94,7 +95,9 @@ def test_prompt_tokens(processor, task, question, size):
     tokenizer, images = AutoTokenizer.from_pretrained(TINY), Qwen2VLImageProcessorPil.from_pretrained(TINY)
     content, count = [{"type": "text", "text": user_text(task, question)}], 0
     if size:
-        grid = images(images=[noise(*size)], return_tensors="pt")["image_grid_thw"]
+        frame = TASKS[task].frame
+        seen = noise(*size).resize(frame, Image.Resampling.BILINEAR) if frame else noise(*size)
+        grid = images(images=[seen], return_tensors="pt")["image_grid_thw"]
         content, count = [{"type": "image"}, *content], int(grid.prod()) // images.merge_size ** 2
         assert prompt.grids == [tuple(grid[0, 1:].tolist())]
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
@@ -119,16 +122,9 @@ def test_prompt_has_the_chat_of_the_paper(processor):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_other_colour_modes_and_files(processor, tmp_path, mode):
     noise(60, 90).convert(mode).save(tmp_path / "a.png")
-    prompt = processor.prompt(Example("x", str(tmp_path / "a.png"), "What?", "1", "vqa"))
+    prompt = processor.prompt(Example("x", open_image(tmp_path / "a.png"), "What?", "1", "vqa"))
     expected = Qwen2VLImageProcessorPil.from_pretrained(TINY)(images=[Image.open(tmp_path / "a.png").convert("RGB")])
     torch.testing.assert_close(prompt.patches, torch.tensor(expected["pixel_values"]), rtol=0, atol=1e-5)
-
-
-def test_truncated_image_names_the_example(processor, tmp_path):
-    noise(60, 90).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="example number 7: the image cannot be read"):
-        processor.prompt(Example("number 7", str(tmp_path / "half.png"), "What?", "1", "vqa"))
 
 
 SPECIAL = ["<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
@@ -180,11 +176,12 @@ def test_grounding_example_of_a_file_gets_its_boxes_converted(processor, tmp_pat
              for task in ("grounding", "scene_grounding", "vqa")]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = load(str(tmp_path / "a.jsonl"))
-    for example in (source[0], source[1]):
+    # The authors' frame of 840×840: x·8.4, y·14. Qwen's own sizes: x·1.12: 11.2 56 33.6; y·56/60: 14 28 20.53.
+    for example, size, expected in ((source[0], (840, 840), {"bbox_2d": [84, 210, 420, 420], "point_2d": [252, 308]}),
+                                    (source[1], (112, 56), {"bbox_2d": [11, 14, 56, 28], "point_2d": [34, 21]})):
         prompt = processor.prompt(example)
-        assert (prompt.original_size, prompt.size, prompt.image.size) == ((100, 60), (112, 56), (112, 56))
-        # x·1.12: 11.2 56 33.6; y·56/60: 14 28 20.53
-        assert json.loads(prompt.answer) == [{"bbox_2d": [11, 14, 56, 28], "point_2d": [34, 21]}]
+        assert (prompt.original_size, prompt.size, prompt.image.size) == ((100, 60), size, size)
+        assert json.loads(prompt.answer) == [expected]
         assert json.loads(example.answer) == [BOX]  # the source keeps the image's own pixels
     assert processor.prompt(source[2]).answer == json.dumps([BOX])  # text to a task without boxes
 
@@ -258,110 +255,6 @@ def test_collate():
     assert batch.predictor.tolist() == [[0, 0, 1, 2, 0], [0, 0, 0, 2, 3], [0, 0, 1, 0, 0]]
     assert batch.position.tolist() == [[[0, 1, 2, 3, 0], [0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]] * 3
     assert torch.equal(batch.patches, torch.cat(images)) and batch.grids == [(2, 2), (2, 4)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Order
-
-def test_order():
-    orders = {(seed, epoch): order(40, seed, epoch).tolist() for seed in (0, 1, 2) for epoch in (0, 1, 2)}
-    assert all(sorted(o) == list(range(40)) for o in orders.values())
-    assert len(set(map(tuple, orders.values()))) == 9  # (1, 2) and (2, 1) differ as well
-    order.cache_clear()
-    assert all(order(40, *key).tolist() == o for key, o in orders.items())
-
-
-@pytest.mark.parametrize("count", [1, 3, 7, 10, 16])
-def test_take_visits_everything_once_an_epoch(count):
-    source, seen = list("abcdefghij"), []
-    while len(seen) < 50:
-        seen += take(source, len(seen), count, seed=5)
-    epochs = [seen[at:at + 10] for at in range(0, 50, 10)]
-    assert all(sorted(epoch) == source for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 5
-    assert seen == take(source, 0, len(seen), seed=5) != take(source, 0, len(seen), seed=6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-GOOD = {"id": 1, "image": "pictures/a.png", "problem": "red ring", "solution": [BOX], "task": "grounding"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    noise(40, 30).save(tmp_path / "pictures" / "a.png")
-    (tmp_path / "pictures" / "corrupt.png").write_bytes(b"not a picture")
-    return tmp_path
-
-
-def write(folder: Path, *rows) -> str:
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    (folder / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder / "a.jsonl")
-
-
-def test_jsonl(folder, monkeypatch):
-    text = GOOD | {"id": "b", "image": None, "problem": "1+1, é?", "solution": "2", "task": "math", "thought": "Easy."}
-    as_text = GOOD | {"solution": json.dumps([BOX]), "task": "scene_grounding"}
-    nothing = GOOD | {"id": 4, "solution": []}
-    path = write(folder, GOOD, "", text, as_text, nothing)
-    monkeypatch.chdir("/")  # image paths are relative to the file
-    source = load(path)
-    picture = str(folder / "pictures" / "a.png")
-    assert len(source) == 4
-    assert [source[i] for i in range(4)] == [
-        Example("1", picture, "red ring", json.dumps([BOX]), "grounding"),
-        Example("b", None, "1+1, é?", "2", "math", "Easy."),
-        Example("1", picture, "red ring", json.dumps([BOX]), "scene_grounding"),
-        Example("4", picture, "red ring", "[]", "grounding")]
-    assert Image.open(source[0].image).size == (40, 30)
-
-
-def without(column: str) -> dict:
-    return {key: value for key, value in GOOD.items() if key != column}
-
-
-@pytest.mark.parametrize("row, reason", [
-    ("{not json", "not JSON"), ("[1, 2]", "not a JSON object"),
-    *((without(column), rf"columns \['{column}'\] are missing") for column in GOOD),
-    (GOOD | {"image": "pictures/b.png"}, "image cannot be read: .*b.png"),
-    (GOOD | {"image": "pictures/corrupt.png"}, "image cannot be read: .*corrupt.png"),
-    (GOOD | {"solution": "red"}, "bad label: bad_json"),
-    (GOOD | {"solution": BOX}, "the column 'solution' holds a dict"),
-    (GOOD | {"solution": [{"point_2d": [1, 2]}]}, "bad label: no_bbox_2d"),
-    (GOOD | {"solution": [BOX | {"bbox_2d": [1, 2, 3]}]}, "bad label: bad_bbox_2d"),
-    (GOOD | {"solution": [BOX | {"point_2d": "1, 2"}]}, "bad label: bad_point_2d"),
-    (GOOD | {"solution": " ", "task": "vqa"}, "bad label: the solution is empty"),
-    (GOOD | {"task": "chess"}, "task 'chess' is not one of"), (GOOD | {"problem": " \n"}, "the problem is empty"),
-    (GOOD | {"problem": None}, "the column 'problem' holds a NoneType")])
-def test_bad_row(folder, row, reason):
-    path = write(folder, GOOD, "", row, GOOD)  # the blank line counts: it is the number an editor shows
-    with pytest.raises(ValueError, match=f"^{re.escape(path)}, row 3: .*{reason}"):
-        load(path)
-
-
-@pytest.mark.parametrize("change", [{"image": 5}, {"task": ["vqa"]}, {"solution": None, "task": "vqa"}],
-                         ids=["image is a number", "task is a list", "solution is null"])
-def test_row_of_wrong_types(folder, change):
-    path = write(folder, GOOD, GOOD | change)
-    with pytest.raises(ValueError, match=f"^{re.escape(path)}, row 2: "):
-        load(path)
-
-
-@pytest.mark.parametrize("name, error, reason", [
-    ("scenes:nowhere", ValueError, "nowhere does not exist; the splits are words, pretrain, crowds, untidy, tidying, train, val, test"),
-    ("scenes", ValueError, "give scenes:SPLIT"), ("data.csv", ValueError, "data.csv: give scenes:SPLIT"),
-    ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: there is no such file")])
-def test_unknown_data(name, error, reason):
-    with pytest.raises(error, match=reason):
-        load(name)
-
-
-def test_empty_file(folder):
-    with pytest.raises(ValueError, match="a.jsonl holds no rows"):
-        load(write(folder, "", " "))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 import model as model_file
-from data import Batch, Example, Prompt, collate, pack_group
+from data import Batch, Processor, Prompt, collate, pack_group
 from model import VISION_TOKENS, Config, Qwen2_5_VL, mrope_positions, row_mask
+from rewards import user_text
 from rollout import generate
+from sources import Example, Scenes
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 EOS, START, END, IMAGE, VIDEO = 149, 150, 151, 152, 153
@@ -211,15 +213,17 @@ def test_mrope_positions_refuses_other_placeholders_than_the_images_need():
             mrope_positions(tokens, grids, IMAGE)
 
 
-def test_greedy_tokens(pair, monkeypatch):
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_tokens(pair, monkeypatch, penalty):
     """64 tokens after prompts of different lengths in one batch; transformers takes them one by one."""
     reference, model = pair
     monkeypatch.setattr(model, "eos_ids", ())
     monkeypatch.setattr(reference.generation_config, "eos_token_id", None)
-    sampled = generate(model, PROMPTS, G=1, max_new_tokens=64, temperature=0)
+    sampled = generate(model, PROMPTS, G=1, max_new_tokens=64, temperature=0, repetition_penalty=penalty)
     for prompt, [response] in zip(PROMPTS, sampled):
         expected = reference.generate(**reference_inputs([prompt], [[]]), do_sample=False, max_new_tokens=64,
-                                      min_new_tokens=64, suppress_tokens=[START, END, IMAGE, VIDEO])
+                                      min_new_tokens=64, suppress_tokens=[START, END, IMAGE, VIDEO],
+                                      repetition_penalty=penalty)
         assert response.tokens == expected[0, len(prompt.tokens):].tolist()
         assert len(response.tokens) == 64
     assert len({tuple(response.tokens) for [response] in sampled}) == len(PROMPTS)
@@ -267,6 +271,23 @@ def test_hub_layout_config_and_companions(tmp_path):
         "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     model.bfloat16().save_pretrained(tmp_path)
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_a_saved_folder_answers_the_same_in_transformers(tmp_path):
+    """Its weights, tokenizer, image processor and generation_config, by transformers alone, on a scene. (AutoProcessor
+    needs torchvision, which may be missing; it joins the two below.)"""
+    model, example = Qwen2_5_VL.from_pretrained(TINY), Scenes("test")[0]
+    model.save_pretrained(tmp_path)
+    prompt = Processor(tmp_path).prompt(example)
+    [[response]] = generate(Qwen2_5_VL.from_pretrained(tmp_path), [prompt], G=1, max_new_tokens=64, temperature=0)
+    tokenizer, images = AutoTokenizer.from_pretrained(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user_text(example.task, example.question)}]}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    pixels = images(images=[example.image], return_tensors="pt")
+    inputs = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 16), return_tensors="pt")
+    is_image = (inputs["input_ids"] == model.config.image_token_id).int()
+    answer = reloaded(tmp_path).generate(**inputs, **pixels, mm_token_type_ids=is_image, do_sample=False, max_new_tokens=64)
+    assert answer[0, inputs["input_ids"].shape[1]:].tolist() == response.tokens and len(response.tokens) > 20
 
 
 @torch.no_grad()

@@ -6,14 +6,16 @@ import math
 import random
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import rewards
-from rewards import (TASKS, accuracy, answer_text, boxed, grounding_reward, has_thinking_format, iou_matrix,
-                     label_error, label_reward, label_text, math_reward, non_repeat, parse_boxes, smooth, user_text,
-                     vqa_reward)
+import verify_math
+from rewards import (TASKS, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
+                     grounding_reward, has_thinking_format, iou_matrix, label_error, label_reward, label_text, math_equal,
+                     math_reward, non_repeat, parse_boxes, parse_points, relaxed_match, smooth, user_text, vqa_reward)
 
 ERRORS = {"no_answer", "too_long", "too_deep", "bad_json", "not_a_list", "not_an_object", "no_bbox_2d", "no_point_2d",
           "bad_bbox_2d", "bad_point_2d"}
@@ -21,6 +23,8 @@ THINK = "<think>They differ in colour.</think>"
 CAT = {"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}
 DOG = {"bbox_2d": [225, 296, 706, 786], "point_2d": [302, 410]}
 GHOST = {"bbox_2d": [700, 10, 720, 30], "point_2d": [710, 20]}  # overlaps neither
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def answer(*items):
@@ -261,8 +265,8 @@ def mutated(response, rng):
 
 
 def random_case(rng):
-    """A response and its truth: near-misses of 0 … 5 objects, now and then one of them broken."""
-    truth = [random_item(rng) for _ in range(rng.choice((0, 1, 1, 2, 3, 4, 5)))]
+    """A response and its truth: near-misses of 0 … 6 objects, now and then one of them broken."""
+    truth = [random_item(rng) for _ in range(rng.choice((0, 1, 1, 2, 3, 4, 5, 6)))]
     items = [jittered(t, rng) for t in truth if rng.random() < 0.85]
     items += [random_item(rng) for _ in range(rng.choice((0, 0, 0, 1, 2))) if len(items) < 5]
     rng.shuffle(items)
@@ -283,12 +287,13 @@ def random_case(rng):
 
 def test_equals_the_slow_reward():
     rng, seen = random.Random(0), set()
-    for k in range(4000):
+    for k in range(50_000):
         response, truth = random_case(rng)
         if k % 2:
             response = mutated(response, rng)
-        reward = grounding_reward(response, json.dumps(truth))
-        assert reward.terms == pytest.approx(slow_terms(response, truth), abs=1e-12), (response, truth)
+        reward, expected = grounding_reward(response, json.dumps(truth)), slow_terms(response, truth)
+        assert reward.terms.keys() == expected.keys()
+        assert all(abs(points - expected[term]) < 1e-12 for term, points in reward.terms.items()), (response, truth)
         assert (reward.error is None) == (slow_boxes(response)[1] is not None), response
         seen.add((reward.error, round(reward.total)))
     assert {error for error, _ in seen} == {None, *ERRORS} - {"too_long"}   # the search has been everywhere
@@ -458,11 +463,83 @@ def test_math_reward():
 
 
 def test_vqa_reward():
-    for response in ("Paris", " paris. ", "PARIS .", "\nparis\n"):
+    for response in ("Paris", " paris. ", "PARIS .", "\nparis\n", "<answer>Paris</answer>", "<think>Hm.</think>Paris",
+                     "<think>Rome?</think> <answer> paris </answer>"):
         assert vqa_reward(response, "Paris.").total == 1, response
-    for response in ("", "Paris..", "Paris, France", "<answer>Paris</answer>", "Par is"):
+    for response in ("", "Paris..", "Paris, France", "<answer>Rome</answer>Paris", "Par is"):
         assert vqa_reward(response, "Paris").total == 0, response
     assert vqa_reward("12", "1").total == vqa_reward("1", "12").total == 0
+    assert vqa_reward("in 1990", '["1990", "in 1990"]').total == 1
+
+
+def test_relaxed_match():
+    """ChartQA: 5 % off a true number; text up to case."""
+    for answer, truth in (("105", "100"), ("95", "100"), ("-9.6", "-10"), ("50%", "0.5"), ("0.51", "50%"), ("Blue", "blue"),
+                          ("1e2", "100"), (".5", "0.5"), ("0", "0"), ("2 cats", "2 Cats")):
+        assert relaxed_match(answer, truth), (answer, truth)
+    for answer, truth in (("105.1", "100"), ("94.9", "100"), ("50", "50%"), ("0.0", "0"), ("0.001", "0"), ("inf", "100"),
+                          ("nan", "100"), ("", "100"), ("1,000", "1000"), ("1_0", "10"), ("red", "blue")):
+        assert not relaxed_match(answer, truth), (answer, truth)
+    assert chart_reward("<think>It rose.</think> 104", '["7", "100"]').total == 1
+    assert chart_reward("9" * 19_000, "9").total == 0
+
+
+def test_anls():
+    """DocVQA, with numbers worked by hand: kitten → sitting takes 3 edits of 7."""
+    assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3 and edit_distance("abc", "") == 3
+    assert edit_distance("abcd", "acbd") == 2 and edit_distance("same", "same") == 0
+    assert anls("sitting", ["kitten"]) == pytest.approx(4 / 7)
+    assert anls("ab", ["abcd"]) == 0.0            # similarity 0.5 is not above 0.5
+    assert anls("abc", ["abcd"]) == 0.75
+    assert anls(" The  CAT ", ["the cat"]) == 1.0
+    assert anls("1990", ["in 1990", "1990"]) == 1.0
+    assert anls("", [""]) == 1.0 and anls("x", [""]) == 0.0
+    assert document_reward("<answer>sitting</answer>", "kitten").total == pytest.approx(4 / 7)
+    rng = random.Random(1)
+    for _ in range(300):                          # against the recursive definition
+        a, b = ("".join(rng.choices("ab", k=rng.randint(0, 6))) for _ in range(2))
+        assert edit_distance(a, b) == slow_distance(a, b)
+
+
+def slow_distance(a, b):
+    if not a or not b:
+        return len(a) + len(b)
+    return min(slow_distance(a[1:], b) + 1, slow_distance(a, b[1:]) + 1, slow_distance(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+@pytest.mark.parametrize("answer, truth, choices, expected", [
+    ("0.5", r"\frac{1}{2}", [], True), (r"\frac{2}{4}", "0.5", [], True), ("50\\%", "0.5", [], True),
+    ("1,000", "1000", [], True), ("3", "4", [], False), (r"\sqrt{4}", "2", [], True), ("x^2", "x", [], False),
+    ("B", "4 cm", ["3 cm", "4 cm"], True), ("(b)", "4 cm", ["3 cm", "4 cm"], True), ("A", "4 cm", ["3 cm", "4 cm"], False),
+    ("C", "4 cm", ["3 cm", "4 cm"], False), ("4 cm", "4 cm", ["3 cm", "4 cm"], True), ("A", "A", [], True),
+    ("__import__('os').getpid()", "2", [], False), ("{", "2", [], False), ("2" * 201, "2", [], False)])
+def test_math_equal(answer, truth, choices, expected):
+    assert math_equal(answer, truth, choices) is expected
+
+
+def test_math_is_bounded_in_time(monkeypatch):
+    """A tower of powers would keep sympy busy for ever; the next question is answered again."""
+    monkeypatch.setattr(verify_math, "SECONDS", 1)
+    began = time.time()
+    assert not math_equal("9^{9^{9^{9}}}", "2")
+    assert time.time() - began < 60              # with starting the child on a busy machine
+    monkeypatch.setattr(verify_math, "SECONDS", 60)
+    assert math_equal("1/2", "0.5")
+
+
+def test_math_with_choices():
+    label = json.dumps({"answer": "4 cm", "choices": ["3 cm", "4 cm"]})
+    assert label_error("math", label) is None and label_text("math", label, "spaced") == r"\boxed{4 cm}"
+    assert math_reward(r"\boxed{B}", label).total == 1 and math_reward(r"\boxed{A}", label).total == 0.1
+    assert label_error("math", '{"answer": "4 cm"}').startswith("the solution cannot be read")
+
+
+def test_parse_points():
+    """A point if there is one, else the middle of the box, else nothing."""
+    answer = [{"point_2d": [1, 2]}, {"bbox_2d": [0, 0, 4, 2]}, {"bbox_2d": [0, 0, 9, 9], "point_2d": [5, 6]}, {"a": 1}, 7,
+              {"bbox_2d": [1, 2]}]
+    assert parse_points(f"<answer>{json.dumps(answer)}</answer>") == [[1, 2], [2, 1], [5, 6]]
+    assert parse_points("") == parse_points("<answer>nothing</answer>") == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,6 +611,12 @@ EXPECTED_PROMPT = (  # paper.md, section 4
 
 
 def test_official_prompt():
+    """The evaluation's, and the earlier trainer's: a newline first, no blanks inside the example's lists."""
+    plain = re.sub(r"(?<=\d), (?=\d)", ",", EXPECTED_PROMPT)
+    assert plain.count(", ") == EXPECTED_PROMPT.count(", ") - 8
+    assert user_text("grounding_train", '"The Cat."') == "\n" + plain.replace("{Question}", '"the cat."')
+    assert user_text("grounding_train", "The Cat.") == "\n" + plain.replace("{Question}", "the cat")
+    assert TASKS["grounding"].frame == TASKS["grounding_train"].frame == (840, 840)
     assert user_text("grounding", "the cat") == EXPECTED_PROMPT.replace("{Question}", "the cat")
     assert user_text("scene_grounding", "the cat") == 'Please find "the cat" with bboxs and points.'
 
@@ -559,7 +642,7 @@ def test_good_labels(task, stored):
 
 @pytest.mark.parametrize("task, stored, reason", [
     ("segmentation", "[]", "segmentation"), ("grounding", [CAT], "list"), ("vqa", 3, "int"), ("vqa", None, "NoneType"),
-    ("vqa", "", "empty"), ("math", " \n", "empty"), ("grounding", "", "bad_json"), ("grounding", "[{", "bad_json"),
+    ("vqa", "", "empty"), ("math", " \n", "empty"), ("grounding", "", "empty"), ("grounding", "[{", "bad_json"),
     ("grounding", json.dumps(CAT), "not_a_list"), ("grounding", "null", "not_a_list"),
     ("grounding", "[1]", "not_an_object"), ("grounding", "[{}]", "no_bbox_2d"),
     ("grounding", '[{"bbox_2d": [1, 2, 3, 4]}]', "no_point_2d"),
@@ -570,6 +653,17 @@ def test_good_labels(task, stored):
     ("grounding", "[" * 9 + "]" * 9, "too_deep"), ("grounding", "[" + " " * 20_000 + "]", "too_long")])
 def test_bad_labels(task, stored, reason):
     assert reason in label_error(task, stored)
+
+
+def test_the_task_of_the_readme():
+    """The README's example works as it is printed there."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = vars(rewards) | {"TASKS": {}}
+    exec(code, names)
+    task = names["TASKS"]["read"]
+    assert task.render("red ring", "spaced") == "<answer>red ring</answer>"
+    assert task.reward("<answer>A red box</answer>", "red ring").terms == {"format": 1.0, "accuracy": 0.5}
+    assert task.metric("the ring is red", "red ring") == 1.0 and task.prompt.format(question="it").startswith("Read out: it.")
 
 
 def test_doctests():

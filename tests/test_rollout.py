@@ -4,9 +4,10 @@ import torch
 from scipy import stats
 
 import rollout
-from data import Processor, Scenes, collate, pack_group
+from data import Processor, collate, pack_group
 from model import Qwen2_5_VL
 from rollout import generate, sample, uniforms
+from sources import Scenes
 
 FOLDER = "assets/tiny"
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from data import Example, Processor, Scenes, collate, pack_group
+from data import Processor, collate, pack_group
 from model import Qwen2_5_VL
+from sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
@@ -230,6 +231,14 @@ def test_wrong_flags_are_named(flags, message, capsys):
     assert message in str(error.value) + capsys.readouterr().err
 
 
+def test_presets_are_defaults_that_flags_override():
+    paper = train.parse_config(["--preset", "paper", "--steps", "7"])
+    assert (paper.steps, paper.lr, paper.warmup_steps, paper.cooldown_steps) == (7, 1e-6, 0, 0)
+    assert (paper.prompts_per_step, paper.rollouts, paper.max_new_tokens, paper.precision) == (16, 8, 2000, "bfloat16")
+    assert train.parse_config(["--preset", "laptop"]) == train.parse_config([]) == train.Config()
+    assert train.parse_config(["--preset", "1x80G-3b"]).model == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
 def run_train(folder: Path, *flags: str, ranks: int = 1, wait: bool = True):
     """train.py in `folder`, as a process of its own."""
     start = ([sys.executable, str(ROOT / "train.py")] if ranks == 1 else
@@ -250,11 +259,11 @@ def lines(run: Path) -> list[dict]:
             for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_resume_continues_bit_for_bit(tmp_path, ranks):
-    whole = run_train(tmp_path, "--steps", "4", "--name", "whole", ranks=ranks)
+@pytest.mark.parametrize("ranks, precision", [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_resume_continues_bit_for_bit(tmp_path, ranks, precision):
+    whole = run_train(tmp_path, "--steps", "4", "--name", "whole", "--precision", precision, ranks=ranks)
     assert whole[0] == 0, whole[1]
-    half = run_train(tmp_path, "--steps", "2", "--name", "half", ranks=ranks)
+    half = run_train(tmp_path, "--steps", "2", "--name", "half", "--precision", precision, ranks=ranks)
     assert half[0] == 0, half[1]
     rest = run_train(tmp_path, "--resume", "runs/half", "--steps", "4", ranks=ranks)
     assert rest[0] == 0, rest[1]
@@ -280,6 +289,14 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert AutoTokenizer.from_pretrained(run / "checkpoints/step_1")("a").input_ids
     code, output = run_train(tmp_path, "--steps", "1", "--name", "a")
     assert code != 0 and "is not overwritten" in output
+
+
+def test_dry_run_reports_and_writes_nothing(tmp_path):
+    code, output = run_train(tmp_path, "--dry-run", "--preset", "paper", "--data", "scenes:train", "--model",
+                             str(ROOT / "assets/tiny"), ranks=2)
+    assert code == 0, output
+    assert "preset paper" in output and "longest prompt" in output and "peak memory" in output and "456 steps at most" in output
+    assert "weights 0.00 GB" in output and not list(tmp_path.iterdir())
 
 
 def test_sigterm_saves_and_leaves(tmp_path):

@@ -1,0 +1,101 @@
+"""Small data in the formats of the paper's data sets, made from the built-in world: to try every command without a hub.
+
+    python experiments/made_data.py FOLDER
+
+    FOLDER/train/         Parquet as the authors' training set: id, problem, solution, image, img_height, img_width
+    FOLDER/NAME.parquet   as the test sets: grefcoco, reasonseg, isic, realiad, omniact, mathvista, chartqa, docvqa
+    FOLDER/sam2/          a SAM 2 with random weights
+"""
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import scenes  # noqa: E402
+
+ROWS = 12
+# benchmark: the splits its rows are taken from
+GROUNDING = {"grefcoco": ["test"], "reasonseg": ["reasoning-test"], "isic": ["lesion-test"], "realiad": ["anomaly-test"],
+             "omniact": ["gui-test"]}
+
+
+def examples(split: str):
+    """Grounding examples of a split, in order."""
+    for index in range(scenes.SPLITS[split]):
+        if (row := scenes.make(split, index))["task"] == "scene_grounding":
+            yield index, row
+
+
+def image_cell(image) -> dict:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return {"bytes": data.getvalue(), "path": None}
+
+
+def test_row(index: int, row: dict, with_box: bool) -> dict:
+    boxes = [item["bbox_2d"] for item in json.loads(row["answer"])]
+    mask = np.zeros((scenes.SIZE, scenes.SIZE), bool)
+    for x1, y1, x2, y2 in boxes:
+        mask[y1:y2 + 1, x1:x2 + 1] = True
+    cells = {"image": image_cell(row["image"]), "text": row["question"], "mask": mask.tolist(), "image_id": index,
+             "ann_id": 0, "img_height": scenes.SIZE, "img_width": scenes.SIZE}
+    return {**cells, "bbox": boxes[0]} if with_box else cells
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
+    print(f"{path}: {len(rows)} rows of {', '.join(rows[0])}")
+
+
+def write_sam2(folder: Path) -> None:
+    import torch
+    from transformers import Sam2Config, Sam2Model
+    torch.manual_seed(0)
+    Sam2Model(Sam2Config(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model", "image_size": [128, 128], "hidden_size": 8,
+                "blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [8, 16, 32, 64],
+                "num_attention_heads_per_stage": [1, 1, 2, 2], "global_attention_blocks": [3]},
+            "backbone_channel_list": [64, 32, 16, 8], "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+            "fpn_hidden_size": 32},
+        prompt_encoder_config={"image_size": 128, "hidden_size": 32},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
+    )).save_pretrained(folder)
+    print(f"{folder}: a SAM 2 with random weights")
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    folder = Path(sys.argv[1])
+    rows = []
+    for _, (index, row) in zip(range(4 * ROWS), examples("train")):
+        answer = [{key: [round(7.5 * c) for c in value] for key, value in item.items()}
+                  for item in json.loads(row["answer"])]
+        rows.append({"id": f"made_{index}", "problem": row["question"], "solution": json.dumps(answer),
+                     "image": image_cell(row["image"].resize((840, 840))), "img_height": 840, "img_width": 840})
+    write(folder / "train" / "train-00000-of-00001.parquet", rows)
+    for name, splits in GROUNDING.items():
+        write(folder / f"{name}.parquet", [test_row(i, row, name == "omniact")
+                                           for split in splits for _, (i, row) in zip(range(ROWS), examples(split))])
+    sums = [scenes.make("sums-test", i) for i in range(ROWS)]
+    write(folder / "mathvista.parquet", [
+        {"pid": str(i), "question": row["question"], "decoded_image": image_cell(row["image"]), "answer": row["answer"],
+         "choices": [str(n) for n in range(int(row["answer"]) - 1, int(row["answer"]) + 3)] if i % 2 else None}
+        for i, row in enumerate(sums)])
+    write(folder / "chartqa.parquet", [{"image": image_cell(row["image"]), "query": row["question"],
+                                        "label": [row["answer"]]} for row in sums])
+    write(folder / "docvqa.parquet", [{"questionId": str(i), "image": image_cell(row["image"]), "answers": [row["answer"]],
+                                       "question": row["question"]} for i, row in enumerate(sums)])
+    write_sam2(folder / "sam2")
+
+
+if __name__ == "__main__":
+    main()

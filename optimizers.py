@@ -1,0 +1,70 @@
+"""Optimizers and the learning rate.
+
+With --precision bfloat16 weights and gradients are bfloat16, 4 bytes a parameter on every rank; the float32 weights and
+AdamW's two moments, 12 bytes a parameter, are sharded over the ranks.
+"""
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from model import Qwen2_5_VL
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW of bfloat16 weights: updates float32 copies ("master", part of the state), then rounds them to the weights.
+    Without the copies every update below 1/256 of a weight is lost, at a learning rate of 1e-6 nearly all of them."""
+    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), master=p.float(), exp_avg=torch.zeros_like(p, dtype=torch.float32),
+                                 exp_avg_sq=torch.zeros_like(p, dtype=torch.float32))
+                state["step"] += 1
+                t, g = float(state["step"]), p.grad.float()
+                state["exp_avg"].lerp_(g, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                denominator = (state["exp_avg_sq"] / (1 - beta2 ** t)).sqrt_().add_(group["eps"])
+                state["master"].mul_(1 - lr * group["weight_decay"])
+                state["master"].addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** t))
+                p.copy_(state["master"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """The base class casts every state to its parameter's type; these must stay float32."""
+        super().load_state_dict(state_dict)
+        for index, state in state_dict["state"].items():
+            parameter = [p for group in self.param_groups for p in group["params"]][index]
+            for name, value in state.items():
+                self.state[parameter][name] = value.clone().to(parameter.device if value.dim() else value.device)
+
+
+def make_optimizers(cfg, model: Qwen2_5_VL) -> list:
+    """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the same on all."""
+    kind = MasterAdamW if cfg.precision == "bfloat16" else torch.optim.AdamW
+    adamw = {"lr": cfg.lr, "betas": (0.9, 0.999), "weight_decay": cfg.weight_decay}
+    parameters = list(model.parameters())
+    if cfg.optimizer == "muon":
+        embedding = model.model.embed_tokens.weight, model.lm_head.weight
+        matrices = [p for p in parameters if p.dim() == 2 and not any(p is e for e in embedding)]
+        rest = [p for p in parameters if not any(p is m for m in matrices)]
+        return [torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(rest, **adamw)]
+    if dist.get_world_size() == 1:
+        return [kind(parameters, **adamw)]
+    return [ZeroRedundancyOptimizer(parameters, kind, **adamw)]
+
+
+def set_lr(cfg, optimizers: list, step: int) -> None:
+    """Constant, after cfg.warmup_steps of linear warm-up and before cfg.cooldown_steps of linear decay. step from 0."""
+    up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
+    down = (cfg.steps - step) / cfg.cooldown_steps if cfg.cooldown_steps else 1.0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, up, down)

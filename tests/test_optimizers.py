@@ -1,0 +1,92 @@
+"""AdamW with bfloat16 weights, and the optimizers whose state is sharded over the ranks."""
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from optimizers import MasterAdamW, make_optimizers
+
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+
+
+def gradients(step: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(step)).to(like.dtype)
+
+
+def run(optimizer, parameter: torch.Tensor, steps: range) -> torch.Tensor:
+    for step in steps:
+        parameter.grad = gradients(step, parameter)
+        optimizer.step()
+    return parameter.detach().clone()
+
+
+def start(dtype=torch.float32) -> torch.Tensor:
+    return torch.linspace(-1, 1, 12, dtype=torch.float32).view(3, 4).to(dtype).requires_grad_()
+
+
+def test_in_float32_it_is_adamw():
+    ours, reference = start(), start()
+    run(MasterAdamW([ours], **SETTINGS), ours, range(20))
+    run(torch.optim.AdamW([reference], **SETTINGS), reference, range(20))
+    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-7)
+
+
+def test_small_updates_of_bfloat16_weights_add_up():
+    """An update of 1e-4 is below half the distance of two bfloat16 numbers around 1 (1/256): alone it is rounded away,
+    a hundred of them are not."""
+    def ones():
+        return torch.ones(4, dtype=torch.bfloat16).requires_grad_()
+    ours, rounded = ones(), ones()
+    for optimizer, parameter in ((MasterAdamW([ours], 1e-4, (0.9, 0.999), 0.0), ours),
+                                 (torch.optim.AdamW([rounded], 1e-4, (0.9, 0.999), weight_decay=0.0), rounded)):
+        for _ in range(100):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    assert torch.equal(rounded, torch.ones_like(rounded))
+    assert torch.equal(ours, torch.full_like(ours, 0.99))    # Adam's update of a constant gradient is lr a step
+
+
+def test_state_stays_float32_when_it_is_loaded():
+    whole, half = start(torch.bfloat16), start(torch.bfloat16)
+    first = MasterAdamW([half], **SETTINGS)
+    run(first, half, range(5))
+    rest = half.detach().clone().requires_grad_()
+    second = MasterAdamW([rest], **SETTINGS)
+    second.load_state_dict(first.state_dict())
+    assert {v.dtype for v in second.state[rest].values()} == {torch.float32}
+    assert torch.equal(run(second, rest, range(5, 10)), run(MasterAdamW([whole], **SETTINGS), whole, range(10)))
+
+
+def three_steps(rank: int, world: int, port: int, precision: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank), ("MASTER_ADDR", "127.0.0.1"),
+                            ("MASTER_PORT", port)):
+            environment.setenv(name, str(value))
+        train.start_ranks()
+    torch.manual_seed(0)
+    root = Path(__file__).resolve().parent.parent
+    model = train.Qwen2_5_VL.from_pretrained(root / "assets/tiny", getattr(torch, precision), random_weights=True)
+    optimizers = make_optimizers(train.Config(precision=precision, lr=1e-3), model)
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = gradients(step, p)
+        for optimizer in optimizers:
+            optimizer.step()
+    if rank == 0:
+        save_file({n: p.detach().float() for n, p in model.named_parameters()}, folder / f"{world}.safetensors")
+    train.leave_ranks()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_sharding_the_state_does_not_change_the_update(tmp_path, precision):
+    for world in (1, 2):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        torch.multiprocessing.spawn(three_steps, (world, port, precision, tmp_path), nprocs=world)
+    one, two = (load_file(tmp_path / f"{world}.safetensors") for world in (1, 2))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
