@@ -8,6 +8,7 @@ Grounding totals are those of the authors' released scorer (paper.md, section 5)
 Departure 1: with truth `[]` the released code gives a correct `[]` 2 points and a hallucinated box 4. Here an empty
     prediction of an empty truth earns full format and accuracy, and exactly one of the two being empty has accuracy 0.
 """
+import itertools
 import json
 import math
 import re
@@ -52,11 +53,8 @@ def has_thinking_format(response: str) -> bool:
 
 
 def nesting_depth(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        deepest = max(deepest, depth)
-    return deepest
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text))
+    return max(itertools.accumulate(steps, initial=0))
 
 
 def parse_json(text: str) -> tuple[list, str | None]:
@@ -75,7 +73,7 @@ def parse_json(text: str) -> tuple[list, str | None]:
 def numbers(value, count: int) -> bool:
     """Whether value is a list of `count` finite numbers of bounded size. True and False are no numbers."""
     return isinstance(value, list) and len(value) == count and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= MAX_COORDINATE for x in value)
+        [type(x) in (int, float) and abs(x) <= MAX_COORDINATE for x in value])
 
 
 def item_error(item) -> str | None:
@@ -172,7 +170,7 @@ def grounding_reward(response: str, truth: str) -> Reward:
     (predicted, error), true_items = parse_boxes(response), json.loads(truth)
     return Reward({
         "thinking": float(has_thinking_format(response)),
-        "answer_format": answer_format(response, true_items),
+        "answer_format": 2.0 if predicted else answer_format(response, true_items),   # what can be read has full format
         "accuracy": 0.0 if error else accuracy(predicted, true_items),
         "non_repeat": non_repeat(response),
     }, error)
