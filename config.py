@@ -14,8 +14,8 @@ from rewards import LABEL_STYLES, TASKS
 
 # Named sets of options; what is given on the command line wins. The paper leaves learning rate, batch and lengths open:
 # `paper` is the authors' earlier public recipe (paper.md, section 1), 8 GPUs of 80 GB for 7B.
-AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456, "eval_data": "",
-           "lr": 1e-6, "warmup_steps": 0, "cooldown_steps": 0, "micro_rows": 1, "precision": "bfloat16",
+AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
+           "eval_data": "", "lr": 1e-6, "warmup_steps": 0, "cooldown_steps": 0, "micro_rows": 1, "precision": "bfloat16",
            "checkpoint_activations": True}
 PRESETS = {
     "laptop": {},

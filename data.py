@@ -1,6 +1,6 @@
 """Prompts, and the packing of a group into one row.
 
-    Example (sources.py) → Prompt (tokens, M-RoPE positions, image patches) → Row (the prompt and its S responses) → Batch
+    Example (sources.py) → Prompt (tokens, M-RoPE positions, patches) → Row (the prompt and its S responses) → Batch
 
 Everything that depends on the image size happens once, in `Processor.prompt`: resizing, token count, positions, and the
 conversion of boxes into the frame the model sees. Prompts are never truncated.

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 eval.py --model MODEL --data Ricky06662/grefcoco_val_all --benchmark grefcoco \\
         --masks facebook/sam2-hiera-large
 
-MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as it
-goes; the same command again goes on where it was interrupted. The metrics themselves are in metrics.py.
+MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as
+it goes; the same command again goes on where it was interrupted. The metrics themselves are in metrics.py.
 """
 import argparse
 import itertools
@@ -29,8 +29,8 @@ from rewards import TASKS, has_thinking_format, parse_boxes, parse_points
 from rollout import generate
 from sources import BadRow, load
 
-# What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers", the
-# mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
+# What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
+# the mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
 SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "T-acc", "bbox accuracy", "targets IoU>0.5", "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "length", "examples")
 BENCHMARKS = {
@@ -65,7 +65,7 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
             boxes = json.loads(prompt.example.answer)
             truth = prompt.example.mask if segmenter else box_mask(boxes, prompt.original_size)
             if truth is None:
-                raise ValueError(f"example {record.id}: --masks compares with true masks, and the data has no column mask")
+                raise ValueError(f"example {record.id}: --masks compares with true masks; the data has no column mask")
             record.intersection, record.union = intersection_union(mask, truth)
             record.area = int(mask.sum())
         yield from zip(records, chunk)
@@ -175,7 +175,7 @@ def read_examples(source, numbers: list[int], bad: list[str], skip: bool) -> Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder, run folder of train.py, or hub id")
-    parser.add_argument("--data", default="scenes:test", help="what sources.py reads: scenes:SPLIT, files, folder, hub id")
+    parser.add_argument("--data", default="scenes:test", help="as in train.py: scenes:SPLIT, files, folder, hub id")
     parser.add_argument("--benchmark", choices=BENCHMARKS, help="shows that benchmark's metrics")
     parser.add_argument("--task", default="", help="task of rows without a column task (default: the benchmark's)")
     parser.add_argument("--masks", default="", help="SAM 2 folder or hub id; without it boxes stand in for masks")
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0,
                         help="the authors' scripts inherit 1.05 from the model's generation_config")
     parser.add_argument("--batch", type=int, default=64, help="prompts decoded together")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and list them")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and list rows that cannot be used")
     parser.add_argument("--out", default="", help="folder for metrics.json, records.jsonl, overlay.png "
                                                   "(default: eval/DATA beside the model's weights)")
     args = parser.parse_args()

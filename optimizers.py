@@ -25,7 +25,8 @@ class MasterAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update(step=torch.tensor(0.0), master=p.float(), exp_avg=torch.zeros_like(p, dtype=torch.float32),
+                    state.update(step=torch.tensor(0.0), master=p.float(),
+                                 exp_avg=torch.zeros_like(p, dtype=torch.float32),
                                  exp_avg_sq=torch.zeros_like(p, dtype=torch.float32))
                 state["step"] += 1
                 t, g = float(state["step"]), p.grad.float()

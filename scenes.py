@@ -14,9 +14,9 @@ Every example is a pure function of (split, index): the splits draw from differe
     FAMILY-test      of each family: reasoning ("the leftmost of the two squares"), gui ("click save"), anomaly (a
                      texture with a defect or, half of the time, none: `[]`), lesion, sums (of two drawn digits)
 
-The tiny base model in assets/ learns from `words`, `pretrain`, `crowds`, `untidy`, `tidying` and again `crowds`. It counts
-to zero, so it knows what is absent, but it has never met a grounding question whose answer is `[]`: that is left to
-post-training. It has never seen the families gui, anomaly and lesion.
+The tiny base model in assets/ learns from `words`, `pretrain`, `crowds`, `untidy`, `tidying` and again `crowds`. It
+counts to zero, so it knows what is absent, but it has never met a grounding question whose answer is `[]`: that is left
+to post-training. It has never seen the families gui, anomaly and lesion.
 """
 import json
 import random
@@ -37,7 +37,7 @@ SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "untid
           "train": 100_000, "val": 1536, "test": 1536, "longer-train": 100_000,
           **{f"{family}-test": 512 for family in FAMILIES}}
 # Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding, reasoning, sums; and the
-# share of grounding in scenes of one thing. Where is it comes before which of them is it: the latter alone is not learnt.
+# share of grounding in scenes of one thing. Where is it comes before which is it: the latter alone is not learnt.
 MIX = {"words": (3, 5, 1, 4, 0, 0, 0), "pretrain": (2, 4, 1, 2, 10, 0, 0), "crowds": (2, 8, 1, 2, 8, 2, 2),
        "untidy": (2, 10, 1, 2, 8, 0, 0), "tidying": (2, 8, 1, 2, 8, 2, 2)}
 SINGLE = {"pretrain": 0.5, "crowds": 0.1, "untidy": 0.1, "tidying": 0.1}
@@ -146,8 +146,8 @@ def grounding(question: str, boxes: list[tuple[int, int, int, int]], thinks: boo
 
 
 def bare_count(things: list[Thing], query) -> dict:
-    """A grounding question, answered by the number of things alone. It makes the first token of an answer depend on what
-    is there. Where that token was always `<think`, the model did not look before it wrote, and ViSurf, which decides
+    """A grounding question, answered by the number of things alone. It makes the first token of an answer depend on
+    what is there. Where that token was always `<think`, the model did not look before it wrote, and ViSurf, which decides
     there between a thought and `<answer>[]`, learnt to go by colour alone (assets/README.md)."""
     return {"task": "vqa", "question": user_text("scene_grounding", name(query)),
             "answer": str(sum(t.fits(query) for t in things))}

@@ -378,8 +378,9 @@ def dry_run(job: Job, source) -> None:
         seconds["update"] = (time.time() - began) * share / groups
     gigabytes = max(gather_json(peak_memory_gb(job.device), job.device))
     total = max(gather_json(sum(seconds.values()), job.device))
-    job.say(f"peak memory {gigabytes:.1f} GB; one step at most " + " + ".join(f"{k} {v:.1f} s" for k, v in seconds.items())
-            + f"; {cfg.steps} steps at most {cfg.steps * total / 3600:.1f} hours. Shorter responses take less.")
+    parts = " + ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    job.say(f"peak memory {gigabytes:.1f} GB; one step at most {parts}"
+            f"; {cfg.steps} steps at most {cfg.steps * total / 3600:.1f} hours. Shorter responses take less.")
 
 
 def peak_memory_gb(device: torch.device) -> float:

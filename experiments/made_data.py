@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import scenes  # noqa: E402
 
 ROWS = 12
-# benchmark: the splits its rows are taken from
-GROUNDING = {"grefcoco": ["test"], "reasonseg": ["reasoning-test"], "isic": ["lesion-test"], "realiad": ["anomaly-test"],
-             "omniact": ["gui-test"]}
+# benchmark: the split its rows are taken from
+GROUNDING = {"grefcoco": "test", "reasonseg": "reasoning-test", "isic": "lesion-test", "realiad": "anomaly-test",
+             "omniact": "gui-test"}
 
 
 def examples(split: str):
@@ -82,9 +82,9 @@ def main() -> None:
         rows.append({"id": f"made_{index}", "problem": row["question"], "solution": json.dumps(answer),
                      "image": image_cell(row["image"].resize((840, 840))), "img_height": 840, "img_width": 840})
     write(folder / "train" / "train-00000-of-00001.parquet", rows)
-    for name, splits in GROUNDING.items():
+    for name, split in GROUNDING.items():
         write(folder / f"{name}.parquet", [test_row(i, row, name == "omniact")
-                                           for split in splits for _, (i, row) in zip(range(ROWS), examples(split))])
+                                           for _, (i, row) in zip(range(ROWS), examples(split))])
     sums = [scenes.make("sums-test", i) for i in range(ROWS)]
     write(folder / "mathvista.parquet", [
         {"pid": str(i), "question": row["question"], "decoded_image": image_cell(row["image"]), "answer": row["answer"],
@@ -92,8 +92,9 @@ def main() -> None:
         for i, row in enumerate(sums)])
     write(folder / "chartqa.parquet", [{"image": image_cell(row["image"]), "query": row["question"],
                                         "label": [row["answer"]]} for row in sums])
-    write(folder / "docvqa.parquet", [{"questionId": str(i), "image": image_cell(row["image"]), "answers": [row["answer"]],
-                                       "question": row["question"]} for i, row in enumerate(sums)])
+    write(folder / "docvqa.parquet", [{"questionId": str(i), "image": image_cell(row["image"]),
+                                       "question": row["question"], "answers": [row["answer"]]}
+                                      for i, row in enumerate(sums)])
     write_sam2(folder / "sam2")
 
 

@@ -3,26 +3,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Sam2Config, Sam2Model
 
+from experiments.made_data import write_sam2
 from masks import Segmenter
 
 
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory):
-    torch.manual_seed(0)
-    config = Sam2Config(
-        vision_config={
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model", "image_size": [128, 128], "hidden_size": 8,
-                "blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [8, 16, 32, 64],
-                "num_attention_heads_per_stage": [1, 1, 2, 2], "global_attention_blocks": [3]},
-            "backbone_channel_list": [64, 32, 16, 8], "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-            "fpn_hidden_size": 32},
-        prompt_encoder_config={"image_size": 128, "hidden_size": 32},
-        mask_decoder_config={"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32})
     folder = tmp_path_factory.mktemp("sam2")
-    Sam2Model(config).save_pretrained(folder)
+    write_sam2(folder)
     return Segmenter(str(folder), "cpu")
 
 
@@ -66,7 +55,8 @@ def test_equals_one_object_at_a_time(segmenter):
 def test_pixels_are_normalised(segmenter):
     grey = segmenter.pixels(Image.new("L", (10, 20), 51))
     assert grey.shape == (3, 128, 128)
-    torch.testing.assert_close(grey[:, 0, 0], (0.2 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(grey[:, 0, 0], (0.2 - mean) / std)
 
 
 def test_no_objects_anywhere(segmenter):
