@@ -318,7 +318,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * d)
         self.o_proj = nn.Linear(self.heads * d, width, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: "Tensor | GroupLayout | None",
+                cache: KVCache | None) -> Tensor:
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
@@ -329,7 +330,8 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.store_prompt(self.layer, k, v)
             k, v = (repeat(each, "b h t d -> b (h j) t d", j=self.heads // self.kv_heads) for each in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            attend = mask.attend if isinstance(mask, GroupLayout) else F.scaled_dot_product_attention
+            out = attend(q, k, v, mask)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -341,7 +343,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: "Tensor | GroupLayout | None",
+                cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -386,6 +389,52 @@ def row_mask(segment: Tensor) -> Tensor:
     return (causal & ((k == 0) | (k == q)))[:, None]
 
 
+class GroupLayout:
+    """Attention of packed rows, the same as with row_mask(segment) but without the pairs that it hides, whose number
+    grows with G². The prompt attends to itself; each response, as a row of its own, to the prompt and itself.
+
+    >>> layout = GroupLayout(torch.tensor([[0, 0, 1, 1, 2]]))      # P = 2, S = 2 responses of at most R = 2 tokens
+    >>> layout.slots.tolist()      # which token stands at each of the S·R places (0 where there is none)
+    [[2, 3, 4, 0]]
+    >>> layout.place.tolist()      # where the output of each token is: the prompt's first, then the S·R places
+    [[0, 1, 2, 3, 4]]
+    """
+    def __init__(self, segment: Tensor):
+        """segment [B, T], as for row_mask; the numbers of a row's responses may start anywhere (data.pack_group)."""
+        B, T = segment.shape
+        device = segment.device
+        at = torch.arange(T, device=device)
+        in_prompt, in_response = segment == 0, segment > 0
+        first = segment.masked_fill(~in_response, T).amin(1, keepdim=True)
+        number = (segment - first).where(in_response, 0)                                # [B, T], from 0
+        self.P, self.S = int(in_prompt.sum(1).max()), int(number.max()) + 1
+        count = torch.zeros(B, self.S, dtype=torch.long, device=device).scatter_add_(1, number, in_response.long())
+        start = in_prompt.sum(1, keepdim=True) + count.cumsum(1) - count                # [B, S]
+        self.R = int(count.max())
+        slot = number * self.R + at - start.gather(1, number)
+        self.place = (self.P + slot).where(in_response, at.where(in_prompt, 0))         # [B, T]
+        # What is no response token goes to one slot more, which is cut off again.
+        self.slots = slot.new_zeros(B, self.S * self.R + 1).scatter_(
+            1, slot.where(in_response, self.S * self.R), at.expand(B, T))[:, :-1]       # [B, S·R]
+        self.prompt_mask = row_mask(segment[:, :self.P])                                # [B, 1, P, P]
+        prompt = repeat(in_prompt[:, :self.P], "b p -> (b s) 1 r p", s=self.S, r=self.R)
+        own = torch.ones(self.R, self.R, dtype=torch.bool, device=device).tril()
+        own = repeat(own, "r k -> m 1 r k", m=B * self.S)
+        self.response_mask = torch.cat((prompt, own), -1)                               # [B·S, 1, R, P+R]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, _) -> Tensor:
+        """q, k, v [B, H, T, d] → [B, H, T, d]."""
+        P, S = self.P, self.S
+        prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], self.prompt_mask)
+        index = repeat(self.slots, "b n -> b h n d", h=q.shape[1], d=q.shape[3])
+        q_own, k_own, v_own = (rearrange(each.gather(2, index), "b h (s r) d -> (b s) h r d", s=S) for each in (q, k, v))
+        k, v = (torch.cat((repeat(each[:, :, :P], "b h p d -> (b s) h p d", s=S), own), 2)
+                for each, own in ((k, k_own), (v, v_own)))
+        response = F.scaled_dot_product_attention(q_own, k, v, self.response_mask)
+        out = torch.cat((prompt, rearrange(response, "(b s) h r d -> b h (s r) d", s=S)), 2)
+        return out.gather(2, repeat(self.place, "b t -> b h t d", h=q.shape[1], d=q.shape[3]))
+
+
 class Qwen2_5_VL(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -425,9 +474,9 @@ class Qwen2_5_VL(nn.Module):
             raise ValueError(f"{int(at_image.sum())} image placeholders for {len(image)} image tokens")
         return x.masked_scatter(at_image[..., None], image.to(x.dtype))
 
-    def decode(self, x: Tensor, position: Tensor, mask: Tensor | None, cache: KVCache | None = None,
+    def decode(self, x: Tensor, position: Tensor, mask: "Tensor | GroupLayout | None", cache: KVCache | None = None,
                checkpoint: bool = False) -> Tensor:
-        """x [B, T, D], position [3, B, T], mask bool [B, 1, T, T] → final hidden states [B, T, D].
+        """x [B, T, D], position [3, B, T], mask bool [B, 1, T, T] or a GroupLayout → final hidden states [B, T, D].
         With a cache: a mask means prefill (stores the keys and values), no mask means one new token per rollout."""
         d = self.config.hidden_size // self.config.num_attention_heads
         frequency = 1 / self.config.rope_theta ** (torch.arange(0, d, 2, device=x.device) / d)
@@ -462,7 +511,7 @@ class Qwen2_5_VL(nn.Module):
         Returns logp and entropy [B, T] of every response token, 0 elsewhere. logp[b, i] = log π(tokens[b, i] | what
         token predictor[b, i] has seen): the token before it, or the prompt's last for the first of a response."""
         x = self.embed(tokens, patches, grids, checkpoint)
-        hidden = self.decode(x, position, row_mask(segment), checkpoint=checkpoint)
+        hidden = self.decode(x, position, GroupLayout(segment), checkpoint=checkpoint)
         scored = segment > 0
         source = hidden.gather(1, repeat(predictor, "b t -> b t d", d=hidden.shape[-1]))[scored]     # [M, D]
         logp, entropy = self.score(source, tokens[scored], temperature)

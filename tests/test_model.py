@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 import model as model_file
 from data import Batch, Processor, Prompt, collate, pack_group
-from model import VISION_TOKENS, Config, Qwen2_5_VL, mrope_positions, row_mask
+from model import VISION_TOKENS, Config, GroupLayout, Qwen2_5_VL, mrope_positions, row_mask
 from rewards import user_text
 from rollout import generate
 from sources import Example, Scenes
@@ -397,6 +398,26 @@ def test_packed_row_scores_each_response_as_if_alone(pair):
     with torch.no_grad():
         alone, packed = alone_and_packed(pair[1])
     torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [
+    ["000112333-", "00222333--", "0123456789", "0000000001"],       # lengths, padding, many responses, one
+    ["0000444445", "00456-----", "04--------"],                     # later rows of groups that were split
+    ["0123"]])
+def test_group_layout_is_the_row_mask(segments):
+    """Outputs and gradients of attention, float64, wherever there is a token."""
+    segment = torch.tensor([[-1 if c == "-" else int(c) for c in line] for line in segments])
+    torch.manual_seed(0)
+    shape = len(segments), 3, segment.shape[1], 8
+    q, k, v, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=i < 3) for i in range(4))
+    weight = weight * (segment >= 0)[:, None, :, None]
+    results = []
+    for out in (scaled_dot_product_attention(q, k, v, row_mask(segment)), GroupLayout(segment).attend(q, k, v, None)):
+        assert out.shape == shape and out.isfinite().all()
+        results.append([out * (weight != 0), *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    for expected, actual in zip(*results):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 def test_packed_row_has_the_gradients_of_the_responses_alone(folder):
