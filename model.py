@@ -427,7 +427,7 @@ class GroupLayout:
         P, S = self.P, self.S
         prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], self.prompt_mask)
         index = repeat(self.slots, "b n -> b h n d", h=q.shape[1], d=q.shape[3])
-        q_own, k_own, v_own = (rearrange(each.gather(2, index), "b h (s r) d -> (b s) h r d", s=S) for each in (q, k, v))
+        q_own, k_own, v_own = (rearrange(x.gather(2, index), "b h (s r) d -> (b s) h r d", s=S) for x in (q, k, v))
         k, v = (torch.cat((repeat(each[:, :, :P], "b h p d -> (b s) h p d", s=S), own), 2)
                 for each, own in ((k, k_own), (v, v_own)))
         response = F.scaled_dot_product_attention(q_own, k, v, self.response_mask)
@@ -476,7 +476,7 @@ class Qwen2_5_VL(nn.Module):
 
     def decode(self, x: Tensor, position: Tensor, mask: "Tensor | GroupLayout | None", cache: KVCache | None = None,
                checkpoint: bool = False) -> Tensor:
-        """x [B, T, D], position [3, B, T], mask bool [B, 1, T, T] or a GroupLayout → final hidden states [B, T, D].
+        """x [B, T, D], position [3, B, T], mask bool [B, 1, T, T] or GroupLayout → final hidden states [B, T, D].
         With a cache: a mask means prefill (stores the keys and values), no mask means one new token per rollout."""
         d = self.config.hidden_size // self.config.num_attention_heads
         frequency = 1 / self.config.rope_theta ** (torch.arange(0, d, 2, device=x.device) / d)
