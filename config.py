@@ -15,8 +15,8 @@ from rewards import LABEL_STYLES, TASKS
 # Named sets of options; what is given on the command line wins. The paper leaves learning rate, batch and lengths open:
 # `paper` is the authors' earlier public recipe (paper.md, section 1), 8 GPUs of 80 GB for 7B.
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
-           "eval_data": "", "lr": 1e-6, "warmup_steps": 0, "cooldown_steps": 0, "micro_rows": 1, "precision": "bfloat16",
-           "checkpoint_activations": True}
+           "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown_steps": 0, "micro_rows": 1,
+           "precision": "bfloat16", "checkpoint_activations": True}
 PRESETS = {
     "laptop": {},
     "paper": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "max_new_tokens": 2000},
@@ -48,7 +48,9 @@ class Config:
     temperature: float = option(1.0, "T of sampling and scoring [paper.md 1: 1.0]")
     micro_rows: int = option(4, "rows per forward; any value gives the same update")
     max_row_tokens: int = option(0, "a group whose row is longer becomes several rows (0: no limit)")
-    lr: float = option(2e-4, "learning rate [paper.md 1: 1e-6, constant, for 7B]")
+    lr: float = option(1e-3, "learning rate [paper.md 1: 1e-6, constant, for 7B]")
+    adam_eps: float = option(1e-3, "eps of AdamW [paper.md 1: 1e-8]; far above a weight's usual gradient it makes small "
+                             "gradients small steps")
     warmup_steps: int = option(10, "steps of linear warm-up")
     cooldown_steps: int = option(220, "last steps, of linear decay to 0; a shorter run starts lower")
     optimizer: str = option("adamw", "adamw; muon: Muon for matrices, AdamW for the rest (for pretraining)",

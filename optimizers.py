@@ -49,7 +49,7 @@ class MasterAdamW(torch.optim.Optimizer):
 def make_optimizers(cfg, model: Qwen2_5_VL) -> list:
     """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the same on all."""
     kind = MasterAdamW if cfg.precision == "bfloat16" else torch.optim.AdamW
-    adamw = {"lr": cfg.lr, "betas": (0.9, 0.999), "weight_decay": cfg.weight_decay}
+    adamw = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
     parameters = list(model.parameters())
     if cfg.optimizer == "muon":
         embedding = model.model.embed_tokens.weight, model.lm_head.weight

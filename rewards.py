@@ -7,7 +7,10 @@ Grounding totals are those of the authors' released scorer (paper.md, section 5)
     r = thinking (0, 1) + answer_format (0 … 2) + accuracy (0 … 3) + non_repeat (0, 1)  ≤ 7
 Departure 1: with truth `[]` the released code gives a correct `[]` 2 points and a hallucinated box 4. Here an empty
     prediction of an empty truth earns full format and accuracy, and exactly one of the two being empty has accuracy 0.
+Departure 2: the released limits of 10 and 30 px belong to 840×840 pictures. In the built-in world's, of 112×112, they
+    would pass nearly any box on the right thing; there they are 1.33 and 4 px, the same share of a side.
 """
+import functools
 import itertools
 import json
 import math
@@ -146,32 +149,33 @@ def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
 
 
-def accuracy(predicted: list[dict], truth: list[dict]) -> float:
+def accuracy(predicted: list[dict], truth: list[dict], side: int = 840) -> float:
     """0 … 3. Each (prediction, truth) pair scores 1[IoU > 0.5] + 1[mean |Δ corner| < 10 px] + 1[points closer than
-    30 px and the predicted point in its own box]; best one-to-one matching, divided by the larger of the counts."""
+    30 px and the predicted point in its own box]; best one-to-one matching, divided by the larger of the counts. The
+    pixels are those of an 840×840 picture; in one of another side the limits shrink with it."""
     predicted, truth = predicted[:MAX_OBJECTS], truth[:MAX_OBJECTS]
     if not predicted or not truth:
         return 3.0 if not predicted and not truth else 0.0
     boxes, points = (np.array([i[key] for i in predicted], float) for key in ("bbox_2d", "point_2d"))
     true_boxes, true_points = (np.array([i[key] for i in truth], float) for key in ("bbox_2d", "point_2d"))
     inside = ((boxes[:, :2] <= points) & (points <= boxes[:, 2:])).all(1)
-    near = np.linalg.norm(points[:, None] - true_points[None], axis=-1) < 30
+    near = np.linalg.norm(points[:, None] - true_points[None], axis=-1) < 30 * side / 840
     cells = ((iou_matrix(boxes, true_boxes) > 0.5).astype(float)
-             + (np.abs(boxes[:, None] - true_boxes[None]).mean(-1) < 10)
+             + (np.abs(boxes[:, None] - true_boxes[None]).mean(-1) < 10 * side / 840)
              + (near & inside[:, None]))
     rows, columns = linear_sum_assignment(cells, maximize=True)
     return float(cells[rows, columns].sum()) / max(len(predicted), len(truth))
 
 
-def grounding_reward(response: str, truth: str) -> Reward:
-    """truth: JSON text of the boxes, in the frame the model sees."""
+def grounding_reward(response: str, truth: str, side: int = 840) -> Reward:
+    """truth: JSON text of the boxes, in the frame the model sees; side: of that frame, pixels."""
     if len(response) > MAX_CHARACTERS:
         return Reward(dict.fromkeys(("thinking", "answer_format", "accuracy", "non_repeat"), 0.0), "too_long")
     (predicted, error), true_items = parse_boxes(response), json.loads(truth)
     return Reward({
         "thinking": float(has_thinking_format(response)),
         "answer_format": 2.0 if predicted else answer_format(response, true_items),   # what can be read has full format
-        "accuracy": 0.0 if error else accuracy(predicted, true_items),
+        "accuracy": 0.0 if error else accuracy(predicted, true_items, side),
         "non_repeat": non_repeat(response),
     }, error)
 
@@ -339,9 +343,9 @@ TASKS = {
     "chartqa": Task(SHORT_PROMPT, render_short, chart_reward, accuracy_of(chart_reward)),
     "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward)),
     "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward)),
-    # The built-in world asks in fewer words, for speed; its answers and rewards are the same.
-    "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding, grounding_reward, None,
-                            True, None, '."?!'),
+    # The built-in world asks in fewer words, for speed; its answers and rewards are the same, in pictures of 112 pixels.
+    "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding,
+                            functools.partial(grounding_reward, side=112), None, True, None, '."?!'),
     "scene_math": Task("{question}", render_boxed, math_reward, math_metric),
 }
 

@@ -5,18 +5,18 @@ Every example is a pure function of (split, index): the splits draw from differe
     split     asks for
     words     captions, counting (zero included), attributes, the centre of something that is there
     pretrain  the same, and grounding of what is there (with a thought first), half of it in scenes of one thing
-    crowds    the same, but only a tenth of the grounding in scenes of one thing; and the families reasoning and sums
-    untidy    as crowds, without the families, but a fifth of the grounding questions are answered by a bare count
-    tidying   as crowds, with a hundredth of them
+    crowds    the same, but only a tenth of the grounding in scenes of one thing; and the families reasoning and lesion
+    untidy    as crowds, but a fifth of the grounding questions are answered by a bare count
+    tidying   as crowds, but a twentieth of them are
     train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets
     val, test grounding of something present, of something absent, counting: one third each
-    longer-train     the families gui, anomaly, lesion
+    longer-train     the families gui, anomaly, sums
     FAMILY-test      of each family: reasoning ("the leftmost of the two squares"), gui ("click save"), anomaly (a
                      texture with a defect or, half of the time, none: `[]`), lesion, sums (of two drawn digits)
 
 The tiny base model in assets/ learns from `words`, `pretrain`, `crowds`, `untidy`, `tidying` and again `crowds`. It
 counts to zero, so it knows what is absent, but it has never met a grounding question whose answer is `[]`: that is left
-to post-training. It has never seen the families gui, anomaly and lesion.
+to post-training. It knows the families reasoning and lesion, not gui, anomaly and sums.
 """
 import json
 import random
@@ -36,12 +36,11 @@ FAMILIES = ("reasoning", "gui", "anomaly", "lesion", "sums")
 SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "untidy": 1_000_000, "tidying": 1_000_000,
           "train": 100_000, "val": 1536, "test": 1536, "longer-train": 100_000,
           **{f"{family}-test": 512 for family in FAMILIES}}
-# Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding, reasoning, sums; and the
+# Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding, reasoning, lesion; and the
 # share of grounding in scenes of one thing. Where is it comes before which is it: the latter alone is not learnt.
-MIX = {"words": (3, 5, 1, 4, 0, 0, 0), "pretrain": (2, 4, 1, 2, 10, 0, 0), "crowds": (2, 8, 1, 2, 8, 2, 2),
-       "untidy": (2, 10, 1, 2, 8, 0, 0), "tidying": (2, 8, 1, 2, 8, 2, 2)}
+MIX = {"words": (3, 5, 1, 4, 0, 0, 0), "pretrain": (2, 4, 1, 2, 10, 0, 0), **dict.fromkeys(("crowds", "untidy", "tidying"), (2, 8, 1, 2, 8, 6, 3))}
 SINGLE = {"pretrain": 0.5, "crowds": 0.1, "untidy": 0.1, "tidying": 0.1}
-BARE = {"untidy": 0.2, "tidying": 0.01}  # share of the grounding questions that are answered by a bare count
+BARE = {"untidy": 0.2, "tidying": 0.05}  # share of the grounding questions that are answered by a bare count
 RAMP = np.linspace(-45, 45, SIZE).astype(np.int16)
 LIGHT = np.stack(np.broadcast_arrays(RAMP, np.int16(0), RAMP[:, None]), -1)  # red grows to the right, blue downwards
 EXTREMES = {"leftmost": (0, min), "rightmost": (2, max), "topmost": (1, min), "lowest": (3, max)}  # corner, which
@@ -199,7 +198,7 @@ def caption(things: list[Thing]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The other families of the paper's data, in small
 
-def reasoning(rng: random.Random, thinks: bool) -> tuple[Image.Image, dict]:
+def reasoning(rng: random.Random) -> tuple[Image.Image, dict]:
     """The one of several things that lies or is most …, by at least 6 pixels."""
     while True:
         things = place_things(rng, at_least=2)
@@ -212,7 +211,9 @@ def reasoning(rng: random.Random, thinks: bool) -> tuple[Image.Image, dict]:
             break
     number = ("two", "three", "four")[len(group) - 2]
     question = f"the {word} of the {number} {name((None, shape), plural=True)}"
-    return draw(things, rng), grounding(question, [group[values.index(best(values))]], thinks, rng)
+    fields = grounding(question, [group[values.index(best(values))]], False, rng)
+    fields["thought"] = f"I compare {', '.join(map(str, values))}."
+    return draw(things, rng), fields
 
 
 def gui(rng: random.Random) -> tuple[Image.Image, dict]:
@@ -253,7 +254,7 @@ def lesion(rng: random.Random) -> tuple[Image.Image, dict]:
     x1, y1, x2, y2 = mask.getbbox()
     skin = Image.new("RGB", (SIZE, SIZE), (rng.randint(190, 220), rng.randint(150, 170), rng.randint(120, 145)))
     skin.paste((rng.randint(70, 110), 60, 45), mask=mask.filter(ImageFilter.GaussianBlur(1.5)))
-    return finish(skin, rng), grounding("lesion", [(x1, y1, x2 - 1, y2 - 1)], False, rng)
+    return finish(skin, rng), grounding("lesion", [(x1, y1, x2 - 1, y2 - 1)], True, rng)
 
 
 def sums(rng: random.Random) -> tuple[Image.Image, dict]:
@@ -270,9 +271,9 @@ def make(split: str, index: int) -> dict:
     """Fields of data.Example: id, image, question, answer, task and, where the label has one, a thought."""
     rng = random.Random(f"{split}/{index}")
     if split in MIX:
-        kind = rng.choices(("caption", "count", "attribute", "where", "present", "reasoning", "sums"), MIX[split])[0]
+        kind = rng.choices(("caption", "count", "attribute", "where", "present", "reasoning", "lesion"), MIX[split])[0]
     elif split == "longer-train":
-        kind = rng.choice(("gui", "anomaly", "lesion"))
+        kind = rng.choice(("gui", "anomaly", "sums"))
     elif split.endswith("-test"):
         kind = split.removesuffix("-test")
     elif split == "train":
@@ -280,9 +281,9 @@ def make(split: str, index: int) -> dict:
     else:
         kind = ("present", "absent", "count")[index % 3]
     if kind in FAMILIES:
-        image, fields = {"gui": gui, "anomaly": anomaly, "lesion": lesion, "sums": sums,
-                         "reasoning": lambda rng: reasoning(rng, split in MIX)}[kind](rng)
-        return {"id": f"scenes:{split}/{index}", "image": image, "thought": "", **fields}
+        image, fields = {"reasoning": reasoning, "gui": gui, "anomaly": anomaly, "lesion": lesion, "sums": sums}[kind](rng)
+        thought = fields.get("thought", "") if split in MIX else ""
+        return {"id": f"scenes:{split}/{index}", "image": image, **fields, "thought": thought}
     # Present and absent alike have at least two things: their number must not give the answer away.
     things = place_things(rng, at_least=2 if kind in ("present", "absent") else 1)
     if kind == "present":

@@ -60,6 +60,22 @@ def test_state_stays_float32_when_it_is_loaded():
     assert torch.equal(run(second, rest, range(5, 10)), run(MasterAdamW([whole], **SETTINGS), whole, range(10)))
 
 
+@pytest.mark.parametrize("settings", [{}, {"precision": "bfloat16"}, {"optimizer": "muon"}])
+def test_adam_eps_makes_small_gradients_small_steps(settings, monkeypatch):
+    """The first step of AdamW is lr · g / (|g| + eps): half of lr where g = eps, nearly lr where it is far above."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    model = train.Qwen2_5_VL.from_pretrained(Path(__file__).resolve().parent.parent / "assets/tiny").bfloat16().float()
+    cfg = train.Config(lr=0.5, adam_eps=1e-3, weight_decay=0.0, **settings)
+    *_, adamw = make_optimizers(cfg, model)
+    weight = model.model.norm.weight                                # a vector: AdamW's in every setting
+    before = weight.detach().clone()
+    weight.grad = torch.full_like(weight, 1e-3)
+    weight.grad[0] = 10.0
+    adamw.step()
+    moved = (before - weight.detach()) / 0.5
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.5).index_fill(0, torch.tensor([0]), 1.0), rtol=1e-3, atol=0)
+
+
 def three_steps(rank: int, world: int, port: int, precision: str, folder: Path) -> None:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as environment:

@@ -156,6 +156,17 @@ def test_point_thresholds(point, true_point, expected):
     assert one_pair([700, 700, 750, 725], point, [0, 0, 50, 25], true_point) == 0
 
 
+@pytest.mark.parametrize("box, point, expected", [
+    ([20, 20, 59, 59], [40, 40], 3), ([25, 20, 59, 59], [40, 40], 3), ([26, 20, 59, 59], [40, 40], 2),   # 5/4, 6/4 px
+    ([20, 20, 59, 59], [43, 42], 3), ([20, 20, 59, 59], [44, 40], 2)])                                   # 3.6, 4 px
+def test_limits_shrink_with_the_picture(box, point, expected):
+    """In 112×112 pixels the corners must be closer than 10 · 112 / 840 = 4/3 px, the points than 4 px."""
+    item, truth = {"bbox_2d": box, "point_2d": point}, {"bbox_2d": [20, 20, 59, 59], "point_2d": [40, 40]}
+    assert accuracy([item], [truth], 112) == expected and accuracy([item], [truth]) == 3
+    reward = TASKS["scene_grounding"].reward(answer(item), json.dumps([truth]))
+    assert reward.terms["accuracy"] == expected
+
+
 def test_matching_is_best_not_greedy():
     # cells: a-1 3, a-2 2, b-1 2, b-2 0. Taking the best cell first ends with 3 + 0; the best matching is 2 + 2
     one = a = {"bbox_2d": [20, 20, 79, 79], "point_2d": [50, 50]}

@@ -233,7 +233,7 @@ def test_wrong_flags_are_named(flags, message, capsys):
 
 def test_presets_are_defaults_that_flags_override():
     paper = train.parse_config(["--preset", "paper", "--steps", "7"])
-    assert (paper.steps, paper.lr, paper.warmup_steps, paper.cooldown_steps) == (7, 1e-6, 0, 0)
+    assert (paper.steps, paper.lr, paper.adam_eps, paper.warmup_steps, paper.cooldown_steps) == (7, 1e-6, 1e-8, 0, 0)
     assert (paper.prompts_per_step, paper.rollouts, paper.max_new_tokens, paper.precision) == (16, 8, 2000, "bfloat16")
     assert train.parse_config(["--preset", "laptop"]) == train.parse_config([]) == train.Config()
     assert train.parse_config(["--preset", "1x80G-3b"]).model == "Qwen/Qwen2.5-VL-3B-Instruct"
