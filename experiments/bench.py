@@ -1,0 +1,477 @@
+"""How fast, and against whom: every line compares two things in one run, in turns, and reports medians.
+
+    python experiments/bench.py --json FILE       CPU: tiny and 116M; GPU: 3B and 7B
+    python experiments/bench.py --quick           within a minute, one repeat, less of everything
+
+    sampling   rollout.generate against transformers' generate with num_return_sequences = G
+    training   forward and backward of packed rows, one a group, against G+1 separate rows through the same model, and
+               against transformers' model with the same rows in a padded batch. All three must give the same loss
+    step       one whole update against one of TRL's GRPOTrainer, where trl is installed
+    parts      where the seconds of a step of train.py go
+    growth     seconds against G, prompt length, response length, images
+    GPU only   decoding against the bandwidth bound, training against the peak of the matrix units (MFU)
+
+Weights are random, but for the tiny model; prompts hold one picture; responses never end early. Memory is the peak
+during a call above what was resident before it (CPU: resident set; GPU: allocated). `times_faster` above 1 and
+`memory_share` below 1 are in our favour.
+"""
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rollout  # noqa: E402
+import train  # noqa: E402
+from config import Config as Options  # noqa: E402
+from data import Processor, Prompt, collate, pack_group  # noqa: E402
+from model import Config, Qwen2_5_VL  # noqa: E402
+from optimizers import make_optimizers  # noqa: E402
+from ranks import start_ranks  # noqa: E402
+from rewards import TASKS, Reward  # noqa: E402
+from sources import Example, load  # noqa: E402
+
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+# What differs from assets/tiny/config.json: text, vision. 3B and 7B are Qwen2.5-VL's.
+WIDE = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
+        "fullatt_block_indexes": [7, 15, 23, 31]}
+SECTIONS = {"type": "mrope", "mrope_section": [16, 24, 24]}
+SIZES = {
+    "tiny": ({}, {}),
+    "116M": ({"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
+              "intermediate_size": 2048, "vocab_size": 32_000, "tie_word_embeddings": True,
+              "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}},
+             {"depth": 6, "hidden_size": 384, "num_heads": 6, "intermediate_size": 1024, "out_hidden_size": 768,
+              "fullatt_block_indexes": [2, 5]}),
+    "3B": ({"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+            "intermediate_size": 11008, "vocab_size": 151_936, "tie_word_embeddings": True, "rope_scaling": SECTIONS,
+            "rope_theta": 1e6}, {**WIDE, "out_hidden_size": 2048}),
+    "7B": ({"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "intermediate_size": 18944, "vocab_size": 152_064, "tie_word_embeddings": False, "rope_scaling": SECTIONS,
+            "rope_theta": 1e6}, {**WIDE, "out_hidden_size": 3584}),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def resident_bytes(name: str) -> int:
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
+def start_measuring():
+    """Returns the call that ends it: seconds, and peak memory in GB above what was resident at the start."""
+    gc.collect()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")    # VmHWM starts again from what is resident now
+        before = resident_bytes("VmRSS")
+    synchronise()
+    began = time.perf_counter()
+
+    def stop() -> tuple[float, float]:
+        synchronise()
+        seconds = time.perf_counter() - began
+        if on_gpu:
+            return seconds, (torch.cuda.max_memory_allocated() - before) / 1e9
+        return seconds, (resident_bytes("VmHWM") - before) / 1e9 if sys.platform == "linux" else float("nan")
+    return stop
+
+
+def measure(call) -> tuple[float, float]:
+    stop = start_measuring()
+    call()
+    return stop()
+
+
+def compare(calls: dict, repeats: int) -> dict[str, tuple[float, float]]:
+    """Each call once to warm up, then all in turns. Medians of seconds and of GB."""
+    for call in calls.values():
+        call()
+    seen: dict[str, list] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seen[name].append(measure(call))
+    return {name: tuple(statistics.median(column) for column in zip(*values)) for name, values in seen.items()}
+
+
+class Table(list):
+    """Lines of what was measured; printed as soon as they are known."""
+    def line(self, what: str, setting: str, **numbers: float) -> None:
+        self.append({"what": what, "setting": setting, **numbers})
+        shown = "   ".join(f"{name} {value:.3g}" if value < 1000 else f"{name} {value:.0f}"
+                           for name, value in numbers.items())
+        print(f"{what:<34} {setting:<44} {shown}", flush=True)
+
+    def against(self, what: str, setting: str, ours: tuple[float, float], theirs: tuple[float, float],
+                tokens: int = 0) -> None:
+        extra = {"tokens_per_s": tokens / ours[0], "tokens_per_s_theirs": tokens / theirs[0]} if tokens else {}
+        self.line(what, setting, times_faster=theirs[0] / ours[0], seconds=ours[0], seconds_theirs=theirs[0],
+                  memory_share=ours[1] / max(theirs[1], 1e-9), gb=ours[1], gb_theirs=theirs[1], **extra)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+def make_folder(size: str, folder: Path) -> Path:
+    """A model folder without weights: the tiny model's tokenizer, the config of `size`."""
+    folder.mkdir(exist_ok=True)
+    for path in TINY.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((TINY / "config.json").read_text())
+    text, vision = SIZES[size]
+    config.update(text)
+    config["vision_config"].update(vision)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Qwen2_5_VL:
+    """Random weights, made on the device. It never ends a response: no id is its EOS."""
+    torch.manual_seed(0)
+    if size == "tiny":
+        model = Qwen2_5_VL.from_pretrained(TINY, dtype, device)
+    else:
+        torch.set_default_dtype(dtype)
+        with device:
+            model = Qwen2_5_VL(Config.from_json(make_folder(size, folder) / "config.json"))
+            model.reset_parameters()
+        torch.set_default_dtype(torch.float32)
+        model.to(device).folder = folder
+    model.eos_ids = (-1,)
+    return model
+
+
+def make_prompts(folder: Path, count: int, pixels: int, words: int) -> list[Prompt]:
+    """Different noise in each picture of pixels × pixels; (pixels / 28)² image tokens, then text."""
+    processor = Processor(folder)
+    picture = torch.randint(256, (count, pixels, pixels, 3), dtype=torch.uint8).numpy()
+    return [processor.prompt(Example(str(i), Image.fromarray(picture[i]), " ".join(["word"] * words), "1", "vqa"))
+            for i in range(count)]
+
+
+def make_responses(prompts: list[Prompt], G: int, R: int) -> list[list[list[int]]]:
+    return [torch.randint(400, (G, R)).tolist() for _ in prompts]
+
+
+def transformers_model(model: Qwen2_5_VL, folder: Path, device: torch.device):
+    """transformers' own, with our weights."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    model.save_pretrained(folder)
+    if (folder / "LICENSE").exists():
+        (folder / "LICENSE").unlink()
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=model.lm_head.weight.dtype).to(device)
+    theirs.generation_config.eos_token_id = None
+    return theirs
+
+
+def transformers_inputs(prompts: list[Prompt], responses: list[list[int]], image_token: int, device) -> dict:
+    """One row for each response, all of one length."""
+    tokens = torch.tensor([p.tokens + r for p, r in zip(prompts, responses, strict=True)], device=device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens),
+            "mm_token_type_ids": (tokens == image_token).int(),
+            "pixel_values": torch.cat([p.patches for p in prompts]).to(device),
+            "image_grid_thw": torch.tensor([(1, *grid) for p in prompts for grid in p.grids], device=device)}
+
+
+def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
+    device, image = model.lm_head.weight.device, model.config.image_token_id
+    inputs = transformers_inputs(prompts, [[]] * len(prompts), image, device)
+
+    def run_theirs():
+        made = theirs.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=G,
+                               min_new_tokens=R, max_new_tokens=R, pad_token_id=0)
+        assert made.shape == (len(prompts) * G, inputs["input_ids"].shape[1] + R), made.shape
+
+    def run_ours():
+        made = rollout.generate(model, prompts, G, R)
+        assert all(len(o.tokens) == R for group in made for o in group)
+    times = compare({"ours": run_ours, "theirs": run_theirs}, repeats)
+    table.against("sampling / transformers generate", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G {G}, "
+                  f"{R} new", times["ours"], times["theirs"], len(prompts) * G * R)
+
+
+def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: int, repeats: int) -> None:
+    """The loss is the mean −log π of all response tokens."""
+    device, image = model.lm_head.weight.device, model.config.image_token_id
+    responses = torch.randint(400, (S, R)).tolist()
+    packed = collate(pack_group(prompt, responses), device)
+    separate = collate([pack_group(prompt, [r])[0] for r in responses], device)
+    inputs = transformers_inputs([prompt] * S, responses, image, device)
+    losses = {}
+
+    def through(module, name: str, loss) -> None:
+        losses[name] = float(loss.detach())
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    def ours(name: str, batch):
+        return lambda: through(model, name, -model(**vars(batch))[0].sum() / (S * R))
+
+    def run_theirs():
+        logits = theirs(**inputs, logits_to_keep=R + 1).logits[:, :-1].float()
+        logits[..., model.banned] = -torch.inf
+        logp = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -R:, None])
+        through(theirs, "transformers", -logp.mean())
+    calls = {"packed": ours("packed", packed), "separate": ours("separate", separate)}
+    times = compare({**calls, "transformers": run_theirs} if theirs else calls, repeats)
+    wrong = max(losses.values()) - min(losses.values())
+    if wrong > (1e-4 if model.lm_head.weight.dtype == torch.float32 else 0.05) * losses["packed"]:
+        raise SystemExit(f"the losses differ, so these do not do the same work: {losses}")
+    setting = f"{size}, {len(prompt.tokens)} + {S}×{R} tokens"
+    table.against("training / separate rows", setting, times["packed"], times["separate"])
+    if theirs:
+        table.against("training / transformers, padded", setting, times["packed"], times["transformers"])
+
+
+def random_reward(response: str, truth: str) -> Reward:
+    """Rewards that are never all equal, so that every method has something to learn."""
+    return Reward({"accuracy": len(response) % 7 / 7})
+
+
+def our_step(model: Qwen2_5_VL, options: Options, prompts: list[Prompt]):
+    """One update as train.py makes it: sampling, rewards, packing, forward, backward, AdamW."""
+    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    processor, optimizers = Processor(model.folder), make_optimizers(options, model)
+    TASKS["vqa"] = TASKS["vqa"].__class__(**{**vars(TASKS["vqa"]), "reward": random_reward})
+
+    def step():
+        groups = train.make_groups(options, model, processor, prompts, 0)
+        train.update(options, ddp, None, optimizers, groups, train.Meter())
+    return step
+
+
+def against_trl(table: Table, size: str, model, theirs, prompts: list[Prompt], G: int, R: int, repeats: int,
+                folder: Path) -> None:
+    """Our step, then one of TRL's, in turns; the first of each warms up."""
+    from bench_trl import run_trl
+    step = our_step(model, Options(method="rlvr", rollouts=G, max_new_tokens=R, micro_rows=1, lr=1e-6), prompts)
+    seen: dict[str, list] = {"ours": [], "theirs": []}
+    running = []
+
+    def began() -> None:
+        seen["ours"].append(measure(step))
+        running.append(start_measuring())
+
+    def ended() -> None:
+        seen["theirs"].append(running.pop()())
+    run_trl(theirs, folder, prompts, G, R, repeats + 1, random_reward, began, ended)
+    ours, others = (tuple(statistics.median(column) for column in zip(*seen[name][1:])) for name in ("ours", "theirs"))
+    table.against("step / TRL GRPOTrainer", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G {G}, {R} new",
+                  ours, others)
+
+
+@contextlib.contextmanager
+def clocked(seconds: dict, places: list[tuple[object, str, str]]):
+    """Inside, every call of (owner, attribute) adds its seconds to its name. A call within another counts for the inner
+    one only; within forward and backward nothing is told apart."""
+    running: list[list] = []       # name, seconds of the calls within
+    originals = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in places]
+
+    def clock(original, name: str):
+        def call(*inputs, **settings):
+            if running and running[-1][0] in ("forward", "backward"):
+                return original(*inputs, **settings)
+            running.append([name, 0.0])
+            synchronise()
+            began = time.perf_counter()
+            result = original(*inputs, **settings)
+            synchronise()
+            whole = time.perf_counter() - began
+            seconds[name] = seconds.get(name, 0.0) + whole - running.pop()[1]
+            if running:
+                running[-1][1] += whole
+            return result
+        return call
+    for (owner, attribute, original), (_, _, name) in zip(originals, places):
+        setattr(owner, attribute, clock(original, name))
+    try:
+        yield
+    finally:
+        for owner, attribute, original in originals:
+            setattr(owner, attribute, original)
+
+
+def parts(table: Table, steps: int) -> None:
+    """The default job's step. Model code: what runs inside Qwen2_5_VL, its backward, and the optimizer."""
+    options = Options()
+    model = Qwen2_5_VL.from_pretrained(TINY)
+    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizers = make_optimizers(options, model)
+    state = {"step": 0, "cursor": 0, "bad_steps": 0}
+    job = train.Job(options, 0, 1, torch.device("cpu"), ddp, None, Processor(TINY), optimizers, state)
+    source = load(options.data)
+    train.train_step(job, source)
+    seconds: dict[str, float] = {}
+    places = [(train, "take", "data"), (job.processor, "prompt", "data"), (train, "generate", "sampling, rest"),
+              (model, "embed", "model, sampling"), (model, "decode", "model, sampling"),
+              (model, "logits", "model, sampling"), (train, "make_groups", "rewards"),
+              (train, "micro_batches", "packing"),
+              (ddp, "forward", "forward"), (torch.Tensor, "backward", "backward"),
+              *[(optimizer, "step", "optimizer") for optimizer in optimizers], (train, "train_step", "rest")]
+    with clocked(seconds, places):
+        for _ in range(steps):
+            train.train_step(job, source)
+    whole = sum(seconds.values())
+    table.line("parts of a step of the default job", f"tiny, 16 × 8, mean of {steps} steps", seconds=whole / steps,
+               **{name: value / steps for name, value in seconds.items()})
+    inside = sum(seconds.get(name, 0.0) for name in ("model, sampling", "forward", "backward", "optimizer"))
+    table.line("outside model code", "share of the same steps", share=1 - inside / whole)
+
+
+def growth(table: Table, size: str, model, folder: Path, repeats: int, quick: bool) -> None:
+    """One thing at a time; the first value of each list is the unit. `alone`: the same responses to a prompt of a few
+    tokens without a picture, which is what the slope in G should be."""
+    base = {"G": 8, "words": 8, "R": 64, "images": 1, "pixels": 448}
+    lists = {"G": (1, 8) if quick else (1, 2, 4, 8, 16, 32), "words": () if quick else (8, 256, 512),
+             "R": () if quick else (16, 32, 64, 128), "images": () if quick else (1, 2, 4)}
+
+    def calls(prompts: list[Prompt], G: int, R: int) -> dict:
+        responses = make_responses(prompts, G, R)
+
+        def one_update():
+            for prompt, several in zip(prompts, responses):
+                (-model(**vars(collate(pack_group(prompt, several), model.lm_head.weight.device)))[0].sum()).backward()
+            model.zero_grad(set_to_none=True)
+        return {"sampling": lambda: rollout.generate(model, prompts, G, R), "training": one_update}
+    for name, values in lists.items():
+        for value in values:
+            now = {**base, name: value}
+            prompts = make_prompts(folder, now["images"], now["pixels"], now["words"])
+            both = calls(prompts, now["G"], now["R"])
+            if name == "G":
+                bare = [Processor(folder).prompt(Example("bare", None, "word", "1", "vqa"))]
+                both |= {f"{k} alone": v for k, v in calls(bare, now["G"], now["R"]).items()}
+            times = compare(both, repeats)
+            table.line(f"growth with {name} = {value}", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, "
+                       f"G {now['G']}, {now['R']} new", **{k: seconds for k, (seconds, _) in times.items()})
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second read and written by the best of some large copies."""
+    source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return max(2 * source.numel() / measure(lambda: target.copy_(source))[0] for _ in range(8))
+
+
+def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, bandwidth: float) -> None:
+    """Seconds a token step takes, against those of reading all weights and caches once."""
+    c, B, P = model.config, len(prompts), len(prompts[0].tokens)
+    few, many = R // 4, R
+    for count in (few, many):
+        rollout.generate(model, prompts, G, count)
+    times = compare({n: lambda n=n: rollout.generate(model, prompts, G, n) for n in (few, many)}, 3)
+    step = (times[many][0] - times[few][0]) / (many - few)
+    width = model.lm_head.weight.element_size()
+    d = c.hidden_size // c.num_attention_heads
+    caches = 2 * width * d * c.num_key_value_heads * c.num_hidden_layers * B * (P + G * (few + many) / 2)
+    weights = width * sum(p.numel() for name, p in model.named_parameters()
+                          if not name.startswith("visual.") and "embed_tokens" not in name)
+    if c.tie_word_embeddings:
+        weights += width * model.lm_head.weight.numel()
+    bound = (weights + caches) / bandwidth
+    table.line("decoding / bandwidth bound", f"{size}, {B}×{P} tokens, G {G}", share=bound / step, step_ms=1000 * step,
+               bound_ms=1000 * bound, copy_TB_per_s=bandwidth / 1e12)
+
+
+def training_mfu(table: Table, size: str, model, prompt: Prompt, S: int, R: int, peak: float) -> None:
+    """6 FLOP for each weight and useful token (2 forward, 4 backward), and the attention's; neither padding nor
+    recomputing counts."""
+    batch = collate(pack_group(prompt, torch.randint(400, (S, R)).tolist()), model.lm_head.weight.device)
+
+    def call():
+        (-model(**vars(batch), checkpoint=True)[0].sum()).backward()
+        model.zero_grad(set_to_none=True)
+    seconds, gb = compare({"ours": call}, 3)["ours"]
+    c, P = model.config, len(prompt.tokens)
+    vision = sum(p.numel() for p in model.visual.parameters())
+    head = model.lm_head.weight.numel()
+    text = sum(p.numel() for name, p in model.named_parameters()
+               if name.startswith("model.layers")) * (P + S * R) + head * S * R
+    pairs = P * P / 2 + S * (R * P + R * R / 2)        # of a query and a key that it sees
+    flop = 6 * (text + vision * len(prompt.patches)) + 12 * pairs * c.hidden_size * c.num_hidden_layers
+    table.line("training, MFU", f"{size}, {P} + {S}×{R} tokens, recomputing blocks", share=flop / seconds / peak,
+               seconds=seconds, gb=gb, useful_tokens_per_s=(P + S * R) / seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="within a minute")
+    parser.add_argument("--json", default="", help="file for the table")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    _, _, device = start_ranks()
+    on_gpu = device.type == "cuda"
+    repeats, table = 1 if args.quick else args.repeats, Table()
+    machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
+    print(f"{machine}, {platform.machine()}, torch {torch.__version__}, "
+          f"{'bfloat16' if on_gpu else 'float32'}, medians of {repeats}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (run_gpu if on_gpu else run_cpu)(table, device, Path(folder), repeats, args.quick)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": machine, "torch": torch.__version__, "repeats": repeats,
+                                               "lines": table}, indent=1) + "\n")
+
+
+def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quick: bool) -> None:
+    G, R = 8, 64
+    threads = torch.get_num_threads()
+    for size in ("tiny", "116M"):
+        torch.set_num_threads(1 if size == "tiny" else threads)     # as train.py does for a narrow model
+        model = make_model(size, folder / size, device, torch.float32)
+        prompts = make_prompts(model.folder, 2, 448, 7)
+        theirs = transformers_model(model, folder / f"{size}-transformers", device)
+        sampling(table, size, model, theirs, prompts, G, R if not quick else 16, repeats)
+        training(table, size, model, theirs, prompts[0], G + 1, R if not quick else 16, repeats)
+        if importlib.util.find_spec("trl") and not quick:
+            against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
+        del theirs
+        growth(table, size, model, model.folder, repeats, quick or size == "tiny")
+    if not importlib.util.find_spec("trl"):
+        print("step / TRL GRPOTrainer: not measured, trl is not installed")
+    torch.set_num_threads(1)
+    parts(table, 2 if quick else 10)
+
+
+def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quick: bool) -> None:
+    """Peak: dense bfloat16 of an H100 or H200, 989e12 FLOP/s. On another GPU the MFU means nothing."""
+    bandwidth = copy_bandwidth(device)
+    for size in ("3B",) if quick else ("3B", "7B"):
+        model = make_model(size, folder / size, device, torch.bfloat16)
+        prompts = make_prompts(model.folder, 16, 840, 60)
+        decoding_bound(table, size, model, prompts, 8, 32 if quick else 128, bandwidth)
+        training_mfu(table, size, model, prompts[0], 9, 256, 989e12)
+        if size == "3B" and not quick:
+            theirs = transformers_model(model, folder / "3B-transformers", device)
+            sampling(table, size, model, theirs, prompts[:4], 8, 128, 2)
+            training(table, size, model, theirs, prompts[0], 9, 256, 2)
+            del theirs
+        del model
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
