@@ -15,6 +15,7 @@ Departures from the published implementation, none of which changes a number
     4. Image and video placeholder tokens have probability 0, in sampling and in scoring alike (`banned`).
 Does not include: video, sliding-window attention, dropout, quantisation.
 """
+import contextlib
 import functools
 import json
 import shutil
@@ -102,6 +103,63 @@ class Config:
             **vision_fields)
 
 
+ONEDNN_FROM = 2 ** 18    # weights; below, the way to oneDNN costs more than it saves
+
+
+def fits_onednn(weight: Tensor) -> bool:
+    return (weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > ONEDNN_FROM
+            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear without gradient. torch.compile's operator: of PyTorch's public ones none reaches oneDNN in float32."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x [..., K], weight [N, K], bias [N] or None → x·Wᵀ + b [..., N]."""
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        columns = rearrange(grad, "... n -> n (...)")
+        return (onednn_linear(grad, weight.t()) if for_x else None,
+                onednn_linear(columns, rearrange(x, "... k -> k (...)")) if for_weight else None,
+                columns.sum(1) if for_bias else None)
+
+
+class Linear(nn.Linear):
+    """nn.Linear; large float32 matrices on a CPU go through oneDNN, which uses the widest vector units of any maker.
+    PyTorch's own choice, MKL, leaves half of AMD's idle (experiments/bench.py: "oneDNN")."""
+    packed: Tensor | None = None    # the weights in oneDNN's own order, within `packed_weights`
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return onednn_linear(x, self.packed, self.bias)
+        if fits_onednn(self.weight) and x.numel():
+            return OneDNNLinear.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+@contextlib.contextmanager
+def packed_weights(model: nn.Module):
+    """Within, for sampling: the weights that go through oneDNN are kept in its own order too. For the few tokens of a
+    decoding step, bringing them into that order would take longer than the product. No gradients."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and fits_onednn(layer.weight)]
+    try:
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -116,9 +174,9 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, width: int, inner: int, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -176,8 +234,8 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], groups: Groups) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "n (three h d) -> three n h d", three=3, h=self.heads)
@@ -207,8 +265,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.joined = config.vision_hidden_size * config.vision_spatial_merge_size ** 2
         self.ln_q = RMSNorm(config.vision_hidden_size, 1e-6)
-        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(),
-                                 nn.Linear(self.joined, config.hidden_size))
+        self.mlp = nn.Sequential(Linear(self.joined, self.joined), nn.GELU(),
+                                 Linear(self.joined, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.joined))
@@ -313,10 +371,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, d = config.hidden_size, config.hidden_size // config.num_attention_heads
-        self.q_proj = nn.Linear(width, self.heads * d)
-        self.k_proj = nn.Linear(width, self.kv_heads * d)
-        self.v_proj = nn.Linear(width, self.kv_heads * d)
-        self.o_proj = nn.Linear(self.heads * d, width, bias=False)
+        self.q_proj = Linear(width, self.heads * d)
+        self.k_proj = Linear(width, self.kv_heads * d)
+        self.v_proj = Linear(width, self.kv_heads * d)
+        self.o_proj = Linear(self.heads * d, width, bias=False)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: "Tensor | GroupLayout | None",
                 cache: KVCache | None) -> Tensor:
@@ -444,7 +502,7 @@ class Qwen2_5_VL(nn.Module):
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         half = config.hidden_size // config.num_attention_heads // 2
@@ -490,8 +548,10 @@ class Qwen2_5_VL(nn.Module):
         """[..., D] → [..., V] in at least float32, divided by the temperature, −inf for `banned`. Sampling and training
         both read probabilities from here."""
         logits = self.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        return logits.masked_fill(self.banned, -torch.inf)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature != 1:
+            logits = logits / temperature
+        return logits.masked_fill_(self.banned, -torch.inf)   # in place: [M, V] is the largest matrix there is
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 2048):
         """hidden [M, D], targets [M] → log π(target) [M] and the entropy of the distribution [M] (no gradient).
@@ -499,7 +559,8 @@ class Qwen2_5_VL(nn.Module):
         def one(h: Tensor, t: Tensor):
             logp = self.logits(h, temperature).log_softmax(-1)
             with torch.no_grad():
-                entropy = torch.special.entr(logp.exp()).sum(-1)
+                p = logp.exp()
+                entropy = torch.special.entr(p, out=p).sum(-1)
             return logp.gather(-1, t[:, None])[:, 0], entropy
         parts = [recompute_in_backward(one, h, t, use_reentrant=False)
                  for h, t in zip(hidden.split(chunk), targets.split(chunk))]

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from data import Prompt, collate_images
-from model import KVCache, Qwen2_5_VL, row_mask
+from model import KVCache, Qwen2_5_VL, packed_weights, row_mask
 
 
 @dataclass
@@ -78,8 +78,6 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
     greedy = temperature == 0
     device = model.lm_head.weight.device
     eos = torch.tensor(model.eos_ids, device=device)
-    hidden, cache = prefill(model, prompts, G, max_new_tokens)
-    hidden = repeat(hidden, "b d -> (b g) d", g=G)
     u = None if greedy else torch.stack(
         [uniforms(seed, step, p.example.id, G, max_new_tokens) for p in prompts]).to(device)    # [B, G, R]
     start = torch.tensor([p.next_position for p in prompts], device=device)                     # [B]
@@ -88,26 +86,29 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
     seen = None if repetition_penalty == 1 else seen_tokens(prompts, G, len(model.model.embed_tokens.weight), device)
     # Per step: which prompts took part, and their tokens and log-probs [B', G].
     history: list[tuple[Tensor, Tensor, Tensor]] = []
-    for r in range(max_new_tokens):
-        logits = model.logits(hidden, 1.0 if greedy else temperature)
-        if seen is not None:
-            logits = penalise(logits, seen, repetition_penalty)
-        token, logp = sample(logits, None if greedy else rearrange(u[alive, :, r], "b g -> (b g)"))
-        history.append((alive, rearrange(token, "(b g) -> b g", g=G), rearrange(logp, "(b g) -> b g", g=G)))
-        if seen is not None:
-            seen.scatter_(1, token[:, None], True)
-        ended[alive] |= torch.isin(history[-1][1], eos)
-        going = ~ended[alive].all(1)
-        if not going.any() or r + 1 == max_new_tokens:
-            break
-        if not going.all():
-            stay = torch.nonzero(going)[:, 0]
-            alive = alive[stay]
-            cache.keep(stay)
+    with packed_weights(model):
+        hidden, cache = prefill(model, prompts, G, max_new_tokens)
+        hidden = repeat(hidden, "b d -> (b g) d", g=G)
+        for r in range(max_new_tokens):
+            logits = model.logits(hidden, 1.0 if greedy else temperature)
             if seen is not None:
-                seen = rearrange(rearrange(seen, "(b g) v -> b g v", g=G)[stay], "b g v -> (b g) v")
-            token = rearrange(history[-1][1][stay], "b g -> (b g)")
-        hidden = decode_one_token(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
+                logits = penalise(logits, seen, repetition_penalty)
+            token, logp = sample(logits, None if greedy else rearrange(u[alive, :, r], "b g -> (b g)"))
+            history.append((alive, rearrange(token, "(b g) -> b g", g=G), rearrange(logp, "(b g) -> b g", g=G)))
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
+            ended[alive] |= torch.isin(history[-1][1], eos)
+            going = ~ended[alive].all(1)
+            if not going.any() or r + 1 == max_new_tokens:
+                break
+            if not going.all():
+                stay = torch.nonzero(going)[:, 0]
+                alive = alive[stay]
+                cache.keep(stay)
+                if seen is not None:
+                    seen = rearrange(rearrange(seen, "(b g) v -> b g v", g=G)[stay], "b g v -> (b g) v")
+                token = rearrange(history[-1][1][stay], "b g -> (b g)")
+            hidden = decode_one_token(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
     return collect(history, len(prompts), G, set(model.eos_ids))
 
 

@@ -6,3 +6,17 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import model  # noqa: E402
+
+
+@pytest.fixture(params=["plain", "oneDNN"])
+def products(request, monkeypatch) -> str:
+    """Runs a test twice: with PyTorch's own matrix products, and with every one of model.Linear through oneDNN."""
+    monkeypatch.setattr(model, "ONEDNN_FROM", 0 if request.param == "oneDNN" else float("inf"))
+    if request.param == "oneDNN" and not model.fits_onednn(torch.ones(1)):
+        pytest.skip("this PyTorch has no oneDNN for the CPU")
+    return request.param

@@ -59,7 +59,7 @@ def uncached(model, prompt, R, temperature, u):
     return tokens
 
 
-def test_cached_tokens_equal_uncached_tokens(model, prompts):
+def test_cached_tokens_equal_uncached_tokens(model, prompts, products):
     greedy = generate(model, prompts, 1, 12, temperature=0)
     sampled = generate(model, prompts, 3, 12, temperature=0.7, seed=5, step=9)
     for prompt, (alone,), group in zip(prompts, greedy, sampled):
@@ -69,7 +69,7 @@ def test_cached_tokens_equal_uncached_tokens(model, prompts):
         assert len({tuple(r.tokens) for r in group}) > 1   # the rollouts of a prompt do differ
 
 
-def test_recorded_log_probs_equal_the_training_forward(model, prompts):
+def test_recorded_log_probs_equal_the_training_forward(model, prompts, products):
     for prompt, group in zip(prompts, generate(model, prompts, 4, 20, temperature=0.7)):
         for response, logp in zip(group, rescored(model, prompt, group)):
             torch.testing.assert_close(torch.tensor(response.logp), logp, atol=1e-5, rtol=1e-5)
