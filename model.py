@@ -324,13 +324,17 @@ class KVCache:
     rollout owns those of its suffix only.
 
     prompt[layer] = (k, v) [B, K, P, d] (k is already rotated), suffix[layer] = (k, v) [B·G, K, R, d],
-    prompt_mask [B, P] False at padding, length: suffix tokens written so far.
+    prompt_mask [B, P] False at padding. A step writes to `slot` of the suffix, a tensor [1] that it then counts up, and
+    reads the first `window` slots, of which `unwritten` [window] are hidden. So a step's shapes depend on window alone,
+    and a CUDA graph of it can be replayed (rollout.GraphedStep).
     """
-    def __init__(self, layers: int, G: int, max_new_tokens: int):
+    def __init__(self, layers: int, G: int, max_new_tokens: int, device):
         self.prompt: list = [None] * layers
         self.suffix: list = [None] * layers
         self.prompt_mask: Tensor | None = None
-        self.G, self.max_new_tokens, self.length = G, max_new_tokens, 0
+        self.G, self.max_new_tokens, self.window = G, max_new_tokens, 0
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.unwritten: Tensor | None = None
 
     def store_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.prompt[layer] = (k, v)
@@ -343,14 +347,16 @@ class KVCache:
         The G·H/K queries that read one key head of one prompt are one matrix, so the prompt is read once per prompt.
         """
         (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
-        suffix_k[:, :, self.length], suffix_v[:, :, self.length] = k[:, :, 0], v[:, :, 0]
-        own_k, own_v = suffix_k[:, :, :self.length + 1], suffix_v[:, :, :self.length + 1]  # [B·G, K, r, d]
+        suffix_k.index_copy_(2, self.slot, k)
+        suffix_v.index_copy_(2, self.slot, v)
+        own_k, own_v = suffix_k[:, :, :self.window], suffix_v[:, :, :self.window]            # [B·G, K, r, d]
         G, K = self.G, k.shape[1]
         q = q * q.shape[-1] ** -0.5
         shared = rearrange(q, "(b g) (k j) 1 d -> b k (g j) d", g=G, k=K) @ prompt_k.mT      # [B, K, G·H/K, P]
         shared = shared.masked_fill(~self.prompt_mask[:, None, None], -torch.inf)
         shared = rearrange(shared, "b k (g j) p -> (b g) k j p", g=G)
         own = rearrange(q, "b (k j) 1 d -> b k j d", k=K) @ own_k.mT                         # [B·G, K, H/K, r]
+        own = own.masked_fill(self.unwritten, -torch.inf)
         weight = torch.cat((shared, own), -1).softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         shared, own = weight.split((shared.shape[-1], own.shape[-1]), -1)
         out = rearrange(rearrange(shared, "(b g) k j p -> b k (g j) p", g=G) @ prompt_v, "b k (g j) d -> (b g) k j d",

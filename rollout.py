@@ -18,6 +18,8 @@ from torch import Tensor
 from data import Prompt, collate_images
 from model import KVCache, Qwen2_5_VL, packed_weights, row_mask
 
+WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
+
 
 @dataclass
 class Response:
@@ -42,7 +44,7 @@ def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: in
     tokens = torch.tensor([p.tokens + [0] * (P - len(p.tokens)) for p in prompts], device=device)
     position = torch.stack([torch.nn.functional.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
     valid = torch.arange(P, device=device) < lengths[:, None]                                   # [B, P]
-    cache = KVCache(len(model.model.layers), G, max_new_tokens)
+    cache = KVCache(len(model.model.layers), G, max_new_tokens, device)
     cache.prompt_mask = valid
     x = model.embed(tokens, *collate_images(prompts, device))
     hidden = model.decode(x, position.to(device), row_mask(valid.long() - 1), cache)           # [B, P, D]
@@ -64,17 +66,52 @@ def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
     """token, position [B·G] → hidden states [B·G, D]; the cache grows by one."""
+    cache.unwritten = torch.arange(cache.window, device=token.device) > cache.slot
     x = model.model.embed_tokens(token[:, None])
     hidden = model.decode(x, repeat(position, "m -> three m 1", three=3), None, cache)
-    cache.length += 1
+    cache.slot += 1
     return hidden[:, 0]
+
+
+class GraphedStep:
+    """decode_one_token by CUDA graph: one launch instead of a large model's thousand, which take longer to launch than
+    to run. Captured anew when prompts have left or the window has grown. On a CPU the same buffers, uncaptured."""
+    def __init__(self):
+        self.shape = self.graph = None
+
+    def __call__(self, model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
+        if self.shape != (len(token), cache.window):
+            self.shape, self.graph = (len(token), cache.window), None     # frees the old graph's memory first
+            self.token, self.position = token.clone(), position.clone()
+            if token.is_cuda:
+                self.capture(model, cache)
+        self.token.copy_(token)
+        self.position.copy_(position)
+        if self.graph is None:
+            return decode_one_token(model, self.token, self.position, cache)
+        self.graph.replay()
+        return self.hidden
+
+    def capture(self, model: Qwen2_5_VL, cache: KVCache) -> None:
+        """Libraries must have run once before a capture, on another stream than the default; capturing runs nothing."""
+        slot, stream = cache.slot.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            decode_one_token(model, self.token, self.position, cache)
+            cache.slot.copy_(slot)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.hidden = decode_one_token(model, self.token, self.position, cache)
 
 
 @torch.no_grad()
 def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-             seed: int = 0, step: int = 0, repetition_penalty: float = 1.0) -> list[list[Response]]:
+             seed: int = 0, step: int = 0, repetition_penalty: float = 1.0, graphs: bool = False
+             ) -> list[list[Response]]:
     """G responses to each prompt. temperature 0 is greedy decoding (then use G = 1). Runs the raw module, never a
-    DDP wrapper. repetition_penalty, of evaluations only: training does not score with it."""
+    DDP wrapper. repetition_penalty, of evaluations only: training does not score with it. graphs: GraphedStep."""
+    take_step = GraphedStep() if graphs else decode_one_token
     greedy = temperature == 0
     device = model.lm_head.weight.device
     eos = torch.tensor(model.eos_ids, device=device)
@@ -108,7 +145,9 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
                 if seen is not None:
                     seen = rearrange(rearrange(seen, "(b g) v -> b g v", g=G)[stay], "b g v -> (b g) v")
                 token = rearrange(history[-1][1][stay], "b g -> (b g)")
-            hidden = decode_one_token(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
+            # r + 1 slots are written by the end of this step; a graph is for more of them, or none would be used twice.
+            cache.window = min(-(-(r + 1) // WINDOW) * WINDOW, max_new_tokens) if graphs else r + 1
+            hidden = take_step(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
     return collect(history, len(prompts), G, set(model.eos_ids))
 
 

@@ -101,7 +101,8 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
     if cfg.method == "sft":
         return [Group(p, [label_tokens(cfg, model, processor, p)[1]], [], [1.0]) for p in prompts]
     groups = []
-    sampled = generate(model, prompts, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed, step)
+    sampled = generate(model, prompts, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed, step,
+                       graphs=cfg.cuda_graphs)
     for prompt, rollouts in zip(prompts, sampled):
         task = prompt.example.task
         rewards = [TASKS[task].reward(processor.decode(o.tokens), prompt.answer) for o in rollouts]
@@ -277,6 +278,8 @@ def set_up() -> Job:
     cfg = parse_config()
     rank, world, device = start_ranks()
     cfg.check(world)
+    if cfg.cuda_graphs and device.type != "cuda":
+        raise SystemExit("--cuda-graphs: there is no CUDA device here; leave it out")
     checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
     if checkpoint:
@@ -370,7 +373,8 @@ def dry_run(job: Job, source) -> None:
     for _ in range(2):                 # the first time warms up
         began = time.time()
         if cfg.method != "sft":
-            sampled = generate(job.ddp.module, [prompt] * share, cfg.rollouts, few, cfg.temperature)
+            sampled = generate(job.ddp.module, [prompt] * share, cfg.rollouts, few, cfg.temperature,
+                               graphs=cfg.cuda_graphs)
             taken = max(len(o.tokens) for o in sum(sampled, []))
             seconds["sampling"] = (time.time() - began) * cfg.max_new_tokens / taken
         began = time.time()

@@ -146,3 +146,21 @@ def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts,
         assert after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
         assert after.truncated == (before.tokens[cut - 1] not in ends)
     assert sizes[0] == len(prompts) and sizes[-1] < len(prompts) and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
+def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
+    """GraphedStep: windows of 5 slots, of which some are not written yet, while prompts leave the batch."""
+    monkeypatch.setattr(rollout, "WINDOW", 5)
+    model.to(device)
+    model.eos_ids = (-1,)
+    often = torch.tensor([r.tokens for group in generate(model, prompts, 8, 16, 1.0) for r in group]).flatten()
+    model.eos_ids = tuple(often.bincount().topk(8).indices.tolist())
+    plain, static = (generate(model, prompts, 3, 16, 1.0, seed=2, graphs=graphs) for graphs in (False, True))
+    lengths = {max(len(r.tokens) for r in group) for group in plain}
+    assert len(lengths) > 1 and max(lengths) > 10
+    for group, same in zip(plain, static):
+        for response, again in zip(group, same):
+            assert response.tokens == again.tokens
+            torch.testing.assert_close(torch.tensor(response.logp), torch.tensor(again.logp), rtol=0, atol=1e-5)
