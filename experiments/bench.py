@@ -3,13 +3,15 @@
     python experiments/bench.py --json FILE       CPU: tiny and 116M; GPU: 3B and 7B
     python experiments/bench.py --quick           within a minute, one repeat, less of everything
 
+    oneDNN     our sampling and training with model.Linear's products by oneDNN against PyTorch's own choice (CPU)
     sampling   rollout.generate against transformers' generate with num_return_sequences = G
     training   forward and backward of packed rows, one a group, against G+1 separate rows through the same model, and
                against transformers' model with the same rows in a padded batch. All three must give the same loss
     step       one whole update against one of TRL's GRPOTrainer, where trl is installed
     parts      where the seconds of a step of train.py go
     growth     seconds against G, prompt length, response length, images
-    GPU only   decoding against the bandwidth bound, training against the peak of the matrix units (MFU)
+    GPU only   decoding, with and without CUDA graphs, against the bandwidth bound; training against the peak of the
+               matrix units (MFU); a step of full fine-tuning with --preset paper's options and its memory
 
 Weights are random, but for the tiny model; prompts hold one picture; responses never end early. Memory is the peak
 during a call above what was resident before it (CPU: resident set; GPU: allocated). `times_faster` above 1 and
@@ -33,9 +35,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model as model_file  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from config import Config as Options  # noqa: E402
+from config import PRESETS, Config as Options  # noqa: E402
 from data import Processor, Prompt, collate, pack_group  # noqa: E402
 from model import Config, Qwen2_5_VL  # noqa: E402
 from optimizers import make_optimizers  # noqa: E402
@@ -247,6 +250,26 @@ def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: 
         table.against("training / transformers, padded", setting, times["packed"], times["transformers"])
 
 
+def onednn(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
+    batch = collate(pack_group(prompts[0], torch.randint(400, (G + 1, R)).tolist()), model.lm_head.weight.device)
+    chosen = model_file.ONEDNN_FROM
+
+    def one_row():
+        (-model(**vars(batch))[0].sum()).backward()
+        model.zero_grad(set_to_none=True)
+
+    def by_mkl(call):
+        def run():
+            model_file.ONEDNN_FROM = float("inf")
+            call()
+            model_file.ONEDNN_FROM = chosen
+        return run
+    for what, call in (("sampling", lambda: rollout.generate(model, prompts, G, R)), ("training", one_row)):
+        times = compare({"ours": call, "mkl": by_mkl(call)}, repeats)
+        table.against(f"oneDNN / MKL, {what}", f"{size}, {len(prompts[0].tokens)}-token prompts, G {G}, {R} new",
+                      times["ours"], times["mkl"])
+
+
 def random_reward(response: str, truth: str) -> Reward:
     """Rewards that are never all equal, so that every method has something to learn."""
     return Reward({"accuracy": len(response) % 7 / 7})
@@ -381,10 +404,9 @@ def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int
     """Seconds a token step takes, against those of reading all weights and caches once."""
     c, B, P = model.config, len(prompts), len(prompts[0].tokens)
     few, many = R // 4, R
-    for count in (few, many):
-        rollout.generate(model, prompts, G, count)
-    times = compare({n: lambda n=n: rollout.generate(model, prompts, G, n) for n in (few, many)}, 3)
-    step = (times[many][0] - times[few][0]) / (many - few)
+    made = {(n, graphs): lambda n=n, graphs=graphs: rollout.generate(model, prompts, G, n, graphs=graphs)
+            for n in (few, many) for graphs in (False, True)}
+    times = compare(made, 3)
     width = model.lm_head.weight.element_size()
     d = c.hidden_size // c.num_attention_heads
     caches = 2 * width * d * c.num_key_value_heads * c.num_hidden_layers * B * (P + G * (few + many) / 2)
@@ -393,8 +415,10 @@ def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int
     if c.tie_word_embeddings:
         weights += width * model.lm_head.weight.numel()
     bound = (weights + caches) / bandwidth
-    table.line("decoding / bandwidth bound", f"{size}, {B}×{P} tokens, G {G}", share=bound / step, step_ms=1000 * step,
-               bound_ms=1000 * bound, copy_TB_per_s=bandwidth / 1e12)
+    for graphs in (False, True):
+        step = (times[many, graphs][0] - times[few, graphs][0]) / (many - few)
+        table.line("decoding / bandwidth bound", f"{size}, {B}×{P} tokens, G {G}{', CUDA graphs' if graphs else ''}",
+                   share=bound / step, step_ms=1000 * step, bound_ms=1000 * bound, copy_TB_per_s=bandwidth / 1e12)
 
 
 def training_mfu(table: Table, size: str, model, prompt: Prompt, S: int, R: int, peak: float) -> None:
@@ -415,6 +439,17 @@ def training_mfu(table: Table, size: str, model, prompt: Prompt, S: int, R: int,
     flop = 6 * (text + vision * len(prompt.patches)) + 12 * pairs * c.hidden_size * c.num_hidden_layers
     table.line("training, MFU", f"{size}, {P} + {S}×{R} tokens, recomputing blocks", share=flop / seconds / peak,
                seconds=seconds, gb=gb, useful_tokens_per_s=(P + S * R) / seconds)
+
+
+def full_step(table: Table, size: str, model, prompts: list[Prompt], R: int) -> None:
+    """One update of all weights with the options of --preset paper, the share of one of its 8 GPUs: 2 prompts, y and 8
+    rollouts each. `gb` is all that was allocated at the peak."""
+    options = Options(**{**PRESETS["paper"], "max_new_tokens": R, "cuda_graphs": True})
+    step = our_step(model, options, prompts)
+    step()                              # makes the optimizer's state
+    seconds, _ = measure(step)
+    table.line("full fine-tuning, one step", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G 8, {R} new",
+               seconds=seconds, gb=train.peak_memory_gb(model.lm_head.weight.device))
 
 
 def main() -> None:
@@ -449,6 +484,8 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         if importlib.util.find_spec("trl") and not quick:
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
         del theirs
+        if size != "tiny":
+            onednn(table, size, model, prompts, G, R if not quick else 16, repeats)
         growth(table, size, model, model.folder, repeats, quick or size == "tiny")
     if not importlib.util.find_spec("trl"):
         print("step / TRL GRPOTrainer: not measured, trl is not installed")
@@ -469,6 +506,8 @@ def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
             sampling(table, size, model, theirs, prompts[:4], 8, 128, 2)
             training(table, size, model, theirs, prompts[0], 9, 256, 2)
             del theirs
+        if not quick:
+            full_step(table, size, model, prompts[:2], 256)
         del model
         torch.cuda.empty_cache()
 
