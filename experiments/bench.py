@@ -369,8 +369,9 @@ def growth(table: Table, size: str, model, folder: Path, repeats: int, quick: bo
     """One thing at a time; the first value of each list is the unit. `alone`: the same responses to a prompt of a few
     tokens without a picture, which is what the slope in G should be."""
     base = {"G": 8, "words": 8, "R": 64, "images": 1, "pixels": 448}
-    lists = {"G": (1, 8) if quick else (1, 2, 4, 8, 16, 32), "words": () if quick else (8, 256, 512),
-             "R": () if quick else (16, 32, 64, 128), "images": () if quick else (1, 2, 4)}
+    lists = {"G": (1, 2, 4, 8, 16, 32), "words": (8, 256, 512), "R": (16, 32, 64, 128), "images": (1, 2, 4)}
+    if quick:
+        base, lists = {**base, "R": 16, "pixels": 224}, {"G": (1, 8)}
 
     def calls(prompts: list[Prompt], G: int, R: int) -> dict:
         responses = make_responses(prompts, G, R)
@@ -472,21 +473,21 @@ def main() -> None:
 
 
 def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quick: bool) -> None:
-    G, R = 8, 64
+    G, R, pixels = (8, 16, 224) if quick else (8, 64, 448)
     threads = torch.get_num_threads()
     for size in ("tiny", "116M"):
         torch.set_num_threads(1 if size == "tiny" else threads)     # as train.py does for a narrow model
         model = make_model(size, folder / size, device, torch.float32)
-        prompts = make_prompts(model.folder, 2, 448, 7)
+        prompts = make_prompts(model.folder, 2, pixels, 7)
         theirs = transformers_model(model, folder / f"{size}-transformers", device)
-        sampling(table, size, model, theirs, prompts, G, R if not quick else 16, repeats)
-        training(table, size, model, theirs, prompts[0], G + 1, R if not quick else 16, repeats)
+        sampling(table, size, model, theirs, prompts, G, R, repeats)
+        training(table, size, model, theirs, prompts[0], G + 1, R, repeats)
         if importlib.util.find_spec("trl") and not quick:
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
         del theirs
-        if size != "tiny":
-            onednn(table, size, model, prompts, G, R if not quick else 16, repeats)
-        growth(table, size, model, model.folder, repeats, quick or size == "tiny")
+        if size == "116M" and not quick:
+            onednn(table, size, model, prompts, G, R, repeats)
+        growth(table, size, model, model.folder, repeats, quick)
     if not importlib.util.find_spec("trl"):
         print("step / TRL GRPOTrainer: not measured, trl is not installed")
     torch.set_num_threads(1)
