@@ -148,9 +148,10 @@ class Linear(nn.Linear):
 
 @contextlib.contextmanager
 def packed_weights(model: nn.Module):
-    """Within, for sampling: the weights that go through oneDNN are kept in its own order too. For the few tokens of a
-    decoding step, bringing them into that order would take longer than the product. No gradients."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and fits_onednn(layer.weight)]
+    """Within, for sampling: a second copy of the weights, in oneDNN's own order. For the few tokens of a decoding step,
+    bringing them into that order takes as long as the product. Of a model with large matrices all, of others none."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    layers = layers if any(fits_onednn(layer.weight) for layer in layers) else []
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
@@ -323,23 +324,24 @@ class KVCache:
     """Keys and values while sampling. A prompt's are stored once and shared by its G rollouts (never copied); every
     rollout owns those of its suffix only.
 
-    prompt[layer] = (k, v) [B, K, P, d] (k is already rotated), suffix[layer] = (k, v) [B·G, K, R, d],
-    prompt_mask [B, P] False at padding. A step writes to `slot` of the suffix, a tensor [1] that it then counts up, and
-    reads the first `window` slots, of which `unwritten` [window] are hidden. So a step's shapes depend on window alone,
-    and a CUDA graph of it can be replayed (rollout.GraphedStep).
+    prompt[layer] = (k, v) [B, K, P, d] (k is already rotated), suffix[layer] = (k, v) [B, K, G, R, d],
+    padding [B, 1, 1, 1, P] True where a prompt has ended. A step writes to `slot` of the suffix, a tensor [1] that it
+    then counts up, and reads the first `window` slots, of which `unwritten` [window] are hidden. So a step's shapes
+    depend on window alone, and a CUDA graph of it can be replayed (rollout.GraphedStep).
     """
-    def __init__(self, layers: int, G: int, max_new_tokens: int, device):
+    def __init__(self, layers: int, G: int, max_new_tokens: int, prompt_mask: Tensor):
+        """prompt_mask: bool [B, P], False at padding."""
         self.prompt: list = [None] * layers
         self.suffix: list = [None] * layers
-        self.prompt_mask: Tensor | None = None
+        self.padding = ~prompt_mask[:, None, None, None]
         self.G, self.max_new_tokens, self.window = G, max_new_tokens, 0
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=prompt_mask.device)
         self.unwritten: Tensor | None = None
 
     def store_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
+        B, K, _, d = k.shape
         self.prompt[layer] = (k, v)
-        shape = (k.shape[0] * self.G, k.shape[1], self.max_new_tokens, k.shape[3])
-        self.suffix[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+        self.suffix[layer] = tuple(k.new_zeros(B, K, self.G, self.max_new_tokens, d) for _ in range(2))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token for each rollout: q [B·G, H, 1, d], k, v [B·G, K, 1, d] → [B·G, H, 1, d].
@@ -347,28 +349,23 @@ class KVCache:
         The G·H/K queries that read one key head of one prompt are one matrix, so the prompt is read once per prompt.
         """
         (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
-        suffix_k.index_copy_(2, self.slot, k)
-        suffix_v.index_copy_(2, self.slot, v)
-        own_k, own_v = suffix_k[:, :, :self.window], suffix_v[:, :, :self.window]            # [B·G, K, r, d]
-        G, K = self.G, k.shape[1]
-        q = q * q.shape[-1] ** -0.5
-        shared = rearrange(q, "(b g) (k j) 1 d -> b k (g j) d", g=G, k=K) @ prompt_k.mT      # [B, K, G·H/K, P]
-        shared = shared.masked_fill(~self.prompt_mask[:, None, None], -torch.inf)
-        shared = rearrange(shared, "b k (g j) p -> (b g) k j p", g=G)
-        own = rearrange(q, "b (k j) 1 d -> b k j d", k=K) @ own_k.mT                         # [B·G, K, H/K, r]
-        own = own.masked_fill(self.unwritten, -torch.inf)
-        weight = torch.cat((shared, own), -1).softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        shared, own = weight.split((shared.shape[-1], own.shape[-1]), -1)
-        out = rearrange(rearrange(shared, "(b g) k j p -> b k (g j) p", g=G) @ prompt_v, "b k (g j) d -> (b g) k j d",
-                        g=G) + own @ own_v
-        return rearrange(out, "b k j d -> b (k j) 1 d")
+        suffix_k.index_copy_(3, self.slot, rearrange(k, "(b g) k 1 d -> b k g 1 d", g=self.G))
+        suffix_v.index_copy_(3, self.slot, rearrange(v, "(b g) k 1 d -> b k g 1 d", g=self.G))
+        own_k, own_v = suffix_k[:, :, :, :self.window], suffix_v[:, :, :, :self.window]     # [B, K, G, r, d]
+        q = rearrange(q * q.shape[-1] ** -0.5, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
+        shared = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, q.shape[2:4])                 # [B, K, G, H/K, P]
+        scores = torch.cat((shared.masked_fill(self.padding, -torch.inf),
+                            (q @ own_k.mT).masked_fill(self.unwritten, -torch.inf)), -1)    # [B, K, G, H/K, P+r]
+        weight = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        shared, own = weight.split((prompt_k.shape[2], self.window), -1)
+        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
+        return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
 
     def keep(self, prompts: Tensor) -> None:
         """Drops every prompt (with its G suffixes) that is not in `prompts`, a 1-D tensor of their numbers."""
-        rollouts = rearrange(prompts[:, None] * self.G + torch.arange(self.G, device=prompts.device), "b g -> (b g)")
-        self.prompt_mask = self.prompt_mask[prompts]
+        self.padding = self.padding[prompts]
         self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
-        self.suffix = [(k[rollouts], v[rollouts]) for k, v in self.suffix]
+        self.suffix = [(k[prompts], v[prompts]) for k, v in self.suffix]
 
 
 class Attention(nn.Module):

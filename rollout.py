@@ -44,8 +44,7 @@ def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: in
     tokens = torch.tensor([p.tokens + [0] * (P - len(p.tokens)) for p in prompts], device=device)
     position = torch.stack([torch.nn.functional.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
     valid = torch.arange(P, device=device) < lengths[:, None]                                   # [B, P]
-    cache = KVCache(len(model.model.layers), G, max_new_tokens, device)
-    cache.prompt_mask = valid
+    cache = KVCache(len(model.model.layers), G, max_new_tokens, valid)
     x = model.embed(tokens, *collate_images(prompts, device))
     hidden = model.decode(x, position.to(device), row_mask(valid.long() - 1), cache)           # [B, P, D]
     return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache
