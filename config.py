@@ -49,8 +49,8 @@ class Config:
     micro_rows: int = option(4, "rows per forward; any value gives the same update")
     max_row_tokens: int = option(0, "a group whose row is longer becomes several rows (0: no limit)")
     lr: float = option(1e-3, "learning rate [paper.md 1: 1e-6, constant, for 7B]")
-    adam_eps: float = option(1e-3, "eps of AdamW [paper.md 1: 1e-8]; far above a weight's usual gradient it makes small "
-                             "gradients small steps")
+    adam_eps: float = option(1e-3, "eps of AdamW [paper.md 1: 1e-8]; far above a weight's usual gradient it makes "
+                             "small gradients small steps")
     warmup_steps: int = option(10, "steps of linear warm-up")
     cooldown_steps: int = option(220, "last steps, of linear decay to 0; a shorter run starts lower")
     optimizer: str = option("adamw", "adamw; muon: Muon for matrices, AdamW for the rest (for pretraining)",

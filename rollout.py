@@ -159,8 +159,8 @@ def seen_tokens(prompts: list[Prompt], G: int, vocabulary: int, device) -> Tenso
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """The repetition penalty of CTRL (arXiv 1909.05858), as transformers applies it: the logit of a token that prompt or
-    response already hold is divided by the penalty if positive, else multiplied."""
+    """The repetition penalty of CTRL (arXiv 1909.05858), as transformers applies it: the logit of a token that prompt
+    or response already hold is divided by the penalty if positive, else multiplied."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

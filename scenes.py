@@ -38,7 +38,8 @@ SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "untid
           **{f"{family}-test": 512 for family in FAMILIES}}
 # Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding, reasoning, lesion; and the
 # share of grounding in scenes of one thing. Where is it comes before which is it: the latter alone is not learnt.
-MIX = {"words": (3, 5, 1, 4, 0, 0, 0), "pretrain": (2, 4, 1, 2, 10, 0, 0), **dict.fromkeys(("crowds", "untidy", "tidying"), (2, 8, 1, 2, 8, 6, 3))}
+MIX = {"words": (3, 5, 1, 4, 0, 0, 0), "pretrain": (2, 4, 1, 2, 10, 0, 0),
+       **dict.fromkeys(("crowds", "untidy", "tidying"), (2, 8, 1, 2, 8, 6, 3))}
 SINGLE = {"pretrain": 0.5, "crowds": 0.1, "untidy": 0.1, "tidying": 0.1}
 BARE = {"untidy": 0.2, "tidying": 0.05}  # share of the grounding questions that are answered by a bare count
 RAMP = np.linspace(-45, 45, SIZE).astype(np.int16)
@@ -281,7 +282,8 @@ def make(split: str, index: int) -> dict:
     else:
         kind = ("present", "absent", "count")[index % 3]
     if kind in FAMILIES:
-        image, fields = {"reasoning": reasoning, "gui": gui, "anomaly": anomaly, "lesion": lesion, "sums": sums}[kind](rng)
+        families = {"reasoning": reasoning, "gui": gui, "anomaly": anomaly, "lesion": lesion, "sums": sums}
+        image, fields = families[kind](rng)
         thought = fields.get("thought", "") if split in MIX else ""
         return {"id": f"scenes:{split}/{index}", "image": image, **fields, "thought": thought}
     # Present and absent alike have at least two things: their number must not give the answer away.

@@ -283,12 +283,14 @@ def test_a_saved_folder_answers_the_same_in_transformers(tmp_path):
     prompt = Processor(tmp_path).prompt(example)
     [[response]] = generate(Qwen2_5_VL.from_pretrained(tmp_path), [prompt], G=1, max_new_tokens=64, temperature=0)
     tokenizer, images = AutoTokenizer.from_pretrained(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user_text(example.task, example.question)}]}]
+    text = user_text(example.task, example.question)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     pixels = images(images=[example.image], return_tensors="pt")
     inputs = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 16), return_tensors="pt")
     is_image = (inputs["input_ids"] == model.config.image_token_id).int()
-    answer = reloaded(tmp_path).generate(**inputs, **pixels, mm_token_type_ids=is_image, do_sample=False, max_new_tokens=64)
+    answer = reloaded(tmp_path).generate(**inputs, **pixels, mm_token_type_ids=is_image, do_sample=False,
+                                         max_new_tokens=64)
     assert answer[0, inputs["input_ids"].shape[1]:].tolist() == response.tokens and len(response.tokens) > 20
 
 
