@@ -17,9 +17,10 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from model import Config, local_folder, mrope_positions, read_eos_ids
+from model import Config, mrope_positions
 from rewards import TASKS, user_text
 from sources import Example
+from weights import local_folder, read_eos_ids
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 

@@ -15,24 +15,21 @@ Departures from the published implementation, none of which changes a number
     4. Image and video placeholder tokens have probability 0, in sampling and in scoring alike (`banned`).
 Does not include: video, sliding-window attention, dropout, quantisation.
 """
-import contextlib
 import functools
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+from onednn import Linear
+from weights import load_weights, local_folder, read_eos_ids, save_folder
+
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-# What a model folder holds beside config.json and the weights; copied along when a model is saved.
-COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-              "*processor_config.json", "generation_config.json", "chat_template*", "LICENSE*")
 
 
 @dataclass(frozen=True)
@@ -101,64 +98,6 @@ class Config:
             tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
             **{name: field(raw, name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
             **vision_fields)
-
-
-ONEDNN_FROM = 2 ** 18    # weights; below, the way to oneDNN costs more than it saves
-
-
-def fits_onednn(weight: Tensor) -> bool:
-    return (weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > ONEDNN_FROM
-            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-
-
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear without gradient. torch.compile's operator: of PyTorch's public ones none reaches oneDNN in float32."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """x [..., K], weight [N, K], bias [N] or None → x·Wᵀ + b [..., N]."""
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return onednn_linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        columns = rearrange(grad, "... n -> n (...)")
-        return (onednn_linear(grad, weight.t()) if for_x else None,
-                onednn_linear(columns, rearrange(x, "... k -> k (...)")) if for_weight else None,
-                columns.sum(1) if for_bias else None)
-
-
-class Linear(nn.Linear):
-    """nn.Linear; large float32 matrices on a CPU go through oneDNN, which uses the widest vector units of any maker.
-    PyTorch's own choice, MKL, leaves half of AMD's idle (experiments/bench.py: "oneDNN")."""
-    packed: Tensor | None = None    # the weights in oneDNN's own order, within `packed_weights`
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return onednn_linear(x, self.packed, self.bias)
-        if fits_onednn(self.weight) and x.numel():
-            return OneDNNLinear.apply(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-@contextlib.contextmanager
-def packed_weights(model: nn.Module):
-    """Within, for sampling: a second copy of the weights, in oneDNN's own order. For the few tokens of a decoding step,
-    bringing them into that order takes as long as the product. Of a model with large matrices all, of others none."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    layers = layers if any(fits_onednn(layer.weight) for layer in layers) else []
-    try:
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
 
 
 class RMSNorm(nn.Module):
@@ -607,77 +546,5 @@ class Qwen2_5_VL(nn.Module):
                 parameter.zero_()
 
     def save_pretrained(self, folder, max_shard_size: str = "5GB") -> None:
-        """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer, processor files."""
-        from huggingface_hub import save_torch_state_dict
-        if self.folder is None:
-            raise ValueError("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()
-                 if not (name == "lm_head.weight" and self.config.tie_word_embeddings)}
-        save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-        raw = json.loads((self.folder / "config.json").read_text())
-        raw.pop("torch_dtype", None)
-        raw["dtype"] = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        if folder.resolve() != self.folder.resolve():
-            for pattern in COMPANIONS:
-                for path in self.folder.glob(pattern):
-                    shutil.copy(path, folder / path.name)
-
-
-def local_folder(name) -> Path:
-    """A local folder as it is; anything else is taken for a hub id and downloaded (weights as safetensors only)."""
-    if Path(name).is_dir():
-        return Path(name)
-    if str(name).count("/") != 1 or str(name).startswith((".", "/")):
-        raise FileNotFoundError(f"{name} is neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
-    return Path(snapshot_download(str(name), allow_patterns=patterns))
-
-
-def read_eos_ids(folder: Path) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    raise ValueError(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
-
-
-def load_weights(model: Qwen2_5_VL, folder: Path, dtype: torch.dtype) -> None:
-    """Reads *.safetensors (single or sharded) tensor by tensor. Both generations of names are understood:
-    visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer `transformers` saves)."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    state = {}
-    for file in files:
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder / file} does not exist; weights are read from safetensors only")
-        with safe_open(folder / file, framework="pt") as weights:
-            for stored in weights.keys():
-                name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-                if name not in wanted:
-                    if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
-                        continue
-                    raise ValueError(f"{folder / file}: unknown tensor {stored!r}")
-                tensor = weights.get_tensor(stored)
-                if tuple(tensor.shape) != wanted[name]:
-                    raise ValueError(f"{folder / file}: {stored!r} has shape {tuple(tensor.shape)}, "
-                                     f"config.json asks for {wanted[name]}")
-                state[name] = tensor.to(dtype)
-    missing = sorted(wanted.keys() - state.keys())
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        """Writes a complete folder: config, weights, tokenizer, processor files (weights.save_folder)."""
+        save_folder(self, folder, max_shard_size)

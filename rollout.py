@@ -16,7 +16,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from data import Prompt, collate_images
-from model import KVCache, Qwen2_5_VL, packed_weights, row_mask
+from model import KVCache, Qwen2_5_VL, row_mask
+from onednn import packed_weights
 
 WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
 

@@ -3,7 +3,7 @@
     python experiments/bench.py --json FILE       CPU: tiny and 116M; GPU: 3B and 7B
     python experiments/bench.py --quick           within a minute, one repeat, less of everything
 
-    oneDNN     our sampling and training with model.Linear's products by oneDNN against PyTorch's own choice (CPU)
+    oneDNN     our sampling and training with onednn.Linear's products by oneDNN against PyTorch's own choice (CPU)
     sampling   rollout.generate against transformers' generate with num_return_sequences = G
     training   forward and backward of packed rows, one a group, against G+1 separate rows through the same model, and
                against transformers' model with the same rows in a padded batch. All three must give the same loss
@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as model_file  # noqa: E402
+import onednn  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 from config import PRESETS, Config as Options  # noqa: E402
@@ -250,9 +250,9 @@ def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: 
         table.against("training / transformers, padded", setting, times["packed"], times["transformers"])
 
 
-def onednn(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
+def against_mkl(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
     batch = collate(pack_group(prompts[0], torch.randint(400, (G + 1, R)).tolist()), model.lm_head.weight.device)
-    chosen = model_file.ONEDNN_FROM
+    chosen = onednn.ONEDNN_FROM
 
     def one_row():
         (-model(**vars(batch))[0].sum()).backward()
@@ -260,9 +260,9 @@ def onednn(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int
 
     def by_mkl(call):
         def run():
-            model_file.ONEDNN_FROM = float("inf")
+            onednn.ONEDNN_FROM = float("inf")
             call()
-            model_file.ONEDNN_FROM = chosen
+            onednn.ONEDNN_FROM = chosen
         return run
     for what, call in (("sampling", lambda: rollout.generate(model, prompts, G, R)), ("training", one_row)):
         times = compare({"ours": call, "mkl": by_mkl(call)}, repeats)
@@ -486,7 +486,7 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
         del theirs
         if size == "116M" and not quick:
-            onednn(table, size, model, prompts, G, R, repeats)
+            against_mkl(table, size, model, prompts, G, R, repeats)
         growth(table, size, model, model.folder, repeats, quick)
     if not importlib.util.find_spec("trl"):
         print("step / TRL GRPOTrainer: not measured, trl is not installed")

@@ -10,13 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import model  # noqa: E402
+import onednn  # noqa: E402
 
 
 @pytest.fixture(params=["plain", "oneDNN"])
 def products(request, monkeypatch) -> str:
-    """Runs a test twice: with PyTorch's own matrix products, and with every one of model.Linear through oneDNN."""
-    monkeypatch.setattr(model, "ONEDNN_FROM", 0 if request.param == "oneDNN" else float("inf"))
-    if request.param == "oneDNN" and not model.fits_onednn(torch.ones(1)):
+    """Runs a test twice: with PyTorch's own matrix products, and with every one of onednn.Linear through oneDNN."""
+    monkeypatch.setattr(onednn, "ONEDNN_FROM", 0 if request.param == "oneDNN" else float("inf"))
+    if request.param == "oneDNN" and not onednn.fits_onednn(torch.ones(1)):
         pytest.skip("this PyTorch has no oneDNN for the CPU")
     return request.param

@@ -15,8 +15,7 @@ from transformers import (AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VL
 
 import model as model_file
 from data import Batch, Processor, Prompt, collate, pack_group
-from model import (VISION_TOKENS, Config, GroupLayout, Linear, Qwen2_5_VL, mrope_positions, onednn_linear,
-                   packed_weights, row_mask)
+from model import VISION_TOKENS, Config, GroupLayout, Qwen2_5_VL, mrope_positions, row_mask
 from rewards import user_text
 from rollout import generate
 from sources import Example, Scenes
@@ -429,46 +428,6 @@ def test_packed_row_has_the_gradients_of_the_responses_alone(folder):
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
     expected = gradients(model, alone.sum())
     assert_gradients_close(gradients(model, packed.sum()), expected, 1e-10)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_the_matrix_product(bias, products, monkeypatch):
-    """Output and gradients against float64, for one token, many, and none; with part of them frozen; packed."""
-    calls = []
-    count = lambda *inputs: calls.append(1) or onednn_linear(*inputs)  # noqa: E731
-    monkeypatch.setattr(model_file, "onednn_linear", count)
-    torch.manual_seed(0)
-    layer = Linear(24, 40, bias=bias)
-    for shape in ((1, 24), (3, 7, 24), (0, 24)):
-        x, weight = torch.randn(shape), torch.randn(*shape[:-1], 40)
-        inputs = [x.requires_grad_(), *layer.parameters()]
-        expected = [t.detach().double().requires_grad_() for t in inputs]
-        out, wide = layer(x), torch.nn.functional.linear(*expected)
-        torch.testing.assert_close(out, wide.float(), rtol=0, atol=1e-5)
-        wanted = torch.autograd.grad((wide * weight).sum(), expected)
-        for frozen in [(), *[(i,) for i in range(len(inputs))]]:
-            kept = [i for i in range(len(inputs)) if i not in frozen]
-            for i, t in enumerate(inputs):
-                t.requires_grad_(i in kept)
-            found = torch.autograd.grad((layer(x) * weight).sum(), [inputs[i] for i in kept])
-            for i, gradient in zip(kept, found):
-                torch.testing.assert_close(gradient, wanted[i].float(), rtol=0, atol=1e-5)
-        with torch.no_grad(), packed_weights(layer):
-            assert (layer.packed is not None) == (products == "oneDNN")
-            torch.testing.assert_close(layer(x), wide.float(), rtol=0, atol=1e-5)
-        assert layer.packed is None
-    assert bool(calls) == (products == "oneDNN")
-
-
-def test_packed_weights_follow_the_weights(products):
-    """Sampling after an update samples from the new weights."""
-    layer, x = Linear(24, 40), torch.randn(2, 24)
-    for _ in range(2):
-        with torch.no_grad():
-            layer.weight.add_(1)
-            with packed_weights(layer):
-                torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias),
-                                           rtol=0, atol=1e-5)
 
 
 def test_splitting_a_group_into_rows_changes_nothing(ours):

@@ -1,0 +1,65 @@
+"""Matrix products of large float32 layers on a CPU through oneDNN: the same numbers up to rounding, up to twice as fast.
+
+PyTorch computes them by MKL, which leaves half of the vector width of AMD's cores idle; oneDNN uses the widest units of
+any maker (measured by experiments/bench.py, "oneDNN / MKL"). Everything else is nn.Linear.
+"""
+import contextlib
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+ONEDNN_FROM = 2 ** 18    # weights; below, the way to oneDNN costs more than it saves
+
+
+def fits_onednn(weight: Tensor) -> bool:
+    return (weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > ONEDNN_FROM
+            and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear without gradient, by the operator of torch.compile; the public way, Tensor.to_mkldnn, copies every x."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x [..., K], weight [N, K], bias [N] or None → x·Wᵀ + b [..., N]."""
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        columns = rearrange(grad, "... n -> n (...)")
+        return (onednn_linear(grad, weight.t()) if for_x else None,
+                onednn_linear(columns, rearrange(x, "... k -> k (...)")) if for_weight else None,
+                columns.sum(1) if for_bias else None)
+
+
+class Linear(nn.Linear):
+    packed: Tensor | None = None    # the weights in oneDNN's own order, within `packed_weights`
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return onednn_linear(x, self.packed, self.bias)
+        if fits_onednn(self.weight) and x.numel():
+            return OneDNNLinear.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+@contextlib.contextmanager
+def packed_weights(model: nn.Module):
+    """Within, for sampling: a second copy of the weights, in oneDNN's own order. For the few tokens of a decoding step,
+    bringing them into that order takes as long as the product. Of a model with large matrices all, of others none."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    layers = layers if any(fits_onednn(layer.weight) for layer in layers) else []
+    try:
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None

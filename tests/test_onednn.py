@@ -1,0 +1,46 @@
+"""onednn.py: the same products as nn.Linear's. tests/test_model.py runs the whole model both ways."""
+import pytest
+import torch
+
+import onednn
+from onednn import Linear, onednn_linear, packed_weights
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_the_matrix_product(bias, products, monkeypatch):
+    """Output and gradients against float64, for one token, many, and none; with part of them frozen; packed."""
+    calls = []
+    count = lambda *inputs: calls.append(1) or onednn_linear(*inputs)  # noqa: E731
+    monkeypatch.setattr(onednn, "onednn_linear", count)
+    torch.manual_seed(0)
+    layer = Linear(24, 40, bias=bias)
+    for shape in ((1, 24), (3, 7, 24), (0, 24)):
+        x, weight = torch.randn(shape), torch.randn(*shape[:-1], 40)
+        inputs = [x.requires_grad_(), *layer.parameters()]
+        expected = [t.detach().double().requires_grad_() for t in inputs]
+        out, wide = layer(x), torch.nn.functional.linear(*expected)
+        torch.testing.assert_close(out, wide.float(), rtol=0, atol=1e-5)
+        wanted = torch.autograd.grad((wide * weight).sum(), expected)
+        for frozen in [(), *[(i,) for i in range(len(inputs))]]:
+            kept = [i for i in range(len(inputs)) if i not in frozen]
+            for i, t in enumerate(inputs):
+                t.requires_grad_(i in kept)
+            found = torch.autograd.grad((layer(x) * weight).sum(), [inputs[i] for i in kept])
+            for i, gradient in zip(kept, found):
+                torch.testing.assert_close(gradient, wanted[i].float(), rtol=0, atol=1e-5)
+        with torch.no_grad(), packed_weights(layer):
+            assert (layer.packed is not None) == (products == "oneDNN")
+            torch.testing.assert_close(layer(x), wide.float(), rtol=0, atol=1e-5)
+        assert layer.packed is None
+    assert bool(calls) == (products == "oneDNN")
+
+
+def test_packed_weights_follow_the_weights(products):
+    """Sampling after an update samples from the new weights."""
+    layer, x = Linear(24, 40), torch.randn(2, 24)
+    for _ in range(2):
+        with torch.no_grad():
+            layer.weight.add_(1)
+            with packed_weights(layer):
+                torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias),
+                                           rtol=0, atol=1e-5)
