@@ -147,7 +147,7 @@ def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
     """y first, then the rollouts in order: each with its own reward, from its own text, in its own segment."""
     model, processor = small_model()
     cfg = train.Config(rollouts=3, max_new_tokens=6)
-    monkeypatch.setattr(train, "generate", lambda *_: [[
+    monkeypatch.setattr(train, "generate", lambda *_, **__: [[
         train.Response(processor.encode(text), [0.0] * len(processor.encode(text)), False)
         for text in ("<answer>[]</answer>", "nothing", "<think>hm</think><answer>[]</answer>")]])
     absent = processor.prompt(Scenes("test")[1])
