@@ -41,7 +41,7 @@ class Config:
     name: str = option("", "the run's folder is runs/NAME (default: the method and the time); never overwritten")
     resume: str = option("", "run folder to go on with, from its newest checkpoint and its saved options")
     seed: int = option(42, "seeds the order of the data, the rollouts and random weights")
-    steps: int = option(300, "optimizer steps (with --inner-epochs E: sampling rounds of E optimizer steps)")
+    steps: int = option(400, "optimizer steps (with --inner-epochs E: sampling rounds of E optimizer steps)")
     prompts_per_step: int = option(16, "prompts per step over all ranks [paper.md 1: 16]")
     rollouts: int = option(8, "G, rollouts of each prompt [paper.md 1: 8]")
     max_new_tokens: int = option(128, "R, longest response; a longer rollout is truncated [paper.md 1: 2000]")
@@ -52,7 +52,7 @@ class Config:
     adam_eps: float = option(1e-3, "eps of AdamW [paper.md 1: 1e-8]; far above a weight's usual gradient it makes "
                              "small gradients small steps")
     warmup_steps: int = option(10, "steps of linear warm-up")
-    cooldown_steps: int = option(220, "last steps, of linear decay to 0; a shorter run starts lower")
+    cooldown_steps: int = option(250, "last steps, of linear decay to 0; a shorter run starts lower")
     optimizer: str = option("adamw", "adamw; muon: Muon for matrices, AdamW for the rest (for pretraining)",
                             ("adamw", "muon"))
     weight_decay: float = option(0.01, "decoupled weight decay [paper.md 1: 1e-2]")

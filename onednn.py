@@ -1,4 +1,4 @@
-"""Matrix products of large float32 layers on a CPU through oneDNN: the same numbers up to rounding, up to twice as fast.
+"""Large float32 matrix products on a CPU through oneDNN: the same numbers up to rounding, up to twice as fast.
 
 PyTorch computes them by MKL, which leaves half of the vector width of AMD's cores idle; oneDNN uses the widest units of
 any maker (measured by experiments/bench.py, "oneDNN / MKL"). Everything else is nn.Linear.
@@ -9,11 +9,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-ONEDNN_FROM = 2 ** 18    # weights; below, the way to oneDNN costs more than it saves
+# Below these, the way to oneDNN costs more than it saves.
+ONEDNN_FROM = 2 ** 23    # multiplications in a product
+PACKED_FROM = 2 ** 18    # weights in the largest matrix of a model
 
 
-def fits_onednn(weight: Tensor) -> bool:
-    return (weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > ONEDNN_FROM
+def has_onednn(weight: Tensor) -> bool:
+    return (weight.device.type == "cpu" and weight.dtype == torch.float32
             and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
@@ -45,7 +47,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return onednn_linear(x, self.packed, self.bias)
-        if fits_onednn(self.weight) and x.numel():
+        if x.numel() * len(self.weight) >= ONEDNN_FROM and x.numel() and has_onednn(self.weight):
             return OneDNNLinear.apply(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -55,7 +57,7 @@ def packed_weights(model: nn.Module):
     """Within, for sampling: a second copy of the weights, in oneDNN's own order. For the few tokens of a decoding step,
     bringing them into that order takes as long as the product. Of a model with large matrices all, of others none."""
     layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    layers = layers if any(fits_onednn(layer.weight) for layer in layers) else []
+    layers = layers if any(layer.weight.numel() > PACKED_FROM and has_onednn(layer.weight) for layer in layers) else []
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())

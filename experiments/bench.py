@@ -252,7 +252,7 @@ def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: 
 
 def against_mkl(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
     batch = collate(pack_group(prompts[0], torch.randint(400, (G + 1, R)).tolist()), model.lm_head.weight.device)
-    chosen = onednn.ONEDNN_FROM
+    chosen = onednn.ONEDNN_FROM, onednn.PACKED_FROM
 
     def one_row():
         (-model(**vars(batch))[0].sum()).backward()
@@ -260,9 +260,9 @@ def against_mkl(table: Table, size: str, model, prompts: list[Prompt], G: int, R
 
     def by_mkl(call):
         def run():
-            onednn.ONEDNN_FROM = float("inf")
+            onednn.ONEDNN_FROM = onednn.PACKED_FROM = float("inf")
             call()
-            onednn.ONEDNN_FROM = chosen
+            onednn.ONEDNN_FROM, onednn.PACKED_FROM = chosen
         return run
     for what, call in (("sampling", lambda: rollout.generate(model, prompts, G, R)), ("training", one_row)):
         times = compare({"ours": call, "mkl": by_mkl(call)}, repeats)

@@ -16,7 +16,8 @@ import onednn  # noqa: E402
 @pytest.fixture(params=["plain", "oneDNN"])
 def products(request, monkeypatch) -> str:
     """Runs a test twice: with PyTorch's own matrix products, and with every one of onednn.Linear through oneDNN."""
-    monkeypatch.setattr(onednn, "ONEDNN_FROM", 0 if request.param == "oneDNN" else float("inf"))
-    if request.param == "oneDNN" and not onednn.fits_onednn(torch.ones(1)):
+    for limit in ("ONEDNN_FROM", "PACKED_FROM"):
+        monkeypatch.setattr(onednn, limit, 0 if request.param == "oneDNN" else float("inf"))
+    if request.param == "oneDNN" and not onednn.has_onednn(torch.ones(1)):
         pytest.skip("this PyTorch has no oneDNN for the CPU")
     return request.param

@@ -35,6 +35,20 @@ def test_linear_is_the_matrix_product(bias, products, monkeypatch):
     assert bool(calls) == (products == "oneDNN")
 
 
+def test_linear_takes_any_layout(products):
+    """Inputs and gradients that are transposed, expanded, or every second column."""
+    torch.manual_seed(0)
+    layer = Linear(24, 40)
+    for x in (torch.randn(24, 5).t(), torch.randn(1, 24).expand(6, 24), torch.randn(5, 48)[:, ::2]):
+        expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        with torch.no_grad(), packed_weights(layer):
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+        for loss in (torch.sum, lambda out: out.t()[::3].cumsum(0).sum()):
+            gradients = [torch.autograd.grad(loss(out), list(layer.parameters()), retain_graph=True)
+                         for out in (layer(x), expected)]
+            torch.testing.assert_close(*gradients, rtol=0, atol=1e-4)
+
+
 def test_packed_weights_follow_the_weights(products):
     """Sampling after an update samples from the new weights."""
     layer, x = Linear(24, 40), torch.randn(2, 24)
