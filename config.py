@@ -69,7 +69,7 @@ class Config:
     smoothing: bool = option(True, "control 3: r(y) := mean r(o) once a rollout is as good as y")
     precision: str = option("float32", "of weights and gradients; the optimizer keeps float32 weights either way",
                             ("float32", "bfloat16"))
-    cuda_graphs: bool = option(False, "sample by CUDA graphs, for large models (rollout.GraphedStep)")
+    cuda_graphs: bool = option(False, "sample by CUDA graphs (rollout.GraphedStep); not tried on a GPU yet")
     checkpoint_activations: bool = option(False, "recompute each block in backward: less memory, about 30 %% more time")
     random_weights: bool = option(False, "take only config and tokenizer from --model (for pretraining)")
     eval_data: str = option("scenes:val", "evaluated before, during and after; empty: never")

@@ -1,7 +1,7 @@
 """Large float32 matrix products on a CPU through oneDNN: the same numbers up to rounding, up to twice as fast.
 
-PyTorch computes them by MKL, which leaves half of the vector width of AMD's cores idle; oneDNN uses the widest units of
-any maker (measured by experiments/bench.py, "oneDNN / MKL"). Everything else is nn.Linear.
+PyTorch computes them by MKL. On AMD's cores MKL reaches about half of the speed of oneDNN, which runs AVX-512 there
+(experiments/bench.py, "oneDNN / MKL"; other makers' cores were not measured). Everything else is nn.Linear.
 """
 import contextlib
 
@@ -42,12 +42,13 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
+    """nn.Linear, by oneDNN where that is faster."""
     packed: Tensor | None = None    # the weights in oneDNN's own order, within `packed_weights`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return onednn_linear(x, self.packed, self.bias)
-        if x.numel() * len(self.weight) >= ONEDNN_FROM and x.numel() and has_onednn(self.weight):
+        if x.numel() * len(self.weight) >= ONEDNN_FROM and has_onednn(self.weight):
             return OneDNNLinear.apply(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -57,7 +58,8 @@ def packed_weights(model: nn.Module):
     """Within, for sampling: a second copy of the weights, in oneDNN's own order. For the few tokens of a decoding step,
     bringing them into that order takes as long as the product. Of a model with large matrices all, of others none."""
     layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    layers = layers if any(layer.weight.numel() > PACKED_FROM and has_onednn(layer.weight) for layer in layers) else []
+    if not any(layer.weight.numel() > PACKED_FROM and has_onednn(layer.weight) for layer in layers):
+        layers = []
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())

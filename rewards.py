@@ -247,8 +247,8 @@ def vqa_reward(response: str, truth: str) -> Reward:
 
 
 def relaxed_match(answer: str, truth: str) -> bool:
-    """ChartQA's relaxed accuracy: numbers (a final % divides by 100) may be 5 % off a true number other than 0; all else
-    must be equal up to case."""
+    """ChartQA's relaxed accuracy: numbers (a final % divides by 100) may be 5 % off a true number other than 0; all
+    else must be equal up to case."""
     def number(text: str) -> float | None:
         found = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,2})?)(%?)", text.strip().lower())
         return float(found[1]) / (100 if found[2] else 1) if found else None
@@ -343,7 +343,7 @@ TASKS = {
     "chartqa": Task(SHORT_PROMPT, render_short, chart_reward, accuracy_of(chart_reward)),
     "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward)),
     "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward)),
-    # The built-in world asks in fewer words, for speed; its answers and rewards are the same, in pictures of 112 pixels.
+    # The built-in world asks in fewer words, for speed; answers and rewards are the same, in pictures of 112 pixels.
     "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding,
                             functools.partial(grounding_reward, side=112), None, True, None, '."?!'),
     "scene_math": Task("{question}", render_boxed, math_reward, math_metric),

@@ -145,7 +145,7 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
                 if seen is not None:
                     seen = rearrange(rearrange(seen, "(b g) v -> b g v", g=G)[stay], "b g v -> (b g) v")
                 token = rearrange(history[-1][1][stay], "b g -> (b g)")
-            # r + 1 slots are written by the end of this step; a graph is for more of them, or none would be used twice.
+            # The slots written by the end of this step; a graph reads more, so that it serves the next steps as well.
             cache.window = min(-(-(r + 1) // WINDOW) * WINDOW, max_new_tokens) if graphs else r + 1
             hidden = take_step(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
     return collect(history, len(prompts), G, set(model.eos_ids))

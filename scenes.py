@@ -147,8 +147,8 @@ def grounding(question: str, boxes: list[tuple[int, int, int, int]], thinks: boo
 
 def bare_count(things: list[Thing], query) -> dict:
     """A grounding question, answered by the number of things alone. It makes the first token of an answer depend on
-    what is there. Where that token was always `<think`, the model did not look before it wrote, and ViSurf, which decides
-    there between a thought and `<answer>[]`, learnt to go by colour alone (assets/README.md)."""
+    what is there. Where that token was always `<think`, the model did not look before it wrote, and ViSurf, which
+    decides there between a thought and `<answer>[]`, learnt to go by colour alone (assets/README.md)."""
     return {"task": "vqa", "question": user_text("scene_grounding", name(query)),
             "answer": str(sum(t.fits(query) for t in things))}
 

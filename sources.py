@@ -9,9 +9,9 @@
 
 Columns: of the authors' training set id, image, problem, solution; of their test sets image, text, mask, image_id,
 ann_id and sometimes bbox; of MathVista pid, decoded_image, question, choices, answer; of ChartQA image, query, label;
-of DocVQA questionId, image, question, answers; besides them task and thought. Boxes are in the picture's own pixels. Texts
-are read and checked when the data is opened; pictures and masks stay on disk until they are wanted, so that memory does
-not grow with the data.
+of DocVQA questionId, image, question, answers; besides them task and thought. Boxes are in the picture's own pixels.
+Texts are read and checked when the data is opened; pictures and masks stay on disk until they are wanted, so that
+memory does not grow with the data.
 """
 import bisect
 import functools

@@ -4,7 +4,7 @@ Sympy can be sent into hours of work by a short text (9^{9^{9^{9}}}), in C code 
 a child, which is killed when it takes too long. `python verify_math.py` is that child: a JSON pair a line in, true or
 false a line out.
 
-Only math-verify's LaTeX reader is used: its other reader hands the text to sympy's parser, which evaluates it as Python.
+Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which evaluates it as Python.
 """
 import json
 import logging

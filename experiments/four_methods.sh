@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The base model, and the default job with each method and in two stages, on 512 test scenes of each kind.
-#     bash experiments/four_methods.sh            half an hour (estimated); results in runs/four-*/eval/metrics.json
+#     bash experiments/four_methods.sh            about 20 minutes on 2 cores (trainings measured two at a time); results in runs/four-*/eval/metrics.json
 set -euo pipefail
 cd "$(dirname "$0")/.."
 test_model() { python eval.py --model "$1" --data scenes:test --out "runs/four-$2/eval"; }

@@ -17,7 +17,7 @@ import onednn  # noqa: E402
 def products(request, monkeypatch) -> str:
     """Runs a test twice: with PyTorch's own matrix products, and with every one of onednn.Linear through oneDNN."""
     for limit in ("ONEDNN_FROM", "PACKED_FROM"):
-        monkeypatch.setattr(onednn, limit, 0 if request.param == "oneDNN" else float("inf"))
+        monkeypatch.setattr(onednn, limit, 1 if request.param == "oneDNN" else float("inf"))
     if request.param == "oneDNN" and not onednn.has_onednn(torch.ones(1)):
         pytest.skip("this PyTorch has no oneDNN for the CPU")
     return request.param

@@ -43,8 +43,9 @@ def run(*flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
-                           str(port), "eval.py", "--model", "assets/tiny", "--max-new-tokens", "8", "--batch", "2", *flags],
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+                           "--master-port", str(port), "eval.py", "--model", "assets/tiny", "--max-new-tokens", "8",
+                           "--batch", "2", *flags],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 

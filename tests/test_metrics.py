@@ -87,7 +87,7 @@ def test_roc_auc():
     assert roc_auc([0.9, 0.8, 0.3, 0.1], [True, True, False, False]) == 1
     assert roc_auc([0.1, 0.9], [True, False]) == 0
     assert roc_auc([1, 1, 1], [True, False, False]) == 0.5
-    assert roc_auc([0.8, 0.4, 0.6, 0.2], [True, True, False, False]) == 0.75      # of 4 pairs one is the wrong way round
+    assert roc_auc([0.8, 0.4, 0.6, 0.2], [True, True, False, False]) == 0.75   # of 4 pairs one is the wrong way round
     assert roc_auc([1, 2], [True, True]) is None and roc_auc([], []) is None
     rng = random.Random(0)
     for _ in range(200):                                                          # every pair, one by one

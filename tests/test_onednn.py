@@ -1,4 +1,4 @@
-"""onednn.py: the same products as nn.Linear's. tests/test_model.py runs the whole model both ways."""
+"""onednn.py: the same products as nn.Linear's. test_model.py runs the model both ways, test_rollout.py sampling."""
 import pytest
 import torch
 

@@ -73,7 +73,8 @@ def test_adam_eps_makes_small_gradients_small_steps(settings, monkeypatch):
     weight.grad[0] = 10.0
     adamw.step()
     moved = (before - weight.detach()) / 0.5
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.5).index_fill(0, torch.tensor([0]), 1.0), rtol=1e-3, atol=0)
+    expected = torch.full_like(moved, 0.5).index_fill(0, torch.tensor([0]), 1.0)
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=0)
 
 
 def three_steps(rank: int, world: int, port: int, precision: str, folder: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import rewards
 import verify_math
 from rewards import (TASKS, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
-                     grounding_reward, has_thinking_format, iou_matrix, label_error, label_reward, label_text, math_equal,
-                     math_reward, non_repeat, parse_boxes, parse_points, relaxed_match, smooth, user_text, vqa_reward)
+                     grounding_reward, has_thinking_format, iou_matrix, label_error, label_reward, label_text,
+                     math_equal, math_reward, non_repeat, parse_boxes, parse_points, relaxed_match, smooth, user_text,
+                     vqa_reward)
 
 ERRORS = {"no_answer", "too_long", "too_deep", "bad_json", "not_a_list", "not_an_object", "no_bbox_2d", "no_point_2d",
           "bad_bbox_2d", "bad_point_2d"}
@@ -485,11 +486,12 @@ def test_vqa_reward():
 
 def test_relaxed_match():
     """ChartQA: 5 % off a true number; text up to case."""
-    for answer, truth in (("105", "100"), ("95", "100"), ("-9.6", "-10"), ("50%", "0.5"), ("0.51", "50%"), ("Blue", "blue"),
-                          ("1e2", "100"), (".5", "0.5"), ("0", "0"), ("2 cats", "2 Cats")):
+    for answer, truth in (("105", "100"), ("95", "100"), ("-9.6", "-10"), ("50%", "0.5"), ("0.51", "50%"),
+                          ("Blue", "blue"), ("1e2", "100"), (".5", "0.5"), ("0", "0"), ("2 cats", "2 Cats")):
         assert relaxed_match(answer, truth), (answer, truth)
-    for answer, truth in (("105.1", "100"), ("94.9", "100"), ("50", "50%"), ("0.0", "0"), ("0.001", "0"), ("inf", "100"),
-                          ("nan", "100"), ("", "100"), ("1,000", "1000"), ("1_0", "10"), ("red", "blue")):
+    for answer, truth in (("105.1", "100"), ("94.9", "100"), ("50", "50%"), ("0.0", "0"), ("0.001", "0"),
+                          ("inf", "100"), ("nan", "100"), ("", "100"), ("1,000", "1000"), ("1_0", "10"),
+                          ("red", "blue")):
         assert not relaxed_match(answer, truth), (answer, truth)
     assert chart_reward("<think>It rose.</think> 104", '["7", "100"]').total == 1
     assert chart_reward("9" * 19_000, "9").total == 0
@@ -521,7 +523,8 @@ def slow_distance(a, b):
 @pytest.mark.parametrize("answer, truth, choices, expected", [
     ("0.5", r"\frac{1}{2}", [], True), (r"\frac{2}{4}", "0.5", [], True), ("50\\%", "0.5", [], True),
     ("1,000", "1000", [], True), ("3", "4", [], False), (r"\sqrt{4}", "2", [], True), ("x^2", "x", [], False),
-    ("B", "4 cm", ["3 cm", "4 cm"], True), ("(b)", "4 cm", ["3 cm", "4 cm"], True), ("A", "4 cm", ["3 cm", "4 cm"], False),
+    ("B", "4 cm", ["3 cm", "4 cm"], True), ("(b)", "4 cm", ["3 cm", "4 cm"], True),
+    ("A", "4 cm", ["3 cm", "4 cm"], False),
     ("C", "4 cm", ["3 cm", "4 cm"], False), ("4 cm", "4 cm", ["3 cm", "4 cm"], True), ("A", "A", [], True),
     ("__import__('os').getpid()", "2", [], False), ("{", "2", [], False), ("2" * 201, "2", [], False)])
 def test_math_equal(answer, truth, choices, expected):
@@ -547,8 +550,8 @@ def test_math_with_choices():
 
 def test_parse_points():
     """A point if there is one, else the middle of the box, else nothing."""
-    answer = [{"point_2d": [1, 2]}, {"bbox_2d": [0, 0, 4, 2]}, {"bbox_2d": [0, 0, 9, 9], "point_2d": [5, 6]}, {"a": 1}, 7,
-              {"bbox_2d": [1, 2]}]
+    answer = [{"point_2d": [1, 2]}, {"bbox_2d": [0, 0, 4, 2]}, {"bbox_2d": [0, 0, 9, 9], "point_2d": [5, 6]}, {"a": 1},
+              7, {"bbox_2d": [1, 2]}]
     assert parse_points(f"<answer>{json.dumps(answer)}</answer>") == [[1, 2], [2, 1], [5, 6]]
     assert parse_points("") == parse_points("<answer>nothing</answer>") == []
 
@@ -674,7 +677,8 @@ def test_the_task_of_the_readme():
     task = names["TASKS"]["read"]
     assert task.render("red ring", "spaced") == "<answer>red ring</answer>"
     assert task.reward("<answer>A red box</answer>", "red ring").terms == {"format": 1.0, "accuracy": 0.5}
-    assert task.metric("the ring is red", "red ring") == 1.0 and task.prompt.format(question="it").startswith("Read out: it.")
+    assert task.metric("the ring is red", "red ring") == 1.0
+    assert task.prompt.format(question="it").startswith("Read out: it.")
 
 
 def test_doctests():

@@ -40,13 +40,10 @@ def mask_of(x1: int, y1: int, x2: int, y2: int, width: int = 56, height: int = 2
 EMPTY = [[False] * 56 for _ in range(28)]
 
 
-def test_row(i: int, **change) -> dict:
+def benchmark_row(i: int, **change) -> dict:
     """The columns of the authors' test sets."""
     return {"image": {"bytes": png(), "path": None}, "text": "The Cup.", "mask": mask_of(3, 4, 20, 11), "image_id": i,
             "ann_id": 7, "img_height": 28, "img_width": 56} | change
-
-
-test_row.__test__ = False
 
 
 def write_parquet(path: Path, rows: list[dict], **options) -> str:
@@ -112,7 +109,7 @@ def test_hub_id_from_the_cache(tmp_path):
     folder.mkdir(parents=True)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("0" * 40)
-    write_parquet(folder / "test-00000-of-00001.parquet", [test_row(0)])
+    write_parquet(folder / "test-00000-of-00001.parquet", [benchmark_row(0)])
     code = "import sources; print(sources.load('owner/name', 'grounding')[0].question)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -123,14 +120,15 @@ def test_hub_id_from_the_cache(tmp_path):
 
 
 def test_authors_test_sets(tmp_path):
-    rows = [test_row(0), test_row(1, mask=EMPTY), test_row(2, bbox=[3.0, 4.0, 20.0, 11.0]),
-            test_row(3, bbox=[0.0, 0.0, 0.0, 0.0], mask=EMPTY)]
+    rows = [benchmark_row(0), benchmark_row(1, mask=EMPTY), benchmark_row(2, bbox=[3.0, 4.0, 20.0, 11.0]),
+            benchmark_row(3, bbox=[0.0, 0.0, 0.0, 0.0], mask=EMPTY)]
     source = load(write_parquet(tmp_path / "a.parquet", rows), "grounding")
     present, absent, boxed, empty = source
     assert present.id == "0/7" and present.question == "The Cup."
     assert json.loads(present.answer) == json.loads(boxed.answer) == [
         {"bbox_2d": [3, 4, 20, 11], "point_2d": [11.5, 7.5]}]
-    assert present.mask.shape == (28, 56) and present.mask.sum() == 18 * 8 and present.mask[4, 3] and not present.mask[3, 3]
+    assert present.mask.shape == (28, 56) and present.mask.sum() == 18 * 8
+    assert present.mask[4, 3] and not present.mask[3, 3]
     assert absent.answer == empty.answer == "[]" and not absent.mask.any()
 
 
@@ -197,7 +195,8 @@ def test_pictures_that_are_errors(content, reason, tmp_path):
 # Bad rows
 
 @pytest.mark.parametrize("change, reason", [
-    ({"problem": " "}, "no question"), ({"solution": "[{}]"}, "bad label: no_bbox_2d"), ({"solution": "no"}, "bad label: bad_json"),
+    ({"problem": " "}, "no question"), ({"solution": "[{}]"}, "bad label: no_bbox_2d"),
+    ({"solution": "no"}, "bad label: bad_json"),
     ({"solution": json.dumps([{"bbox_2d": [30, 20, 10, 40], "point_2d": [20, 30]}])}, "bad label: .*inverted"),
     ({"task": "nonsense"}, "task 'nonsense' is not one of"),
 ], ids=["no question", "no box", "not JSON", "inverted box", "task"])
@@ -217,10 +216,11 @@ def test_no_task(tmp_path):
 
 
 @pytest.mark.parametrize("row, reason", [
-    (test_row(0, mask=[[True] * 5] * 5), r"the mask is \(5, 5\) and the picture \(56, 28\)"),
-    (test_row(0, mask=[[True] * 56] * 27 + [[True] * 55]), "differ in length"), (test_row(0, mask=None), "no answer")])
+    (benchmark_row(0, mask=[[True] * 5] * 5), r"the mask is \(5, 5\) and the picture \(56, 28\)"),
+    (benchmark_row(0, mask=[[True] * 56] * 27 + [[True] * 55]), "differ in length"),
+    (benchmark_row(0, mask=None), "no answer")])
 def test_bad_masks(tmp_path, row, reason):
-    schema = pa.Table.from_pylist([test_row(0)]).schema
+    schema = pa.Table.from_pylist([benchmark_row(0)]).schema
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([row], schema), path)
     with pytest.raises(BadRow, match=reason):
@@ -243,7 +243,8 @@ def test_bad_pictures_while_training(tmp_path):
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("nowhere.parquet", "no such file"), ("broken.parquet", "not a Parquet file"), ("empty", "holds no .parquet, .jsonl"),
+    ("nowhere.parquet", "no such file"), ("broken.parquet", "not a Parquet file"),
+    ("empty", "holds no .parquet, .jsonl"),
     ("splits", "the splits are test, train; name one after a colon"), ("splits:val", "the splits are test, train"),
     ("saved", "not an Arrow stream"), ("a b", "give scenes:SPLIT, a .jsonl or .parquet file")])
 def test_what_cannot_be_opened(tmp_path, name, reason, monkeypatch):
@@ -261,12 +262,13 @@ def test_what_cannot_be_opened(tmp_path, name, reason, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_files(tmp_path):
-    """400 MB of pictures in row groups of 20 MB, in 4 files: reading all of them, in order and at random, never holds more
-    than a few row groups. (Measured by VmHWM: getrusage's maximum begins with that of the parent.)"""
+    """400 MB of pictures in row groups of 20 MB, in 4 files: reading all of them, in order and at random, never holds
+    more than a few row groups. (Measured by VmHWM: getrusage's maximum begins with that of the parent.)"""
     noise = np.random.default_rng(0)
     for name in "abcd":
         rows = [train_row(i, image={"bytes": png(56, 28) + noise.bytes(1 << 20), "path": None}) for i in range(100)]
-        write_parquet(tmp_path / f"train-{ord(name) - 97:05}-of-00004.parquet", rows, compression="none", row_group_size=20)
+        write_parquet(tmp_path / f"train-{ord(name) - 97:05}-of-00004.parquet", rows, compression="none",
+                      row_group_size=20)
     code = f"""
 import re, sources
 import pyarrow.parquet, PIL.PngImagePlugin
@@ -278,7 +280,8 @@ for i in [*range(400), *sources.order(400, 0, 0)[:40]]:
     assert source[int(i)].id == f"r{{i % 100}}"
 print(peak() - before)
 """
-    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                               check=True).stdout)
     assert grown < 120_000, f"{grown / 1000:.0f} MB"
 
 
@@ -345,7 +348,8 @@ def without(column: str) -> dict:
 
 @pytest.mark.parametrize("row, reason", [
     ("{not json", "not JSON"), ("[1, 2]", "not a JSON object"),
-    (without("image"), "the column image is missing"), (without("problem"), "no question"), (without("task"), "no column task"),
+    (without("image"), "the column image is missing"), (without("problem"), "no question"),
+    (without("task"), "no column task"),
     (GOOD | {"image": "pictures/b.png"}, "image cannot be read: .*b.png"),
     (GOOD | {"image": "pictures/corrupt.png"}, "image cannot be read: .*corrupt.png"),
     (GOOD | {"solution": "red"}, "bad label: bad_json"),
@@ -371,7 +375,8 @@ def test_row_of_wrong_types(folder, change):
 
 
 @pytest.mark.parametrize("name, error, reason", [
-    ("scenes:nowhere", ValueError, "nowhere does not exist; the splits are words, pretrain, crowds, untidy, tidying, train, val, test"),
+    ("scenes:nowhere", ValueError,
+     "nowhere does not exist; the splits are words, pretrain, crowds, untidy, tidying, train, val, test"),
     ("scenes", ValueError, "give scenes:SPLIT"), ("data.csv", ValueError, "data.csv: give scenes:SPLIT"),
     ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl: there is no such file")])
 def test_unknown_data(name, error, reason):
