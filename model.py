@@ -72,6 +72,10 @@ class Config:
         for where, section in (("text", text), ("vision", vision)):
             if section.get("hidden_act", "silu") != "silu":
                 raise ValueError(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only 'silu' is supported")
+        if (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
+            if width % heads or text.get("head_dim") not in (None, width // heads):
+                raise ValueError(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
+                                 f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
             raise ValueError(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
@@ -90,9 +94,13 @@ class Config:
                    "spatial_merge_size", "window_size", "fullatt_block_indexes")
         vision_fields = {f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}
         vision_fields["vision_fullatt_block_indexes"] = tuple(vision_fields["vision_fullatt_block_indexes"])
+        pixels = vision_fields["vision_patch_size"] * vision_fields["vision_spatial_merge_size"]   # of an image token
+        if vision_fields["vision_window_size"] < pixels:
+            raise ValueError(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
+                             f"an image token of {pixels}×{pixels}")
         return Config(
             **{name: field(text, name) for name in numbers},
-            rms_norm_eps=field(text, "rms_norm_eps", 1e-6),
+            rms_norm_eps=field(text, "rms_norm_eps", 1e-5),    # where it is missing, as transformers
             rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
             mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
@@ -155,19 +163,24 @@ def patch_layout(gh: int, gw: int, merge: int, window: int) -> tuple[Tensor, lis
 
 @dataclass
 class Groups:
-    """Which patches attend to each other, as a padded table: one line per window (or per image)."""
-    index: Tensor        # [lines, longest] patch numbers, padded with 0
-    valid: Tensor | None  # [lines, 1, 1, longest] False at padding; None if there is none
-    slot: Tensor         # [N] where each patch stands in the flattened table
+    """Which patches attend to each other: those of a window, or of an image. Windows (images) of one size stand in one
+    table, so that nothing is padded and a small picture does not pay for a large one of the same call."""
+    tables: list[Tensor]    # for each size: [windows, size] patch numbers
+    place: Tensor           # [N] where each patch stands when the tables are laid end to end
 
     @staticmethod
     def of(members: list[Tensor], device) -> "Groups":
-        index = nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
-        flat = index.flatten()
-        slot = torch.empty(sum(map(len, members)), dtype=torch.long)
-        slot[flat[flat >= 0]] = torch.nonzero(flat >= 0).flatten()
-        valid = None if (index >= 0).all() else (index >= 0)[:, None, None].to(device)
-        return Groups(index.clamp(min=0).to(device), valid, slot.to(device))
+        """
+        >>> groups = Groups.of([torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3, 4])], "cpu")
+        >>> [table.tolist() for table in groups.tables], groups.place.tolist()
+        ([[[2]], [[0, 1], [3, 4]]], [1, 2, 0, 3, 4])
+        """
+        by_size: dict[int, list[Tensor]] = {}
+        for patches in members:
+            by_size.setdefault(len(patches), []).append(patches)
+        tables = [torch.stack(by_size[size]) for size in sorted(by_size)]
+        place = torch.cat([table.flatten() for table in tables]).argsort()      # of a permutation: the inverse
+        return Groups([table.to(device) for table in tables], place.to(device))
 
 
 class VisionAttention(nn.Module):
@@ -180,9 +193,11 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], groups: Groups) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "n (three h d) -> three n h d", three=3, h=self.heads)
         q, k = rotate(q, turn), rotate(k, turn)
-        q, k, v = (rearrange(each[groups.index], "w s h d -> w h s d") for each in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=groups.valid)
-        return self.proj(rearrange(out, "w h s d -> (w s) (h d)")[groups.slot])
+        parts = []
+        for table in groups.tables:
+            out = F.scaled_dot_product_attention(*(rearrange(x[table], "w s h d -> w h s d") for x in (q, k, v)))
+            parts.append(rearrange(out, "w h s d -> (w s) (h d)"))
+        return self.proj(torch.cat(parts)[groups.place])
 
 
 class VisionBlock(nn.Module):
@@ -264,7 +279,9 @@ class KVCache:
     rollout owns those of its suffix only.
 
     prompt[layer] = (k, v) [B, K, P, d] (k is already rotated), suffix[layer] = (k, v) [B, K, G, R, d],
-    padding [B, 1, 1, 1, P] True where a prompt has ended. A step writes to `slot` of the suffix, a tensor [1] that it
+    padding [B, 1, 1, 1, P] True where a prompt has ended. Keys are kept in float32, so that scores are float32, as they
+    are inside scaled_dot_product_attention: real keys carry large common offsets, which the softmax cancels, but not
+    what bfloat16 would round off the scores. A step writes to `slot` of the suffix, a tensor [1] that it
     then counts up, and reads the first `window` slots, of which `unwritten` [window] are hidden. So a step's shapes
     depend on window alone, and a CUDA graph of it can be replayed (rollout.GraphedStep).
     """
@@ -279,8 +296,9 @@ class KVCache:
 
     def store_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
         B, K, _, d = k.shape
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
         self.prompt[layer] = (k, v)
-        self.suffix[layer] = tuple(k.new_zeros(B, K, self.G, self.max_new_tokens, d) for _ in range(2))
+        self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d) for x in (k, v))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token for each rollout: q [B·G, H, 1, d], k, v [B·G, K, 1, d] → [B·G, H, 1, d].
@@ -288,14 +306,14 @@ class KVCache:
         The G·H/K queries that read one key head of one prompt are one matrix, so the prompt is read once per prompt.
         """
         (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
-        suffix_k.index_copy_(3, self.slot, rearrange(k, "(b g) k 1 d -> b k g 1 d", g=self.G))
+        suffix_k.index_copy_(3, self.slot, rearrange(k.to(prompt_k.dtype), "(b g) k 1 d -> b k g 1 d", g=self.G))
         suffix_v.index_copy_(3, self.slot, rearrange(v, "(b g) k 1 d -> b k g 1 d", g=self.G))
         own_k, own_v = suffix_k[:, :, :, :self.window], suffix_v[:, :, :, :self.window]     # [B, K, G, r, d]
-        q = rearrange(q * q.shape[-1] ** -0.5, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
+        q = rearrange(q.to(prompt_k.dtype) * q.shape[-1] ** -0.5, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
         shared = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, q.shape[2:4])                 # [B, K, G, H/K, P]
         scores = torch.cat((shared.masked_fill(self.padding, -torch.inf),
                             (q @ own_k.mT).masked_fill(self.unwritten, -torch.inf)), -1)    # [B, K, G, H/K, P+r]
-        weight = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        weight = scores.softmax(-1).to(prompt_v.dtype)
         shared, own = weight.split((prompt_k.shape[2], self.window), -1)
         out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
         return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
@@ -465,7 +483,9 @@ class Qwen2_5_VL(nn.Module):
         if not len(patches):
             if torch.is_grad_enabled():
                 # Every rank must touch every parameter, or DDP waits for ever: an image of nothing, times 0.
-                nothing = self.visual(patches.new_zeros(4, self.visual.patch_embed.proj.weight[0].numel()), [(2, 2)])
+                side = self.config.vision_spatial_merge_size
+                pixels = self.visual.patch_embed.proj.weight[0].numel()
+                nothing = self.visual(patches.new_zeros(side * side, pixels), [(side, side)])
                 x = x + 0 * nothing.sum()
             return x
         image = self.visual(patches, grids, checkpoint)

@@ -111,6 +111,8 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
              ) -> list[list[Response]]:
     """G responses to each prompt. temperature 0 is greedy decoding (then use G = 1). Runs the raw module, never a
     DDP wrapper. repetition_penalty, of evaluations only: training does not score with it. graphs: GraphedStep."""
+    if not prompts:
+        raise ValueError("generate: the list of prompts is empty")
     take_step = GraphedStep() if graphs else decode_one_token
     greedy = temperature == 0
     device = model.lm_head.weight.device
