@@ -10,6 +10,7 @@ Letters: B rows, T tokens of a row, P prompt tokens, S = G+1 responses, N patche
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,20 +77,59 @@ class Prompt:
         return int(self.position.max()) + 1
 
 
+def image_settings(folder: Path) -> dict:
+    """What a model folder says of its image processor: `image_processor` in processor_config.json, as transformers 5
+    writes it, else preprocessor_config.json, as the hub has it. What is missing there is as in transformers."""
+    settings = None
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if settings is None and (path := folder / name).exists():
+            settings = json.loads(path.read_text())
+            settings = settings.get("image_processor") if name == "processor_config.json" else settings
+    if settings is None:
+        raise FileNotFoundError(f"{folder} has neither preprocessor_config.json nor an image_processor in "
+                                "processor_config.json; copy them from the model it was made of")
+    for name, only in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
+        if settings.get(name, only) != only:
+            raise ValueError(f"{path}: {name} is {settings[name]}; only {only} is supported")
+    size = settings.get("size") or {}
+    return {"min_pixels": settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
+            "max_pixels": settings.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28,
+            "mean": settings.get("image_mean") or [0.48145466, 0.4578275, 0.40821073],
+            "std": settings.get("image_std") or [0.26862954, 0.26130258, 0.27577711]}
+
+
+def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
+    """The tokenizer of a model folder. A folder without one, or with another model's, is an error here: transformers
+    makes up an empty one, and the model would go on with tokens that mean nothing to it."""
+    from transformers import AutoTokenizer
+    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json; copy it from the model it was made of")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for token, wanted in (("<|image_pad|>", config.image_token_id), ("<|video_pad|>", config.video_token_id),
+                          ("<|vision_start|>", config.vision_start_token_id),
+                          ("<|vision_end|>", config.vision_end_token_id)):
+        if (found := tokenizer.get_vocab().get(token)) != wanted:
+            raise ValueError(f"{folder}: the tokenizer belongs to another model: {token} is {found} in it, "
+                             f"{wanted} in config.json")
+    if tokenizer.eos_token_id not in eos_ids or len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer belongs to another model: it has {len(tokenizer)} tokens and ends by "
+                         f"{tokenizer.eos_token_id}; the model has {config.vocab_size} and ends by {eos_ids}")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+    return tokenizer
+
+
 class Processor:
     """Tokenizer, chat template and image preprocessing of a model folder: one object for every method and for eval."""
     def __init__(self, folder):
-        from transformers import AutoTokenizer
         folder = local_folder(folder)
         self.config = Config.from_json(folder / "config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        settings = json.loads((folder / "preprocessor_config.json").read_text())
-        size = settings.get("size", {})
-        self.min_pixels = settings.get("min_pixels") or size.get("shortest_edge", 3136)
-        self.max_pixels = settings.get("max_pixels") or size.get("longest_edge", 12845056)
-        mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
-        self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
         self.eos_ids = read_eos_ids(folder)
+        self.tokenizer = load_tokenizer(folder, self.config, self.eos_ids)
+        settings = image_settings(folder)
+        self.min_pixels, self.max_pixels = settings["min_pixels"], settings["max_pixels"]
+        mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
+        self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
         # <|im_start|> and its like must never come out of data; <tool_call>, which Qwen2.5 adds too, is harmless text.
         self.special = [token for token in self.tokenizer.get_added_vocab() if token.startswith("<|")]
 
@@ -200,6 +240,8 @@ class Batch:
 
 
 def collate(rows: list[Row], device="cpu") -> Batch:
+    if not rows:
+        raise ValueError("collate: the list of rows is empty")
     T = max(len(row.tokens) for row in rows)
 
     def pad(values, fill: int) -> Tensor:

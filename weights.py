@@ -43,7 +43,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    state = {}
+    state, head = {}, None
     for file in files:
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file} does not exist; weights are read from safetensors only")
@@ -52,6 +52,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
                 name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
                 if name not in wanted:
                     if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
+                        head = weights.get_tensor(stored).to(dtype)
                         continue
                     raise ValueError(f"{folder / file}: unknown tensor {stored!r}")
                 tensor = weights.get_tensor(stored)
@@ -62,6 +63,9 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     missing = sorted(wanted.keys() - state.keys())
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
+        raise ValueError(f"{folder}: config.json says tie_word_embeddings, but the stored lm_head.weight differs from "
+                         "model.embed_tokens.weight; set it to false, or remove lm_head.weight from the file")
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)

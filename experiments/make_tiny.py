@@ -60,8 +60,9 @@ def main(folder: Path) -> None:
 
     write("tokenizer_config.json", {
         "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None,
-        "unk_token": None, "model_max_length": 4096, "clean_up_tokenization_spaces": False, "chat_template": CHAT,
+        "unk_token": None, "model_max_length": 4096, "clean_up_tokenization_spaces": False,
         "additional_special_tokens": SPECIAL[1:]})
+    (folder / "chat_template.jinja").write_text(CHAT)   # a file of its own: AutoProcessor reads it nowhere else
     write("generation_config.json", {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"],
                                      "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]})
     write("preprocessor_config.json", {

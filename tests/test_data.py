@@ -44,11 +44,15 @@ SIZES = [(112, 112), (28, 28), (1, 1), (3, 200), (199, 1), (14, 13), (42, 70), (
 SIZES += [(rng.randint(1, 320), rng.randint(1, 320)) for rng in [random.Random(7)] for _ in range(31)]
 
 
+def copy_tiny(folder: Path) -> None:
+    """Everything of the tiny model but its weights."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+
+
 @pytest.mark.parametrize("pixels", [{}, {"min_pixels": 40 * 784, "max_pixels": 60 * 784}], ids=["official", "narrow"])
 def test_patches(pixels, tmp_path):
     """`narrow` lets hardly an image keep its size: small ones grow, large ones shrink."""
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, tmp_path)
+    copy_tiny(tmp_path)
     settings = json.loads((TINY / "preprocessor_config.json").read_text()) | pixels
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     ours, reference = Processor(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
@@ -62,6 +66,58 @@ def test_patches(pixels, tmp_path):
         torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-5)
         counts.add(gh * gw // 4)
     assert len(counts) > 10 and (min(counts) >= 40 if pixels else min(counts) < 10)
+
+
+def test_folders_saved_by_transformers_5(tmp_path):
+    """They have processor_config.json, the settings of the pictures under image_processor, and no
+    preprocessor_config.json. Where both are, the nested one counts, as it does there."""
+    copy_tiny(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="neither preprocessor_config.json nor an image_processor"):
+        Processor(tmp_path)
+    nested = {"do_resize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 3,
+              "image_processor_type": "Qwen2VLImageProcessor", "merge_size": 2, "patch_size": 14,
+              "size": {"longest_edge": 50 * 784, "shortest_edge": 40 * 784}, "temporal_patch_size": 2}
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": nested, "processor_class": "Qwen2_5_VLProcessor"}))
+    for again in range(2):
+        ours, reference = Processor(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+        patches, (gh, gw), _ = ours.patches(noise(300, 90))
+        expected = reference(images=[noise(300, 90)], return_tensors="pt")
+        assert [[1, gh, gw]] == expected["image_grid_thw"].tolist() and 40 * 4 <= gh * gw <= 50 * 4
+        torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-5)
+        shutil.copy(TINY / "preprocessor_config.json", tmp_path)
+    path.write_text(json.dumps({"image_processor": nested | {"do_normalize": False}}))
+    with pytest.raises(ValueError, match="processor_config.json: do_normalize is False"):
+        Processor(tmp_path)
+
+
+def test_missing_picture_settings_are_as_in_transformers(tmp_path):
+    copy_tiny(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    ours, reference = Processor(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    assert (ours.min_pixels, ours.max_pixels) == (reference.size["shortest_edge"], reference.size["longest_edge"])
+    expected = reference(images=[noise(60, 90)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours.patches(noise(60, 90))[0], expected, rtol=0, atol=1e-5)
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+    (lambda folder: rename(folder, "<|image_pad|>", "<|picture|>"), "another model: <|image_pad|> is 44. in it, 446"),
+    (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 7}'), r"ends by 436.*by \(7,\)"),
+    (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template")])
+def test_a_missing_or_foreign_tokenizer(tmp_path, damage, reason):
+    copy_tiny(tmp_path)
+    Processor(tmp_path)
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=reason.replace("|", r"\|")) as error:
+        Processor(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("limits", [(3136, 12845056), (784, 784 * 16), (256 * 784, 1280 * 784), (100000, 100001)])
@@ -243,6 +299,11 @@ def test_splitting_by_max_row_tokens(limit):
 def test_response_that_does_not_fit():
     with pytest.raises(ValueError, match="example the id: .* 4 tokens and a response of 5 exceed --max-row-tokens 8"):
         pack_group(plain_prompt([50, 51, 52, 53]), [[1], [1, 2, 3, 4, 5]], 8)
+
+
+def test_nothing_to_collate():
+    with pytest.raises(ValueError, match="list of rows is empty"):
+        collate([])
 
 
 def test_collate():

@@ -269,7 +269,8 @@ def test_hub_layout_config_and_companions(tmp_path):
     expected = reference(input_ids=tokens).logits
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     assert {path.name for path in tmp_path.iterdir()} >= {
-        "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
+        "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja"}
     model.bfloat16().save_pretrained(tmp_path)
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).dtype == torch.bfloat16
 
@@ -355,7 +356,21 @@ def test_unknown_tensor(folder):
         Qwen2_5_VL.from_pretrained(folder)
 
 
+@torch.no_grad()
+def test_a_stored_head_must_be_the_embedding_it_is_tied_to(folder):
+    """Some savers write the tied embedding twice, which is read; another matrix there is not this model's."""
+    embedding = load_file(folder / "model.safetensors")[stored_name(folder, "embed_tokens.weight")]
+    rewrite(folder, lambda state: state.update({"lm_head.weight": embedding.clone()}))
+    assert torch.equal(Qwen2_5_VL.from_pretrained(folder).lm_head.weight, embedding)
+    embedding[3, 5] += 1
+    rewrite(folder, lambda state: state.update({"lm_head.weight": embedding}))
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        Qwen2_5_VL.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("change, reason", [
+    ({"head_dim": 64}, "head_dim 64 do not fit"), ({"num_attention_heads": 3}, "num_attention_heads 3"),
+    ({"vision_config": {"hidden_size": 32, "window_size": 14}}, "window_size of 14 pixels .* 28×28"),
     ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl'"), ({"use_sliding_window": True}, "use_sliding_window"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"hidden_size": None}, "'hidden_size' is missing"),
     ({"image_token_id": None}, "'image_token_id' is missing"),
@@ -366,6 +381,21 @@ def test_unsupported_config(tmp_path, change, reason):
     shutil.copy(TINY / "generation_config.json", tmp_path)
     with pytest.raises(ValueError, match=reason):
         Qwen2_5_VL.from_pretrained(tmp_path, random_weights=True)
+
+
+def test_missing_fields_are_as_in_transformers(tmp_path):
+    raw = json.loads((TINY / "config.json").read_text())
+    for name in ("rms_norm_eps", "rope_theta"):
+        del raw[name]
+    for name in ("patch_size", "temporal_patch_size", "spatial_merge_size", "window_size", "fullatt_block_indexes"):
+        del raw["vision_config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours, theirs = Config.from_json(tmp_path / "config.json"), Qwen2_5_VLConfig.from_pretrained(tmp_path)
+    assert (ours.rms_norm_eps, ours.rope_theta) == (theirs.text_config.rms_norm_eps,
+                                                    theirs.text_config.rope_parameters["rope_theta"])
+    for name in ("patch_size", "temporal_patch_size", "spatial_merge_size", "window_size"):
+        assert getattr(ours, f"vision_{name}") == getattr(theirs.vision_config, name)
+    assert ours.vision_fullatt_block_indexes == tuple(theirs.vision_config.fullatt_block_indexes)
 
 
 def test_pickled_weights_are_never_read(folder, tmp_path):
@@ -477,6 +507,16 @@ def test_text_only_batch_touches_every_parameter(ours):
     grads = gradients(ours, ours(**vars(batch))[0].sum())  # fails on a gradient that is None
     assert not any(gradient.any() for name, gradient in grads.items() if name.startswith("visual."))
     assert all(gradient.any() for name, gradient in grads.items() if not name.startswith("visual."))
+
+
+@pytest.mark.parametrize("merge", [3, 4])
+def test_text_only_batch_with_another_merge(tmp_path, merge):
+    raw = json.loads((TINY / "config.json").read_text())
+    raw["vision_config"]["spatial_merge_size"] = merge
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    shutil.copy(TINY / "generation_config.json", tmp_path)
+    model = Qwen2_5_VL.from_pretrained(tmp_path, random_weights=True)
+    gradients(model, model(**vars(rows_of(TEXT_ONLY, RESPONSES)))[0].sum())  # fails on a gradient that is None
 
 
 def test_images_and_placeholders_must_agree(ours):
