@@ -9,6 +9,7 @@
                against transformers' model with the same rows in a padded batch. All three must give the same loss
     step       one whole update against one of TRL's GRPOTrainer, where trl is installed
     parts      where the seconds of a step of train.py go
+    vision     pictures of different sizes in one call of the vision tower, against one call each
     growth     seconds against G, prompt length, response length, images
     GPU only   decoding, with and without CUDA graphs, against the bandwidth bound; training against the peak of the
                matrix units (MFU); a step of full fine-tuning with --preset paper's options and its memory
@@ -250,6 +251,18 @@ def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: 
         table.against("training / transformers, padded", setting, times["packed"], times["transformers"])
 
 
+def mixed_pictures(table: Table, size: str, model, repeats: int) -> None:
+    """A small picture must not pay for a large one of the same call."""
+    for name, grids in (("1 of 5,000 and 7 of 256 patches", [(50, 100)] + [(16, 16)] * 7),
+                        ("4 of 3,600 and 4 of 1,024 patches", [(60, 60)] * 4 + [(32, 32)] * 4)):
+        pixels = model.visual.patch_embed.proj.weight[0].numel()
+        patches = [torch.randn(gh * gw, pixels, device=model.lm_head.weight.device) for gh, gw in grids]
+        with torch.no_grad():
+            times = compare({"one call": lambda: model.visual(torch.cat(patches), grids),
+                             "each": lambda: [model.visual(p, [grid]) for p, grid in zip(patches, grids)]}, repeats)
+        table.against("vision / one by one", f"{size}, {name}", times["one call"], times["each"])
+
+
 def against_mkl(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
     batch = collate(pack_group(prompts[0], torch.randint(400, (G + 1, R)).tolist()), model.lm_head.weight.device)
     chosen = onednn.ONEDNN_FROM, onednn.PACKED_FROM
@@ -410,7 +423,7 @@ def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int
     times = compare(made, 3)
     width = model.lm_head.weight.element_size()
     d = c.hidden_size // c.num_attention_heads
-    caches = 2 * width * d * c.num_key_value_heads * c.num_hidden_layers * B * (P + G * (few + many) / 2)
+    caches = (max(width, 4) + width) * d * c.num_key_value_heads * c.num_hidden_layers * B * (P + G * (few + many) / 2)
     weights = width * sum(p.numel() for name, p in model.named_parameters()
                           if not name.startswith("visual.") and "embed_tokens" not in name)
     if c.tie_word_embeddings:
@@ -485,6 +498,7 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         if importlib.util.find_spec("trl") and not quick:
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
         del theirs
+        mixed_pictures(table, size, model, repeats)
         if size == "116M" and not quick:
             against_mkl(table, size, model, prompts, G, R, repeats)
         growth(table, size, model, model.folder, repeats, quick)
