@@ -19,11 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import TASKS, user_text
-from sources import Example
-from weights import local_folder, read_eos_ids
+from rewards import TASKS, label_error, user_text
+from support import sources
+from support.sources import Example
+from support.weights import local_folder, read_eos_ids
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
+
+
+def load(data: str, task: str = "", skip_bad_rows: bool = False):
+    """The examples that a --data string names (support/sources.py). task: of rows that do not say theirs."""
+    return sources.load(data, TASKS, label_error, task, skip_bad_rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,24 +10,24 @@ it goes; the same command again goes on where it was interrupted. The metrics th
 import argparse
 import itertools
 import json
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checkpoint import newest_checkpoint
-from data import Processor, Prompt, convert_boxes
-from masks import Segmenter
+from data import Processor, Prompt, convert_boxes, load
 from metrics import Record, box_mask, intersection_union, point_hit, summarise
 from model import Qwen2_5_VL
-from ranks import gather_json, leave_ranks, start_ranks
 from rewards import TASKS, has_thinking_format, parse_boxes, parse_points
 from rollout import generate
-from sources import BadRow, load
+from support.masks import Segmenter
+from support.mistakes import Mistake, plainly
+from support.onednn import use_onednn
+from support.pictures import draw_sheet
+from support.ranks import gather_json, leave_ranks, start_ranks
+from support.runs import newest_checkpoint
+from support.sources import BadRow
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
 # the mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
@@ -107,35 +107,6 @@ def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = 
     return "\n".join(lines)
 
 
-def draw_overlay(pairs: list[tuple[Record, Prompt]], path: Path, columns: int = 4, side: int = 320) -> None:
-    """A sheet of pictures: true boxes and masks green, predicted boxes red with their point, question and answer
-    below."""
-    lines_of_text, line = 7, 14
-    cell = (side + 8, side + lines_of_text * line + 8)
-    shown = [(r, p) for r, p in pairs if p.image is not None]
-    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * -(-len(shown) // columns)), "white")
-    for at, (record, prompt) in enumerate(shown):
-        ratio = side / max(prompt.image.size)
-        picture = prompt.image.resize((round(prompt.image.width * ratio), round(prompt.image.height * ratio)))
-        if prompt.example.mask is not None:
-            tint = Image.fromarray(prompt.example.mask.astype(np.uint8) * 90).resize(picture.size)
-            picture.paste((0, 255, 60), (0, 0), tint)
-        pen = ImageDraw.Draw(picture)
-        for items, colour, width in ((record.truth, (0, 255, 60), 4), (record.predicted, (255, 0, 0), 2)):
-            for item in items:
-                x1, y1, x2, y2 = (c * ratio for c in item["bbox_2d"])
-                pen.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=colour, width=width)
-                x, y = (c * ratio for c in item["point_2d"])
-                pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-        corner = (at % columns * cell[0] + 4, at // columns * cell[1] + 4)
-        sheet.paste(picture, corner)
-        text = textwrap.wrap(f"Q: {record.question}", 52)[:2] + textwrap.wrap(record.response, 52)
-        below = (corner[0], corner[1] + side + 2)
-        ImageDraw.Draw(sheet).multiline_text(below, "\n".join(text[:lines_of_text]), "black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The evaluation as a resumable job
 
@@ -144,7 +115,7 @@ def open_folder(out: Path, settings: dict) -> dict[int, dict]:
     path = out / "settings.json"
     if path.exists() and (old := json.loads(path.read_text())) != settings:
         different = [f"{name}: {old.get(name)!r} → {new!r}" for name, new in settings.items() if old.get(name) != new]
-        raise SystemExit(f"{out} holds an evaluation with other settings ({'; '.join(different)}): "
+        raise Mistake(f"{out} holds an evaluation with other settings ({'; '.join(different)}): "
                          "give another --out, or remove it")
     done = {}
     for part in out.glob("records*.jsonl"):
@@ -240,7 +211,7 @@ def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], show
     """Joins what the ranks wrote, prints the table, writes metrics.json and the picture."""
     lines = open_folder(out, settings)
     if len(lines) < len(numbers) - len(bad):
-        raise SystemExit(f"{out} holds {len(lines)} of {len(numbers)} examples; do all ranks write to the same disk?")
+        raise Mistake(f"{out} holds {len(lines)} of {len(numbers)} examples; do all ranks write to the same disk?")
     with open(out / "all.tmp", "w") as file:
         file.writelines(json.dumps(lines[n]) + "\n" for n in sorted(lines))
     (out / "all.tmp").rename(out / "records.jsonl")
@@ -254,9 +225,9 @@ def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], show
         print(f"left out: {line}")
     (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": metrics}, indent=2) + "\n")
     if drawn:
-        draw_overlay(drawn, out / "overlay.png")
+        draw_sheet(drawn, out / "overlay.png")
     print(f"wrote metrics.json, records.jsonl and overlay.png to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

@@ -16,7 +16,6 @@ Departures from the published implementation, none of which changes a number
 Does not include: video, sliding-window attention, dropout, quantisation.
 """
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +25,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from onednn import Linear
-from weights import load_weights, local_folder, read_eos_ids, save_folder
-
-VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+from support.weights import VISION_TOKENS, load_weights, local_folder, read_config, read_eos_ids, save_folder
 
 
 @dataclass(frozen=True)
@@ -61,51 +57,7 @@ class Config:
 
     @staticmethod
     def from_json(path: Path) -> "Config":
-        """Reads both layouts in use: text fields at the top level (the hub's) or under text_config (transformers 5)."""
-        raw = json.loads(Path(path).read_text())
-        if raw.get("model_type") != "qwen2_5_vl":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' only")
-        text = {**raw, **raw.get("text_config", {})}
-        vision = raw.get("vision_config", {})
-        if text.get("use_sliding_window"):
-            raise ValueError(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
-        for where, section in (("text", text), ("vision", vision)):
-            if section.get("hidden_act", "silu") != "silu":
-                raise ValueError(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only 'silu' is supported")
-        if (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
-            if width % heads or text.get("head_dim") not in (None, width // heads):
-                raise ValueError(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
-                                 f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-            raise ValueError(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
-
-        def field(source: dict, name: str, default=None):
-            value = source.get(name, default)
-            if value is None:
-                raise ValueError(f"{path}: the field {name!r} is missing")
-            return value
-
-        numbers = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                   "intermediate_size", "vocab_size")
-        defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
-                    "fullatt_block_indexes": (7, 15, 23, 31), "num_heads": 16, "intermediate_size": 3420, "depth": 32}
-        visions = ("depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
-                   "spatial_merge_size", "window_size", "fullatt_block_indexes")
-        vision_fields = {f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}
-        vision_fields["vision_fullatt_block_indexes"] = tuple(vision_fields["vision_fullatt_block_indexes"])
-        pixels = vision_fields["vision_patch_size"] * vision_fields["vision_spatial_merge_size"]   # of an image token
-        if vision_fields["vision_window_size"] < pixels:
-            raise ValueError(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
-                             f"an image token of {pixels}×{pixels}")
-        return Config(
-            **{name: field(text, name) for name in numbers},
-            rms_norm_eps=field(text, "rms_norm_eps", 1e-5),    # where it is missing, as transformers
-            rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
-            mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            **{name: field(raw, name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
-            **vision_fields)
+        return Config(**read_config(path))
 
 
 class RMSNorm(nn.Module):
@@ -122,9 +74,9 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, width: int, inner: int, bias: bool):
         super().__init__()
-        self.gate_proj = Linear(width, inner, bias=bias)
-        self.up_proj = Linear(width, inner, bias=bias)
-        self.down_proj = Linear(inner, width, bias=bias)
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -187,8 +139,8 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], groups: Groups) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "n (three h d) -> three n h d", three=3, h=self.heads)
@@ -220,8 +172,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.joined = config.vision_hidden_size * config.vision_spatial_merge_size ** 2
         self.ln_q = RMSNorm(config.vision_hidden_size, 1e-6)
-        self.mlp = nn.Sequential(Linear(self.joined, self.joined), nn.GELU(),
-                                 Linear(self.joined, config.hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(),
+                                 nn.Linear(self.joined, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.joined))
@@ -331,10 +283,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, d = config.hidden_size, config.hidden_size // config.num_attention_heads
-        self.q_proj = Linear(width, self.heads * d)
-        self.k_proj = Linear(width, self.kv_heads * d)
-        self.v_proj = Linear(width, self.kv_heads * d)
-        self.o_proj = Linear(self.heads * d, width, bias=False)
+        self.q_proj = nn.Linear(width, self.heads * d)
+        self.k_proj = nn.Linear(width, self.kv_heads * d)
+        self.v_proj = nn.Linear(width, self.kv_heads * d)
+        self.o_proj = nn.Linear(self.heads * d, width, bias=False)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: "Tensor | GroupLayout | None",
                 cache: KVCache | None) -> Tensor:
@@ -462,7 +414,7 @@ class Qwen2_5_VL(nn.Module):
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         half = config.hidden_size // config.num_attention_heads // 2

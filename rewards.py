@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from verify_math import same_value
+from support import scenes
+from support.verify_math import same_value
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
 LABEL_STYLES = {"spaced": (", ", ": "), "compact": (",", ":")}  # what stands after an item and after a key
@@ -344,7 +345,7 @@ TASKS = {
     "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward)),
     "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward)),
     # The built-in world asks in fewer words, for speed; answers and rewards are the same, in pictures of 112 pixels.
-    "scene_grounding": Task('Please find "{question}" with bboxs and points.', render_grounding,
+    "scene_grounding": Task(scenes.PROMPT, render_grounding,
                             functools.partial(grounding_reward, side=112), None, True, None, '."?!'),
     "scene_math": Task("{question}", render_boxed, math_reward, math_metric),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data import Prompt, collate_images
 from model import KVCache, Qwen2_5_VL, row_mask
-from onednn import packed_weights
+from support.onednn import packed_weights
 
 WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
 

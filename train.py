@@ -5,18 +5,16 @@
 
 One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side, with the three
 controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as one packed row (data.py,
-model.py), one optimizer step. Every metric that is logged is defined in README.md.
+model.py), one optimizer step. Every metric that is logged is defined in docs/logged.md.
 
-The paper leaves the learning rate, the batch, the std and the length normalisation open: they are options (config.py).
+The paper leaves the learning rate, the batch, the std and the length normalisation open: they are options, below.
 """
 import contextlib
 import json
 import math
 import os
-import resource
 import signal
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,43 +25,125 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import objective
-from checkpoint import load_optimizer, newest_checkpoint, open_run, save_checkpoint
-from config import PRESETS, Config, parse_config
-from data import Batch, Processor, Prompt, Row, collate, pack_group
-from eval import draw_overlay, evaluate, table
-from metrics import Record, summarise
+from data import Batch, Processor, Prompt, Row, collate, load, pack_group
+from eval import Record, evaluate, summarise, table
 from model import Qwen2_5_VL
-from optimizers import make_optimizers, set_lr
-from ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
 from rewards import LABEL_STYLES, TASKS, Reward, label_reward, label_text, smooth
 from rollout import Response, generate
-from sources import load, take
+from support.log import Meter, peak_memory_gb, progress_line
+from support.mistakes import Mistake, plainly
+from support.onednn import use_onednn
+from support.options import option, parse
+from support.optimizers import make_optimizers, set_lr
+from support.pictures import draw_sheet
+from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
+from support.runs import load_optimizer, newest_checkpoint, open_run, save_checkpoint
+from support.sources import take
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
 
 
-class Meter(defaultdict):
-    """Named quantities, joined over micro-batches and ranks: name → [sum, number of values]; a total has number 0."""
-    def __init__(self):
-        super().__init__(lambda: [0.0, 0])
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
 
-    def add(self, name: str, values) -> None:
-        """A mean: every element of `values` (tensor or list) counts once. No element, no entry."""
-        values = values.double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
-        if values:
-            self[name][0] += sum(values)
-            self[name][1] += len(values)
+# Named sets of options; what is given on the command line wins. The paper leaves learning rate, batch and lengths open:
+# `paper` is the authors' earlier public recipe (docs/paper.md, section 1), 8 GPUs of 80 GB for 7B.
+AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
+           "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0, "micro_rows": 1,
+           "precision": "bfloat16", "checkpoint_activations": True}
+PRESETS = {
+    "laptop": {},
+    "paper": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "max_new_tokens": 2000},
+    "1x80G-3b": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-3B-Instruct", "max_new_tokens": 512, "max_row_tokens": 4096},
+}
 
-    def total(self, name: str, value: float) -> None:
-        self[name][0] += value
 
-    def read(self, device) -> dict[str, float]:
-        joined = Meter()
-        for part in gather_json(self, device):
-            for name, (total, count) in part.items():
-                joined[name][0] += total
-                joined[name][1] += count
-        return {name: total / count if count else total for name, (total, count) in joined.items()}
+@dataclass
+class Config:
+    """Every option; saved with the run. [recipe]: what the authors' earlier recipe has, docs/paper.md, section 1."""
+    preset: str = option("laptop", "method", "named set of options, the defaults of all others", tuple(PRESETS))
+    method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy)",
+                         ("visurf", "rlvr", "sft"))
+    model: str = option("assets/tiny", "method", "model folder in the Hugging Face layout, run folder, or hub id")
+    random_weights: bool = option(False, "method", "take only config and tokenizer from --model (for pretraining)")
+    std: str = option("sample", "method", "std R of Eq. 6 and 7", ("sample", "population", "none"))
+    normaliser: str = option("token-mean", "method", "length normalisation; seq-sum is Eq. 9 to the letter",
+                             ("token-mean", "seq-mean", "seq-sum"))
+    clip: float = option(0.2, "method", "ε of the clipped surrogate, Eq. 8 [recipe 0.2]; inert with one inner epoch")
+    inner_epochs: int = option(1, "method", "optimizer steps per sampling round [recipe 1]")
+    kl: float = option(0.0, "method", "weight of the k3 KL to the frozen initial model; ViSurf has none")
+
+    label_style: str = option("spaced", "controls", "control 1, the text of y: spaced (the paper's), compact (off), "
+                              "auto (what the policy finds likeliest)", (*LABEL_STYLES, "auto"))
+    reward_label_thinking: bool = option(False, "controls", "switches control 2 off: y earns the thinking reward too")
+    smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
+
+    data: str = option("scenes:train", "data", "scenes:SPLIT, .jsonl or .parquet file, folder, or hub id")
+    task: str = option("", "data", "task of rows without a column task (rewards.py)", ("", *TASKS))
+    skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
+    seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights")
+
+    rollouts: int = option(8, "sampling", "G, rollouts of each prompt [recipe 8]")
+    max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]")
+    temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]")
+    cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs; not tried on a GPU yet")
+
+    steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)")
+    prompts_per_step: int = option(16, "optimisation", "prompts per step over all ranks [recipe 16]")
+    lr: float = option(1e-3, "optimisation", "learning rate [recipe 1e-6, constant, for 7B]")
+    warmup_steps: int = option(10, "optimisation", "steps of linear warm-up")
+    cooldown: float = option(0.625, "optimisation", "share of the steps, the last ones, of linear decay to 0")
+    optimizer: str = option("adamw", "optimisation", "adamw; muon: Muon for matrices, AdamW for the rest",
+                            ("adamw", "muon"))
+    adam_eps: float = option(1e-3, "optimisation", "eps of AdamW [recipe 1e-8]; far above a weight's usual gradient it "
+                             "makes small gradients small steps")
+    weight_decay: float = option(0.01, "optimisation", "decoupled weight decay [recipe 1e-2]")
+    grad_clip: float = option(1.0, "optimisation", "largest gradient norm [recipe 1.0]")
+    precision: str = option("float32", "optimisation", "of weights and gradients; the optimizer keeps float32 weights "
+                            "either way", ("float32", "bfloat16"))
+    micro_rows: int = option(4, "optimisation", "rows per forward; any value gives the same update")
+    max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)")
+    checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward: less memory, about "
+                                          "30 % more time")
+    onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN")
+
+    name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
+    resume: str = option("", "output", "run folder to go on with, from its newest checkpoint and its saved options")
+    dry_run: bool = option(False, "output", "one step at worst-case length: memory and hours; writes nothing")
+    eval_data: str = option("scenes:val", "output", "evaluated before, during and after; empty: never")
+    eval_examples: int = option(192, "output", "how many of it")
+    eval_every: int = option(100, "output", "steps between evaluations (0: only before and after)")
+    save_every: int = option(100, "output", "steps between checkpoints (0: only at the end)")
+    log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step")
+
+    def check(self, world: int) -> None:
+        """Mistake: an option that cannot be, by its flag."""
+        for flag, wrong, rule in (
+                ("prompts-per-step", self.prompts_per_step < 1 or self.prompts_per_step % world,
+                 f"must be a multiple of the {world} ranks"),
+                ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
+                ("temperature", self.temperature <= 0, "must be above 0"),
+                ("inner-epochs", self.inner_epochs < 1, "must be at least 1"),
+                ("micro-rows", self.micro_rows < 1, "must be at least 1"),
+                ("cooldown", not 0 <= self.cooldown <= 1, "must be from 0 to 1"),
+                ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
+                 "keeps no float32 weights; use --precision float32"),
+                ("kl", self.kl and self.method == "sft", "has no meaning with --method sft")):
+            if wrong:
+                raise Mistake(f"--{flag} {getattr(self, flag.replace('-', '_'))}: {rule}")
+
+
+def renamed(saved: dict) -> dict:
+    """The options of a run that an earlier version saved, under today's names."""
+    if "no_thinking_reward" in saved:
+        saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
+    if "cooldown_steps" in saved:
+        saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / saved["steps"])
+    return saved
+
+
+def parse_config(arguments: list[str] | None = None) -> Config:
+    return parse(Config, PRESETS, renamed, __doc__, arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +190,7 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         r = [reward.total for reward in rewards]
         if cfg.method == "visurf":
             y, ids = label_tokens(cfg, model, processor, prompt)
-            group.y_reward = label_reward(task, y, prompt.answer, cfg.no_thinking_reward)
+            group.y_reward = label_reward(task, y, prompt.answer, not cfg.reward_label_thinking)
             group.r_y = group.y_reward.total
             if cfg.smoothing:
                 group.r_y, group.smoothed = smooth(group.r_y, r)
@@ -121,7 +201,7 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
 
 
 def measure_groups(cfg: Config, groups: list[Group], meter: Meter) -> None:
-    """What the groups say before any gradient; each name is defined in README.md."""
+    """What the groups say before any gradient; each name is defined in docs/logged.md."""
     for group in groups:
         if cfg.method == "sft":
             continue
@@ -279,7 +359,7 @@ def set_up() -> Job:
     rank, world, device = start_ranks()
     cfg.check(world)
     if cfg.cuda_graphs and device.type != "cuda":
-        raise SystemExit("--cuda-graphs: there is no CUDA device here; leave it out")
+        raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
     checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
     if checkpoint:
@@ -288,6 +368,8 @@ def set_up() -> Job:
     dtype = getattr(torch, cfg.precision)
     model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, dtype, device,
                                        random_weights=cfg.random_weights and not checkpoint)
+    if cfg.onednn:
+        use_onednn(model)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     reference = None
@@ -345,7 +427,7 @@ def run_evaluation(job: Job, examples: list, history: dict[str, dict]) -> None:
     pairs = list(tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0))
     records = [record for record, _ in pairs]
     if job.rank == 0:
-        draw_overlay(pairs[:12], job.run / "samples" / f"step_{step}.png")
+        draw_sheet(pairs[:12], job.run / "samples" / f"step_{step}.png")
     everyone = gather_json([vars(r) for r in records], job.device)
     history[f"step {step}"] = summarise([Record(**r) for part in everyone for r in part])
     job.log({"step": step, "eval": history[f"step {step}"]})
@@ -387,21 +469,6 @@ def dry_run(job: Job, source) -> None:
             f"; {cfg.steps} steps at most {cfg.steps * total / 3600:.1f} hours. Shorter responses take less.")
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
-
-
-def progress_line(m: dict) -> str:
-    shown = (("loss", ".3f"), ("r_rollouts", ".2f"), ("rollouts/accuracy", ".2f"), ("rollouts/thinking", ".2f"),
-             ("advantage_y", "+.2f"), ("smoothed", ".2f"), ("tied", ".2f"), ("logp_y", ".1f"), ("entropy", ".3f"),
-             ("response_length", ".0f"), ("grad_norm", ".2f"), ("sampling_tokens_per_s", ".0f"),
-             ("training_tokens_per_s", ".0f"))
-    parts = (f"{name.split('/')[-1]} {m[name]:{form}}" for name, form in shown if name in m)
-    return f"step {m['step']:>4}  " + "  ".join(parts)
-
-
 def main() -> None:
     job = set_up()
     cfg, state = job.cfg, job.state
@@ -411,7 +478,8 @@ def main() -> None:
     if cfg.dry_run:
         dry_run(job, source)
         return leave_ranks()
-    job.run = open_run(cfg, job.rank, job.device, state["step"])
+    prompts = {name: task.prompt for name, task in TASKS.items()}
+    job.run = open_run(cfg, prompts, job.rank, job.device, state["step"])
     job.say(f"writing to {job.run}")
     held_out = load(cfg.eval_data) if cfg.eval_data else []
     held_out = [held_out[i] for i in range(min(cfg.eval_examples, len(held_out)))]
@@ -431,7 +499,7 @@ def main() -> None:
             if line["skipped"]:
                 job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
-                raise SystemExit(f"{MAX_BAD_STEPS} steps in a row were not finite; the last good checkpoint is "
+                raise Mistake(f"{MAX_BAD_STEPS} steps in a row were not finite; the last good checkpoint is "
                                  f"{newest_checkpoint(job.run)}")
             done, stopping = state["step"] == cfg.steps, any(gather_json(bool(terminated), job.device))
             if held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
@@ -446,4 +514,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

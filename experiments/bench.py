@@ -36,16 +36,16 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import onednn  # noqa: E402
+from support import onednn  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from config import PRESETS, Config as Options  # noqa: E402
-from data import Processor, Prompt, collate, pack_group  # noqa: E402
+from train import PRESETS, Config as Options  # noqa: E402
+from data import Processor, Prompt, collate, load, pack_group  # noqa: E402
 from model import Config, Qwen2_5_VL  # noqa: E402
-from optimizers import make_optimizers  # noqa: E402
-from ranks import start_ranks  # noqa: E402
+from support.optimizers import make_optimizers  # noqa: E402
+from support.ranks import start_ranks  # noqa: E402
 from rewards import TASKS, Reward  # noqa: E402
-from sources import Example, load  # noqa: E402
+from support.sources import Example  # noqa: E402
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 # What differs from assets/tiny/config.json: text, vision. 3B and 7B are Qwen2.5-VL's.

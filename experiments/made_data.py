@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import scenes  # noqa: E402
+from support import scenes  # noqa: E402
 
 ROWS = 12
 # benchmark: the split its rows are taken from

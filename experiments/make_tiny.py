@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
-import scenes  # noqa: E402
+from support import scenes  # noqa: E402
 from rewards import label_text, user_text  # noqa: E402
 
 VOCABULARY = 512  # embedding rows; the last 14 are the special tokens

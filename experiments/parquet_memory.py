@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sources import load, take  # noqa: E402
+from data import load  # noqa: E402
+from support.sources import take  # noqa: E402
 
 
 def write(path: Path, gigabytes: float) -> int:

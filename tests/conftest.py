@@ -10,14 +10,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import onednn  # noqa: E402
+from support import onednn  # noqa: E402
 
 
 @pytest.fixture(params=["plain", "oneDNN"])
-def products(request, monkeypatch) -> str:
-    """Runs a test twice: with PyTorch's own matrix products, and with every one of onednn.Linear through oneDNN."""
+def products(request, monkeypatch):
+    """Runs a test twice: with the model as it is, and with all its matrix products by oneDNN. The test hands its model
+    to what this returns, before it uses it."""
     for limit in ("ONEDNN_FROM", "PACKED_FROM"):
         monkeypatch.setattr(onednn, limit, 1 if request.param == "oneDNN" else float("inf"))
     if request.param == "oneDNN" and not onednn.has_onednn(torch.ones(1)):
         pytest.skip("this PyTorch has no oneDNN for the CPU")
-    return request.param
+    return onednn.use_onednn if request.param == "oneDNN" else lambda model: model

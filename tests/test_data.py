@@ -18,10 +18,10 @@ from scipy import ndimage
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import data
-import scenes
-from data import Processor, Prompt, Row, collate, convert_boxes, pack_group, smart_resize
+from support import scenes
+from data import Processor, Prompt, Row, collate, convert_boxes, load, pack_group, smart_resize
 from rewards import TASKS, user_text
-from sources import Example, load, open_image
+from support.sources import Example, open_image
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 BOX = {"bbox_2d": [10, 15, 50, 30], "point_2d": [30, 22]}

@@ -12,7 +12,7 @@ import eval as evaluation
 from data import Processor
 from eval import table
 from metrics import Record, box_hit, summarise
-from sources import Example
+from support.sources import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from experiments.made_data import write_sam2
-from masks import Segmenter
+from support.masks import Segmenter
 
 
 @pytest.fixture(scope="module")

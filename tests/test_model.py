@@ -18,7 +18,7 @@ from data import Batch, Processor, Prompt, collate, pack_group
 from model import VISION_TOKENS, Config, GroupLayout, Qwen2_5_VL, mrope_positions, row_mask
 from rewards import user_text
 from rollout import generate
-from sources import Example, Scenes
+from support.sources import Example, Scenes
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 EOS, START, END, IMAGE, VIDEO = 149, 150, 151, 152, 153
@@ -159,6 +159,7 @@ def assert_gradients_close(actual: dict, expected: dict, tolerance: float) -> No
 @pytest.mark.parametrize("prompts", [PROMPTS, TEXT_ONLY], ids=["images", "text only"])
 def test_logits(pair, prompts, products):
     reference, model = pair
+    products(model)
     responses = [RESPONSES[i % 3] for i in range(len(prompts))]
     batch = collate([pack_group(p, [r])[0] for p, r in zip(prompts, responses)])
     real = batch.segment >= 0
@@ -176,6 +177,7 @@ def test_logits(pair, prompts, products):
 def test_logprobs_and_gradients(pair, products):
     """Mean log-prob of three responses to each prompt: packed rows here, one row for each response in transformers."""
     reference, model = pair
+    products(model)
     prompts = PROMPTS[:3]
     batch = rows_of(prompts, RESPONSES)
     logp, entropy = model(**vars(batch))
@@ -218,6 +220,7 @@ def test_mrope_positions_refuses_other_placeholders_than_the_images_need():
 def test_greedy_tokens(pair, monkeypatch, penalty, products):
     """64 tokens after prompts of different lengths in one batch; transformers takes them one by one."""
     reference, model = pair
+    products(model)
     monkeypatch.setattr(model, "eos_ids", ())
     monkeypatch.setattr(reference.generation_config, "eos_token_id", None)
     sampled = generate(model, PROMPTS, G=1, max_new_tokens=64, temperature=0, repetition_penalty=penalty)

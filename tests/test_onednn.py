@@ -1,9 +1,9 @@
-"""onednn.py: the same products as nn.Linear's. test_model.py runs the model both ways, test_rollout.py sampling."""
+"""support/onednn.py: the same products as nn.Linear's. test_model.py runs the model both ways, test_rollout.py sampling."""
 import pytest
 import torch
 
-import onednn
-from onednn import Linear, onednn_linear, packed_weights
+from support import onednn
+from support.onednn import Linear, onednn_linear, packed_weights, use_onednn
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -29,10 +29,10 @@ def test_linear_is_the_matrix_product(bias, products, monkeypatch):
             for i, gradient in zip(kept, found):
                 torch.testing.assert_close(gradient, wanted[i].float(), rtol=0, atol=1e-5)
         with torch.no_grad(), packed_weights(layer):
-            assert (layer.packed is not None) == (products == "oneDNN")
+            assert (layer.packed is not None) == (products is onednn.use_onednn)
             torch.testing.assert_close(layer(x), wide.float(), rtol=0, atol=1e-5)
         assert layer.packed is None
-    assert bool(calls) == (products == "oneDNN")
+    assert bool(calls) == (products is onednn.use_onednn)
 
 
 def test_linear_takes_any_layout(products):
@@ -58,3 +58,10 @@ def test_packed_weights_follow_the_weights(products):
             with packed_weights(layer):
                 torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias),
                                            rtol=0, atol=1e-5)
+
+
+def test_a_loaded_model_gets_the_faster_products_and_keeps_its_names():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 2, bias=False))
+    names = list(model.state_dict())
+    assert [type(layer) for layer in use_onednn(model)] == [Linear, torch.nn.GELU, Linear]
+    assert list(model.state_dict()) == names and all(layer.packed is None for layer in (model[0], model[2]))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from optimizers import MasterAdamW, make_optimizers
+from support.optimizers import MasterAdamW, make_optimizers
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import rewards
-import verify_math
+from support import verify_math
 from rewards import (TASKS, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
                      grounding_reward, has_thinking_format, iou_matrix, label_error, label_reward, label_text,
                      math_equal, math_reward, non_repeat, parse_boxes, parse_points, relaxed_match, smooth, user_text,

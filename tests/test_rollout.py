@@ -9,7 +9,7 @@ import rollout
 from data import Processor, collate, pack_group
 from model import KVCache, Qwen2_5_VL
 from rollout import generate, sample, uniforms
-from sources import Scenes
+from support.sources import Scenes
 
 FOLDER = "assets/tiny"
 
@@ -62,6 +62,7 @@ def uncached(model, prompt, R, temperature, u):
 
 
 def test_cached_tokens_equal_uncached_tokens(model, prompts, products):
+    products(model)
     greedy = generate(model, prompts, 1, 12, temperature=0)
     sampled = generate(model, prompts, 3, 12, temperature=0.7, seed=5, step=9)
     for prompt, (alone,), group in zip(prompts, greedy, sampled):
@@ -72,6 +73,7 @@ def test_cached_tokens_equal_uncached_tokens(model, prompts, products):
 
 
 def test_recorded_log_probs_equal_the_training_forward(model, prompts, products):
+    products(model)
     for prompt, group in zip(prompts, generate(model, prompts, 4, 20, temperature=0.7)):
         for response, logp in zip(group, rescored(model, prompt, group)):
             torch.testing.assert_close(torch.tensor(response.logp), logp, atol=1e-5, rtol=1e-5)

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import sources
-from sources import BadRow, Example, load, open_image, order, take
+from support import sources
+from data import load
+from support.sources import BadRow, Example, open_image, order, take
 
 ROOT = Path(__file__).resolve().parent.parent
 BOX = {"bbox_2d": [10, 5, 30, 25], "point_2d": [20, 15]}
@@ -110,11 +111,11 @@ def test_hub_id_from_the_cache(tmp_path):
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("0" * 40)
     write_parquet(folder / "test-00000-of-00001.parquet", [benchmark_row(0)])
-    code = "import sources; print(sources.load('owner/name', 'grounding')[0].question)"
+    code = "import data; print(data.load('owner/name', 'grounding')[0].question)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
                           check=True).stdout == "The Cup.\n"
-    missing = subprocess.run([sys.executable, "-c", "import sources; sources.load('owner/other')"], cwd=ROOT,
+    missing = subprocess.run([sys.executable, "-c", "import data; data.load('owner/other')"], cwd=ROOT,
                              env=environment, capture_output=True, text=True)
     assert "ValueError: --data owner/other: no such folder, and the hub does not give it" in missing.stderr
 
@@ -270,12 +271,13 @@ def test_memory_does_not_grow_with_the_files(tmp_path):
         write_parquet(tmp_path / f"train-{ord(name) - 97:05}-of-00004.parquet", rows, compression="none",
                       row_group_size=20)
     code = f"""
-import re, sources
+import re, data
+from support import sources
 import pyarrow.parquet, PIL.PngImagePlugin
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
-source = sources.load({str(tmp_path)!r}, "grounding")
+source = data.load({str(tmp_path)!r}, "grounding")
 for i in [*range(400), *sources.order(400, 0, 0)[:40]]:
     assert source[int(i)].id == f"r{{i % 100}}"
 print(peak() - before)

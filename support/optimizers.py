@@ -5,9 +5,8 @@ AdamW's two moments, 12 bytes a parameter, are sharded over the ranks.
 """
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-
-from model import Qwen2_5_VL
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -46,7 +45,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 self.state[parameter][name] = value.clone().to(parameter.device if value.dim() else value.device)
 
 
-def make_optimizers(cfg, model: Qwen2_5_VL) -> list:
+def make_optimizers(cfg, model: nn.Module) -> list:
     """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the same on all."""
     kind = MasterAdamW if cfg.precision == "bfloat16" else torch.optim.AdamW
     adamw = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
@@ -63,9 +62,10 @@ def make_optimizers(cfg, model: Qwen2_5_VL) -> list:
 
 
 def set_lr(cfg, optimizers: list, step: int) -> None:
-    """Constant, after cfg.warmup_steps of linear warm-up and before cfg.cooldown_steps of linear decay. step from 0."""
+    """Constant, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all
+    steps. step from 0."""
     up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
-    down = (cfg.steps - step) / cfg.cooldown_steps if cfg.cooldown_steps else 1.0
+    down = (cfg.steps - step) / (cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, up, down)

@@ -1,7 +1,7 @@
 """Whether two LaTeX answers have the same value, by math-verify, in a process of its own.
 
 Sympy can be sent into hours of work by a short text (9^{9^{9^{9}}}), in C code that no signal interrupts. So it runs in
-a child, which is killed when it takes too long. `python verify_math.py` is that child: a JSON pair a line in, true or
+a child, which is killed when it takes too long. `python support/verify_math.py` is that child: a JSON pair a line in, true or
 false a line out.
 
 Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which evaluates it as Python.

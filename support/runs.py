@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from model import Qwen2_5_VL
-from ranks import gather_json
-from rewards import TASKS
+from support.mistakes import Mistake
+from support.ranks import gather_json
 
 
 def versions() -> dict[str, str]:
@@ -36,19 +35,19 @@ def versions() -> dict[str, str]:
     return {"commit": commit or "unknown", "python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
-def open_run(cfg, rank: int, device, start: int) -> Path:
+def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Path:
     """Creates runs/NAME with config.json; with cfg.resume re-opens it and cuts metrics.jsonl after step `start`. The
     same path on all ranks. A run that exists is not overwritten."""
     run = Path(cfg.resume or Path("runs") / (cfg.name or time.strftime(f"{cfg.method}-%Y%m%d-%H%M%S")))
     run, exists = gather_json([str(run), run.exists()], device)[0]
     run = Path(run)
     if exists and not cfg.resume:
-        raise SystemExit(f"{run} exists and is not overwritten: choose another --name, or go on with --resume {run}")
+        raise Mistake(f"{run} exists and is not overwritten: choose another --name, or go on with --resume {run}")
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
                   "versions": versions(), "command": sys.argv,
-                  "prompts": {name: task.prompt for name, task in TASKS.items()}}
+                  "prompts": prompts}
         name = f"config.resumed_at_{start}.json" if cfg.resume else "config.json"
         (run / name).write_text(json.dumps(record, indent=2) + "\n")
         metrics = run / "metrics.jsonl"
@@ -67,7 +66,7 @@ def newest_checkpoint(run: Path) -> Path:
     return steps[-1][1]
 
 
-def save_checkpoint(run: Path, model: Qwen2_5_VL, optimizers: list, state: dict, rank: int) -> None:
+def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, rank: int) -> None:
     """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is complete."""
     folder = run / "checkpoints" / f"step_{state['step']}"
     for optimizer in optimizers:

@@ -27,8 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import scenes
-from rewards import TASKS, label_error
+from support import scenes
 
 HEAVY = ("image", "decoded_image", "mask")   # columns that are read only when their row is wanted
 MAX_PIXELS = 100_000_000    # of a picture, before it is decoded
@@ -187,8 +186,9 @@ def box_items(boxes: list) -> list[dict]:
     return [{"bbox_2d": list(b), "point_2d": [(b[0] + b[2]) / 2, (b[1] + b[3]) / 2]} for b in boxes]
 
 
-def light_example(row: dict, number: int, task: str) -> Example:
-    """The example of a row's light columns, still without its picture. ValueError: why the row cannot be used."""
+def light_example(row: dict, number: int, task: str, tasks: dict, label_error) -> Example:
+    """The example of a row's light columns, still without its picture. ValueError: why the row cannot be used. tasks,
+    label_error: as for `load`."""
     def column(*names: str, kinds: tuple = (str,)):
         """The first of these columns that is not null, and its type right; None if there is none."""
         name = next((n for n in names if row.get(n) is not None), None)
@@ -198,13 +198,13 @@ def light_example(row: dict, number: int, task: str) -> Example:
 
     task, question = column("task") or task, column("problem", "text", "question", "query")
     if not task:
-        raise ValueError(f"no column task: give it, or --task with one of {', '.join(TASKS)}")
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
+        raise ValueError(f"no column task: give it, or --task with one of {', '.join(tasks)}")
+    if task not in tasks:
+        raise ValueError(f"task {task!r} is not one of {', '.join(tasks)}")
     if not (question or "").strip():
         raise ValueError("no question: none of the columns problem, text, question, query holds one")
     answer, boxes = column("solution", "answer", "answers", "label", kinds=(str, list)), column("bbox", kinds=(list,))
-    if answer is None and boxes is not None and TASKS[task].boxes:
+    if answer is None and boxes is not None and tasks[task].boxes:
         answer = box_items(boxes)
     if choices := column("choices", kinds=(list,)):
         answer = {"answer": answer, "choices": choices}
@@ -231,7 +231,8 @@ def read_mask(value) -> np.ndarray | None:
 
 class Rows:
     """The rows of one or more files. `bad`: what was left out under skip_bad_rows, one line each."""
-    def __init__(self, files: list, task: str = "", skip_bad_rows: bool = False):
+    def __init__(self, files: list, tasks: dict, label_error, task: str = "", skip_bad_rows: bool = False):
+        self.tasks, self.label_error = tasks, label_error
         self.skip, self.bad = skip_bad_rows, []
         self.rows: list[tuple[object, int, Example, object]] = []   # file, number of the row, example, light image
         for file in files:
@@ -246,11 +247,10 @@ class Rows:
         if not self.rows:
             raise ValueError(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
 
-    @staticmethod
-    def check(file, number: int, row: dict | str, task: str) -> tuple[Example, Path | None]:
+    def check(self, file, number: int, row: dict | str, task: str) -> tuple[Example, Path | None]:
         if isinstance(row, str):
             raise ValueError(row)
-        example, image = light_example(row, number, task), None
+        example, image = light_example(row, number, task, self.tasks, self.label_error), None
         if isinstance(file, JsonlFile):
             if "image" not in row:
                 raise ValueError("the column image is missing; null means that there is none")
@@ -274,7 +274,7 @@ class Rows:
             heavy = file.heavy(number)
             if column := next((c for c in ("decoded_image", "image") if c in heavy), None):
                 image = image_of(heavy[column].as_py(), file.path)
-            return finish(example, image, heavy.get("mask"))
+            return finish(example, image, heavy.get("mask"), self.tasks[example.task].boxes)
         except ValueError as error:
             raise BadRow(f"{file.path}, row {number} (id {example.id}): {error}") from None
 
@@ -290,8 +290,8 @@ def image_of(value, path: Path) -> bytes | Path | None:
     return path.parent / value if isinstance(value, str) else value
 
 
-def finish(example: Example, image: bytes | Path | None, mask) -> Example:
-    """Adds picture and mask. A label of boxes that the light columns did not hold is the box around the mask."""
+def finish(example: Example, image: bytes | Path | None, mask, boxes: bool) -> Example:
+    """Adds picture and mask; boxes: whether the answer is boxes. A label of boxes that the light columns did not hold is the box around the mask."""
     picture = None if image is None else open_image(image)
     mask, answer = read_mask(mask), example.answer
     if mask is not None:
@@ -304,7 +304,7 @@ def finish(example: Example, image: bytes | Path | None, mask) -> Example:
             answer = json.dumps(box_items([int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())]))
     if not answer:
         raise ValueError("no answer: none of the columns solution, answer, answers, label, bbox, mask holds one")
-    if picture is not None and TASKS[example.task].boxes:
+    if picture is not None and boxes:
         for box in (item["bbox_2d"] for item in json.loads(answer)):
             if min(box) < 0 or max(box[::2]) > picture.width or max(box[1::2]) > picture.height:
                 raise ValueError(f"the box {box} leaves the picture of {picture.width}×{picture.height} pixels")
@@ -338,8 +338,9 @@ def choose(folder: Path, splits: list[str], split: str) -> str:
     raise ValueError(f"--data {folder}: the splits are {', '.join(splits)}; name one after a colon")
 
 
-def load(data: str, task: str = "", skip_bad_rows: bool = False) -> Scenes | Rows:
-    """The source that a --data string names. task: of rows that do not say theirs."""
+def load(data: str, tasks: dict, label_error, task: str = "", skip_bad_rows: bool = False) -> Scenes | Rows:
+    """The source that a --data string names. tasks: name → a record of which `boxes` says whether its answers are boxes;
+    label_error(task, answer): why it cannot be a label, or None; task: of rows that do not say theirs."""
     if data.startswith("scenes:"):
         return Scenes(data.removeprefix("scenes:"))
     path, split = Path(data), ""
@@ -348,10 +349,11 @@ def load(data: str, task: str = "", skip_bad_rows: bool = False) -> Scenes | Row
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             raise FileNotFoundError(f"--data {data}: there is no such file")
-        return Rows([JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path)], task, skip_bad_rows)
+        return Rows([JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path)], tasks,
+                    label_error, task, skip_bad_rows)
     if not path.is_dir():
         path = download(str(path))
-    return Rows(files_of(path, split), task, skip_bad_rows)
+    return Rows(files_of(path, split), tasks, label_error, task, skip_bad_rows)
 
 
 def download(name: str) -> Path:

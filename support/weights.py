@@ -11,6 +11,8 @@ from torch import nn
 COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
               "*processor_config.json", "generation_config.json", "chat_template*", "LICENSE*")
 
+VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
 
 def local_folder(name) -> Path:
     """A local folder as it is; anything else is taken for a hub id and downloaded (weights as safetensors only)."""
@@ -21,6 +23,55 @@ def local_folder(name) -> Path:
     from huggingface_hub import snapshot_download
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
     return Path(snapshot_download(str(name), allow_patterns=patterns))
+
+
+def read_config(path: Path) -> dict:
+    """The fields of a Qwen2.5-VL config.json that change the computation, those of the vision tower as vision_NAME.
+    ValueError: what is not supported. Reads both layouts in use: text fields at the top level (the hub's) or under text_config (transformers 5)."""
+    raw = json.loads(Path(path).read_text())
+    if raw.get("model_type") != "qwen2_5_vl":
+        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' only")
+    text = {**raw, **raw.get("text_config", {})}
+    vision = raw.get("vision_config", {})
+    if text.get("use_sliding_window"):
+        raise ValueError(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
+    for where, section in (("text", text), ("vision", vision)):
+        if section.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only 'silu' is supported")
+    if (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
+        if width % heads or text.get("head_dim") not in (None, width // heads):
+            raise ValueError(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
+                             f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+        raise ValueError(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
+
+    def field(source: dict, name: str, default=None):
+        value = source.get(name, default)
+        if value is None:
+            raise ValueError(f"{path}: the field {name!r} is missing")
+        return value
+
+    numbers = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+               "intermediate_size", "vocab_size")
+    defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
+                "fullatt_block_indexes": (7, 15, 23, 31), "num_heads": 16, "intermediate_size": 3420, "depth": 32}
+    visions = ("depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
+               "spatial_merge_size", "window_size", "fullatt_block_indexes")
+    vision_fields = {f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}
+    vision_fields["vision_fullatt_block_indexes"] = tuple(vision_fields["vision_fullatt_block_indexes"])
+    pixels = vision_fields["vision_patch_size"] * vision_fields["vision_spatial_merge_size"]   # of an image token
+    if vision_fields["vision_window_size"] < pixels:
+        raise ValueError(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
+                         f"an image token of {pixels}×{pixels}")
+    return {
+        **{name: field(text, name) for name in numbers},
+        "rms_norm_eps": field(text, "rms_norm_eps", 1e-5),    # where it is missing, as transformers
+        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1e6)),
+        "mrope_section": tuple(rope.get("mrope_section", (16, 24, 24))),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        **{name: field(raw, name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
+        **vision_fields}
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:

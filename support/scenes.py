@@ -25,8 +25,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from rewards import user_text
-
 SIZE = 112  # pixels, both sides
 COLOURS = {"red": (214, 48, 40), "green": (44, 160, 60), "blue": (40, 80, 220), "yellow": (232, 206, 40),
            "purple": (150, 60, 190)}
@@ -46,6 +44,7 @@ RAMP = np.linspace(-45, 45, SIZE).astype(np.int16)
 LIGHT = np.stack(np.broadcast_arrays(RAMP, np.int16(0), RAMP[:, None]), -1)  # red grows to the right, blue downwards
 EXTREMES = {"leftmost": (0, min), "rightmost": (2, max), "topmost": (1, min), "lowest": (3, max)}  # corner, which
 BUTTONS = ("OK", "SAVE", "EXIT", "STOP", "HELP")
+PROMPT = 'Please find "{question}" with bboxs and points.'    # of its grounding questions, short for speed
 THOUGHTS = ("I look for the {}.", "Where is the {}?", "The {} is to be found.")
 
 
@@ -149,7 +148,7 @@ def bare_count(things: list[Thing], query) -> dict:
     """A grounding question, answered by the number of things alone. It makes the first token of an answer depend on
     what is there. Where that token was always `<think`, the model did not look before it wrote, and ViSurf, which
     decides there between a thought and `<answer>[]`, learnt to go by colour alone (assets/README.md)."""
-    return {"task": "vqa", "question": user_text("scene_grounding", name(query)),
+    return {"task": "vqa", "question": PROMPT.format(question=name(query)),
             "answer": str(sum(t.fits(query) for t in things))}
 
 

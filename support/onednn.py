@@ -42,7 +42,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by oneDNN where that is faster."""
+    """nn.Linear, by oneDNN where that is faster. Layers become such by `use_onednn`."""
     packed: Tensor | None = None    # the weights in oneDNN's own order, within `packed_weights`
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,6 +51,14 @@ class Linear(nn.Linear):
         if x.numel() * len(self.weight) >= ONEDNN_FROM and has_onednn(self.weight):
             return OneDNNLinear.apply(x, self.weight, self.bias)
         return super().forward(x)
+
+
+def use_onednn(model: nn.Module) -> nn.Module:
+    """Every nn.Linear of a loaded model becomes a Linear: the class changes, names and weights stay."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear
+    return model
 
 
 @contextlib.contextmanager

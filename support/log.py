@@ -1,0 +1,49 @@
+"""What a run says of itself: quantities joined over ranks, the line of a step, peak memory."""
+import resource
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from support.ranks import gather_json
+
+
+class Meter(defaultdict):
+    """Named quantities, joined over micro-batches and ranks: name → [sum, number of values]; a total has number 0."""
+    def __init__(self):
+        super().__init__(lambda: [0.0, 0])
+
+    def add(self, name: str, values) -> None:
+        """A mean: every element of `values` (tensor or list) counts once. No element, no entry."""
+        values = values.double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
+        if values:
+            self[name][0] += sum(values)
+            self[name][1] += len(values)
+
+    def total(self, name: str, value: float) -> None:
+        self[name][0] += value
+
+    def read(self, device) -> dict[str, float]:
+        joined = Meter()
+        for part in gather_json(self, device):
+            for name, (total, count) in part.items():
+                joined[name][0] += total
+                joined[name][1] += count
+        return {name: total / count if count else total for name, (total, count) in joined.items()}
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """CUDA: allocated; CPU: resident. 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
+
+
+def progress_line(m: dict) -> str:
+    """A line of metrics.jsonl in at most 120 columns."""
+    shown = (("lr", "lr", ".1e"), ("loss", "loss", ".2f"), ("r_rollouts", "r(o)", ".2f"),
+             ("rollouts/accuracy", "accuracy", ".2f"), ("rollouts/thinking", "thinks", ".2f"),
+             ("advantage_y", "Â_y", "+.2f"), ("smoothed", "smoothed", ".2f"), ("tied", "tied", ".2f"),
+             ("logp_y", "log π(y)", ".0f"), ("entropy", "entropy", ".2f"), ("response_length", "length", ".0f"))
+    parts = (f"{label} {m[name]:{form}}" for name, label, form in shown if name in m)
+    return f"{m['step']:>4}  " + "  ".join(parts)

@@ -1,0 +1,28 @@
+"""What a person can mend is said in one sentence, as the last thing that a program prints, without a traceback."""
+import json
+import os
+import sys
+import time
+
+
+class Mistake(ValueError):
+    """Something that the person who started the program can mend: its text says what is wrong and what to do."""
+
+
+def plainly(main) -> None:
+    """Runs main; a Mistake ends the program with its sentence and exit status 1, everything else as always.
+
+    Under torchrun the sentence goes to torchrun's error file as well, which torchrun shows in its last lines, after
+    all that it has to say itself. Of several ranks with the same mistake one speaks: torchrun ends the others as soon
+    as rank 0 has left."""
+    try:
+        main()
+    except Mistake as mistake:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)
+        sys.stdout.flush()
+        print(f"\n{mistake}", file=sys.stderr, flush=True)
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            with open(path, "w") as file:
+                json.dump({"message": {"message": str(mistake), "extraInfo": {"timestamp": int(time.time())}}}, file)
+        os._exit(1)      # not sys.exit: the threads of a process group would be waited for

@@ -1,0 +1,43 @@
+"""What design and README promise of the layout, read off the files."""
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SEVEN = ("train", "eval", "rollout", "data", "model", "objective", "rewards")   # the card's, in the order of the arrows
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this repository that a file imports, anywhere in it: "data", "support.ranks", …"""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {n for n in names if n in SEVEN or (ROOT / (n.replace(".", "/") + ".py")).exists() and "support." in n}
+
+
+def test_the_top_level_holds_the_seven_scripts_and_none_is_long():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(SEVEN)
+    for name in SEVEN:
+        lines = [line for line in (ROOT / f"{name}.py").read_text().splitlines() if line.strip()]
+        assert len(lines) <= 450, f"{name}.py has {len(lines)} lines that are not blank"
+
+
+def test_support_imports_none_of_the_seven():
+    for path in (ROOT / "support").glob("*.py"):
+        assert not imported(path) & set(SEVEN), path.name
+
+
+def test_imports_run_down_only():
+    for above, name in enumerate(SEVEN):
+        assert not imported(ROOT / f"{name}.py") & set(SEVEN[:above + 1]), name
+    below = {f"support.{path.stem}": imported(path) for path in (ROOT / "support").glob("*.py")}
+    while free := [name for name, needs in below.items() if not needs & below.keys()]:
+        for name in free:
+            del below[name]
+    assert not below, f"these import each other: {below}"
+
+
+def test_the_model_knows_nothing_of_faster_products():
+    assert "onednn" not in (ROOT / "model.py").read_text().lower()
