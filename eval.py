@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import Processor, Prompt, convert_boxes, load
 from metrics import Record, box_mask, intersection_union, point_hit, summarise
 from model import Qwen2_5_VL
-from rewards import TASKS, has_thinking_format, parse_boxes, parse_points
+from rewards import TASKS, guarded, has_thinking_format, parse_boxes, parse_points
 from rollout import generate
 from support.masks import Segmenter
 from support.mistakes import Mistake, plainly
@@ -80,7 +80,8 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
         record.truth = json.loads(prompt.answer)
         record.score = float(point_hit(parse_points(response), record.truth))
     else:
-        record.score = task.metric(response, prompt.answer)
+        score, record.error = guarded(task.metric, example.task, response, prompt.answer)
+        record.score = score or 0.0
     return record
 
 

@@ -9,12 +9,15 @@ Departure 1: with truth `[]` the released code gives a correct `[]` 2 points and
     prediction of an empty truth earns full format and accuracy, and exactly one of the two being empty has accuracy 0.
 Departure 2: the released limits of 10 and 30 px belong to 840×840 pictures. In the built-in world's, of 112×112, they
     would pass nearly any box on the right thing; there they are 1.33 and 4 px, the same share of a side.
+Departure 3: the released code splits sentences at every '.', and so takes the decimals of "10.5, 20.5, 30.5" for
+    sentences that repeat each other. Here a '.' between two digits ends no sentence.
 """
 import functools
 import itertools
 import json
 import math
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +25,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from support import scenes
+from support.mistakes import Mistake
 from support.verify_math import same_value
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
@@ -123,8 +127,8 @@ def parse_points(response: str) -> list[list[float]]:
 # Grounding
 
 def answer_format(response: str, truth: list[dict]) -> float:
-    """Mean over the items of 1[bbox_2d is a list of 4] + 1[point_2d is a list of 2]. `[]` has no items: 0, as released,
-    but 2 where the truth is empty too (departure 1)."""
+    """Mean over the items of 1[bbox_2d is a list of 4] + 1[point_2d is a list of 2]; an item that is no object counts
+    and has neither. `[]` has no items: 0, as released, but 2 where the truth is empty too (departure 1)."""
     text = answer_text(response)
     items, error = parse_json(text) if text is not None else ([], "no_answer")
     if not items:
@@ -136,8 +140,8 @@ def answer_format(response: str, truth: list[dict]) -> float:
 
 
 def non_repeat(response: str) -> float:
-    """0 if at least two sentences (split at '.') repeat earlier ones, else 1."""
-    sentences = [s.strip() for s in response.split(".") if s.strip()]
+    """0 if at least two sentences (split at '.', but not within a number: departure 3) repeat earlier ones, else 1."""
+    sentences = [s.strip() for s in re.split(r"(?<![0-9])\.|\.(?![0-9])", response) if s.strip()]
     return 0.0 if len(sentences) - len(set(sentences)) >= 2 else 1.0
 
 
@@ -194,8 +198,9 @@ def render_grounding(truth: str, style: str) -> str:
 # Short answers
 
 def boxed(response: str) -> str | None:
-    r"""The text in the first \boxed{…}, braces balanced, or None."""
-    start = response.find("\\boxed{")
+    r"""The text in the last \boxed{…}, braces balanced, or None: as in the authors' evaluation, what was boxed while
+    thinking is no answer. A last one that is cut off, or whose braces do not match, is none either."""
+    start = response.rfind("\\boxed{")
     depth = 0
     for at in range(start + 6, len(response)) if start >= 0 else ():
         depth += (response[at] == "{") - (response[at] == "}")
@@ -211,12 +216,34 @@ def final_text(response: str) -> str:
     return text if text is not None else response.rpartition("</think>")[2].strip()
 
 
+def plain_value(text: str) -> str:
+    r"""A math answer without what says nothing of its value: blanks, a final full stop, a leading \approx, a degree sign
+    at the end, \text{…} around it.
+
+    >>> plain_value("41.2."), plain_value("8.4°"), plain_value(r"\approx 4.81"), plain_value(r"\text{ Yes }")
+    ('41.2', '8.4', '4.81', 'Yes')
+    """
+    text = re.sub(r"^(\\approx|≈)", "", text.strip()).strip()
+    text = re.sub(r"(°|\^\{?\\circ\}?)$", "", text.removesuffix(".").strip()).strip()
+    words = re.fullmatch(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", text)
+    return words[1].strip() if words else text
+
+
 def math_equal(answer: str, truth: str, choices: list[str] = ()) -> bool:
-    """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text: B
-    and (B) for choices[1]."""
-    if len(letter := answer.strip("() .")) == 1 and 0 <= (at := ord(letter.upper()) - ord("A")) < len(choices):
-        answer = choices[at]
-    return answer.strip() == truth.strip() or (answer not in choices and same_value(answer, truth))
+    """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text: B,
+    (B), B., B: and "B. 4 cm" for choices[1]. Words are compared as words, up to case: as LaTeX each is a product of its
+    letters, which commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here)."""
+    if answer.strip() not in choices and (letter := re.match(r"\(?([A-Za-z])\s*(?:[).:]|$)", answer.strip())):
+        if (at := ord(letter[1].upper()) - ord("A")) < len(choices):
+            answer = choices[at]
+    if answer.strip() == truth.strip():
+        return True
+    if answer.strip() in choices:
+        return False
+    a, b = plain_value(answer), plain_value(truth)
+    if any(re.fullmatch(r"[A-Za-z][A-Za-z' -]*[A-Za-z]", text) for text in (a, b)):
+        return a.casefold() == b.casefold()
+    return a == b or same_value(a, b)
 
 
 def read_choices(answer: str) -> tuple[str, list[str]]:
@@ -271,7 +298,8 @@ def edit_distance(a: str, b: str) -> int:
 
 def anls(answer: str, truths: list[str]) -> float:
     """DocVQA's average normalised Levenshtein similarity of one question: best over the accepted answers of
-    1 − distance / longer length, 0 where that is not above 0.5. Case and runs of blanks do not count."""
+    1 − distance / longer length, 0 where that is not above 0.5: at exactly 0.5 the formula (arXiv 1907.00490) gives 0 as
+    well, while lmms-eval gives 0.5. Case and runs of blanks do not count."""
     def similarity(truth: str) -> float:
         a, b = (" ".join(text.lower().split())[:1000] for text in (answer, truth))
         s = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
@@ -299,7 +327,7 @@ class Task:
     metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: the box metrics of metrics.py
     boxes: bool = False                           # answers are JSON boxes, converted when the image is resized
     frame: tuple[int, int] | None = None          # (width, height) that every image is resized to, aspect ignored
-    strip: str = ""                               # marks cut off the question, which is then lower-cased
+    strip: str | None = None                      # marks cut off the question, which is lower-cased first; None: as it is
 
 
 GROUNDING_PROMPT = (  # the authors' evaluation prompt, to the letter
@@ -340,7 +368,7 @@ def math_metric(response: str, answer: str) -> float:
 TASKS = {
     "grounding": Task(GROUNDING_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), '."?!'),
     "grounding_train": Task(GROUNDING_TRAIN_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), "."),
-    "math": Task(MATH_PROMPT, render_boxed, math_reward, math_metric),
+    "math": Task(MATH_PROMPT, render_boxed, math_reward, math_metric, strip='"!'),
     "chartqa": Task(SHORT_PROMPT, render_short, chart_reward, accuracy_of(chart_reward)),
     "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward)),
     "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward)),
@@ -353,9 +381,34 @@ TASKS = {
 
 def user_text(task: str, question: str) -> str:
     """The user's turn."""
-    if marks := TASKS[task].strip:
-        question = question.lower().strip(marks)
+    if TASKS[task].strip is not None:
+        question = question.lower().strip(TASKS[task].strip)
     return TASKS[task].prompt.format(question=question)
+
+
+reported: set[tuple[str, str]] = set()   # failures of rewards whose traceback has been printed
+
+
+def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
+    """(function(response, answer), None), or (None, "reward_failed_TYPE") if it raises: one odd text must not end a run
+    of days. The first traceback of a kind is printed."""
+    try:
+        return function(response, answer), None
+    except Mistake:      # of the installation, not of the text
+        raise
+    except Exception as error:
+        name = f"reward_failed_{type(error).__name__}"
+        if (task, name) not in reported:
+            reported.add((task, name))
+            print(f"the reward of task {task!r} failed on {response[:200]!a}; it counts as 0 points")
+            traceback.print_exc()
+        return None, name
+
+
+def score(task: str, response: str, answer: str) -> Reward:
+    """The task's reward of a response; no terms, 0 points, and a named error if it cannot be computed."""
+    reward, failure = guarded(TASKS[task].reward, task, response, answer)
+    return reward or Reward({}, failure)
 
 
 def label_error(task: str, answer: str) -> str | None:

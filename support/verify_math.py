@@ -1,55 +1,128 @@
 """Whether two LaTeX answers have the same value, by math-verify, in a process of its own.
 
-Sympy can be sent into hours of work by a short text (9^{9^{9^{9}}}), in C code that no signal interrupts. So it runs in
-a child, which is killed when it takes too long. `python support/verify_math.py` is that child: a JSON pair a line in, true or
-false a line out.
+Sympy can be sent into hours of work, or out of memory, by a short text (9^{9^{9^{9}}}), in C code that no Python signal
+handler interrupts. So it runs in a child (`python support/verify_math.py`: a JSON pair a line in, true or false a line
+out). The child imports math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of
+processor time or BYTES of memory; the next worker is forked within milliseconds.
 
 Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which evaluates it as Python.
 """
+import functools
 import json
 import logging
+import os
+import re
+import resource
 import select
+import signal
 import subprocess
 import sys
 
-SECONDS, CHARACTERS = 3, 200   # at most, of work and of either text
+from support.mistakes import Mistake
+
+SECONDS, BYTES = 0.5, 2 ** 31       # of one question, at most
+CHARACTERS, DEPTH = 200, 12         # of either text, at most; DEPTH of brackets
+PATIENCE = 60                       # seconds of waiting for an answer: a busy machine may take long over SECONDS
 child: subprocess.Popen | None = None
 
 
-def answer_line(seconds: float) -> str | None:
-    """The child's next line; None, and no child any more, if it takes longer or has died."""
+def too_complex(text: str) -> bool:
+    """Longer than CHARACTERS, or brackets nested deeper than DEPTH: sympy's reader takes seconds over sixty of them."""
+    depth = deepest = 0
+    for mark in re.findall(r"[][(){}]", text):
+        depth += 1 if mark in "[({" else -1
+        deepest = max(deepest, depth)
+    return len(text) > CHARACTERS or deepest > DEPTH
+
+
+def child_says(line: str) -> str:
+    """Asks the child; "" if it has died or does not answer, and then there is no child any more."""
     global child
-    line = child.stdout.readline() if select.select([child.stdout], [], [], seconds)[0] else ""
-    if line:
-        return line
-    child.kill()
-    child.communicate()
-    child = None
-    return None
+    answer = ""
+    try:
+        child.stdin.write(line)
+        child.stdin.flush()
+        if select.select([child.stdout], [], [], PATIENCE)[0]:
+            answer = child.stdout.readline()
+    except BrokenPipeError:         # it died while it was idle
+        pass
+    if not answer:
+        child.kill()
+        child.wait()
+        child = None
+    return answer
 
 
+@functools.lru_cache(maxsize=4096)  # rollouts repeat each other
 def same_value(answer: str, truth: str) -> bool:
-    """Texts that are too long, cannot be read, or take too long have no value, and so not the same one."""
+    """Texts that are too complex, cannot be read, or take too long have no value, and so not the same one. Mistake: the
+    child does not start."""
     global child
-    if max(len(answer), len(truth)) > CHARACTERS:
+    if too_complex(answer) or too_complex(truth):
         return False
-    if child is None:
-        child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if answer_line(120) != "ready\n":
-            raise RuntimeError("math-verify does not start; is it installed? pip install -r requirements.txt")
-    child.stdin.write(json.dumps([truth, answer]) + "\n")
-    child.stdin.flush()
-    return answer_line(SECONDS) == "true\n"
+    for _ in range(2):              # a child that was found dead is started once more
+        if child is None:
+            root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            child = subprocess.Popen([sys.executable, "-m", "support.verify_math"], cwd=root, text=True,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            if not child_says("\n"):
+                raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")
+        if said := child_says(json.dumps([truth, answer]) + "\n"):
+            return said == "true\n"
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The child
+
+def fork_worker(compare):
+    """A worker that answers lines of JSON pairs. Returns its process id and the files to ask and to hear."""
+    their_questions, questions = os.pipe()
+    answers, their_answers = os.pipe()
+    if worker := os.fork():
+        os.close(their_questions)
+        os.close(their_answers)
+        return worker, os.fdopen(questions, "w"), os.fdopen(answers)
+    os.close(questions)
+    os.close(answers)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                    # what sympy complains of is no one's business
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        for line in os.fdopen(their_questions):
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)           # its signal, unhandled, ends the process
+            same = compare(*json.loads(line))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            os.write(their_answers, b"true\n" if same else b"false\n")
+    finally:
+        os._exit(0)
 
 
 def main() -> None:
     from math_verify import LatexExtractionConfig, parse, verify
     logging.disable()      # it warns that its own time limit, a signal, is off
-    print("ready", flush=True)
+
+    def compare(truth: str, answer: str) -> bool:
+        read = [parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
+                for text in (truth, answer)]
+        return bool(all(read) and verify(*read, timeout_seconds=None))
+    compare("\\frac{1}{2}", "0.5")      # what is imported and built late is so before the fork
+    worker = None
     for line in sys.stdin:
-        truth, answer = (parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
-                         for text in json.loads(line))
-        print(json.dumps(bool(truth and answer and verify(truth, answer, timeout_seconds=None))), flush=True)
+        said = ""
+        if line == "\n":
+            said = "ready\n"
+        else:
+            worker = worker or fork_worker(compare)
+            worker[1].write(line)
+            worker[1].flush()
+            said = worker[2].readline()
+            if not said:                # the kernel ended it
+                for file in worker[1:]:
+                    file.close()
+                os.waitpid(worker[0], 0)
+                worker = None
+        print(said or "false\n", end="", flush=True)
 
 
 if __name__ == "__main__":

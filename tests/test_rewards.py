@@ -6,6 +6,7 @@ import math
 import random
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 import rewards
 from support import verify_math
-from rewards import (TASKS, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
+from rewards import (TASKS, Reward, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
                      grounding_reward, has_thinking_format, iou_matrix, label_error, label_reward, label_text,
                      math_equal, math_reward, non_repeat, parse_boxes, parse_points, relaxed_match, smooth, user_text,
                      vqa_reward)
@@ -111,6 +112,23 @@ def test_non_repeat():
     assert non_repeat("A cat. A dog. A cat . A dog") == 0       # two are not, blanks aside
     assert non_repeat("A cat. A cat. A cat.") == 0
     assert non_repeat("...... . .") == 1                        # empty sentences do not count
+    assert non_repeat("1.5 1.5 1.5 1.5") == 1                   # a point within a number ends no sentence …
+    assert non_repeat("It is 5. It is 5. It is 5.") == 0        # … one behind a number does
+
+
+def test_a_label_with_decimals_is_paid_in_full():
+    """Split at every '.', "5, 20", "5, 30" and so on would repeat each other: r(y) = 5."""
+    stored = json.dumps([{"bbox_2d": [10.5, 20.5, 30.5, 40.5], "point_2d": [20.5, 30.5]}] * 2)
+    assert label_reward("grounding", label_text("grounding", stored, "spaced"), stored).total == 6
+
+
+@pytest.mark.parametrize("other, share", [("5", 1), ("null", 1), ('"bbox_2d"', 1), ("[1, 2, 3, 4]", 1), ("{}", 1)])
+def test_an_item_that_is_no_object_earns_no_format(other, share):
+    good = json.dumps(CAT)
+    for text in (f"[{good}, {other}]", f"[{other}, {good}]"):
+        for truth in ([CAT], []):
+            reward = grounding_reward(f"<answer>{text}</answer>", json.dumps(truth))
+            assert (reward.terms["answer_format"], reward.terms["accuracy"]) == (share, 0) and reward.error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +211,9 @@ def test_at_most_120_objects():
 # ---------------------------------------------------------------------------------------------------------------------
 # The same reward, written a second time: slow, with the regular expressions of section 5
 
+DIGITS = "0123456789"
+
+
 def slow_list(item, key, count):
     return type(item) is dict and type(item.get(key)) is list and len(item[key]) == count
 
@@ -238,7 +259,10 @@ def slow_terms(response, truth):
     items, boxes = slow_boxes(response)
     counts = [slow_list(i, "bbox_2d", 4) + slow_list(i, "point_2d", 2) for i in items or []]
     seen, repeats = set(), 0
-    for sentence in filter(None, map(str.strip, response.split("."))):
+    marked = "".join("." if c == "." and (i == 0 or response[i - 1] not in DIGITS or response[i + 1:i + 2] not in DIGITS
+                                          or i + 1 == len(response)) else "," if c == "." else c
+                     for i, c in enumerate(response))      # a point within a number, to which "," is as good as any
+    for sentence in filter(None, map(str.strip, marked.split("."))):
         repeats += sentence in seen
         seen.add(sentence)
     return {
@@ -455,7 +479,7 @@ def test_the_bound_on_depth_cannot_be_hidden(depth):
 
 @pytest.mark.parametrize("response, expected", [
     (r"\boxed{2}", "2"), (r"so \boxed{ 2 }.", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{}", ""),
-    (r"\boxed{a{b{c}d}e} }", "a{b{c}d}e"), (r"\boxed{1} \boxed{2}", "1"), ("\\boxed{1\n2}", "1\n2"),
+    (r"\boxed{a{b{c}d}e} }", "a{b{c}d}e"), (r"\boxed{1} \boxed{2}", "2"), (r"\boxed{1} \boxed{2", None), ("\\boxed{1\n2}", "1\n2"),
     (r"\boxed{1", None), (r"\boxed{{1}", None), (r"\boxed", None), (r"\boxed 2", None), ("boxed{2}", None), ("2", None),
     ("", None)])
 def test_boxed(response, expected):
@@ -526,19 +550,80 @@ def slow_distance(a, b):
     ("B", "4 cm", ["3 cm", "4 cm"], True), ("(b)", "4 cm", ["3 cm", "4 cm"], True),
     ("A", "4 cm", ["3 cm", "4 cm"], False),
     ("C", "4 cm", ["3 cm", "4 cm"], False), ("4 cm", "4 cm", ["3 cm", "4 cm"], True), ("A", "A", [], True),
-    ("__import__('os').getpid()", "2", [], False), ("{", "2", [], False), ("2" * 201, "2", [], False)])
+    ("__import__('os').getpid()", "2", [], False), ("{", "2", [], False), ("2" * 201, "2", [], False),
+    ("41.2.", "41.2", [], True), ("8.4°", "8.4", [], True), (r"8.4^\circ", "8.4°", [], True),
+    (r"8.4^{\circ}", "8.4", [], True), (r"\approx 4.81", "4.81", [], True), ("≈ 4.81.", "4.81", [], True),
+    ("41.2", "41.3", [], False), ("yes", "Yes", [], True), (r"\text{Yes}", "yes.", [], True), ("seY", "Yes", [], False),
+    ("ba", "ab", [], False), ("b+a", "a+b", [], True), ("not red", "red not", [], False),
+    *[(said, "3", ["1", "2", "3"], True) for said in ("C. 3", "C) 3", "C:", "(C) 3", "c", "C.", " (c) ")],
+    *[(said, "3", ["1", "2", "3"], False) for said in ("Cat", "D", "B. 3", "ß", "ﬀ", "C3", "")],
+    ("A. M.", "A. M.", ["P. M.", "A. M."], True)])   # a choice's own text is no letter
 def test_math_equal(answer, truth, choices, expected):
     assert math_equal(answer, truth, choices) is expected
 
 
-def test_math_is_bounded_in_time(monkeypatch):
-    """A tower of powers would keep sympy busy for ever; the next question is answered again."""
-    monkeypatch.setattr(verify_math, "SECONDS", 1)
-    began = time.time()
-    assert not math_equal("9^{9^{9^{9}}}", "2")
-    assert time.time() - began < 60              # with starting the child on a busy machine
-    monkeypatch.setattr(verify_math, "SECONDS", 60)
+def test_math_is_bounded_in_time():
+    """Each of these keeps sympy busy for seconds or for ever, or fills the memory. The kernel ends the worker; the next
+    question is answered by a new one, of the same child."""
     assert math_equal("1/2", "0.5")
+    child, began = verify_math.child, time.process_time()
+    for bomb in ("9^{9^{9^{9}}}", "((((9!)!)!)!)!", r"\prod_{n=1}^{999999} n", "(x+y+z+a+b+c)^{99}", "2^{99999999999}"):
+        assert not math_equal(bomb, "2")
+    assert math_equal("3/6", "0.5") and verify_math.child is child
+    for text in ("(" * 60 + "1" + ")" * 60, "{" * 13 + "1" + "}" * 13, "1+" * 100 + "1"):
+        assert verify_math.too_complex(text) and not math_equal(text, "1")
+    assert not verify_math.too_complex(r"\frac{(1+[2])}{\sqrt{3}}")
+    assert time.process_time() - began < 5       # of ours: the child's is its own
+
+
+def test_repeated_answers_come_from_memory(monkeypatch):
+    verify_math.same_value("1/4", "0.25")
+    monkeypatch.setattr(verify_math, "child_says", None)          # asking again would fail
+    assert verify_math.same_value("1/4", "0.25")
+
+
+def test_a_verifier_that_died_while_idle_is_started_again():
+    assert verify_math.same_value("1/8", "0.125")
+    verify_math.child.kill()
+    verify_math.child.wait()
+    assert verify_math.same_value("1/16", "0.0625")
+
+
+def test_rewards_are_total_over_all_characters(monkeypatch):
+    """Upper-casing ß makes two characters of one; 102 characters are of that kind. Every character there is, alone in
+    the box, where it could be taken for a letter; and many anywhere in the answers of all tasks."""
+    monkeypatch.setattr(rewards, "same_value", lambda *_: False)
+    choices = ["1", "2", "3"]
+    taken = [chr(c) for c in range(0x110000) if math_equal(chr(c), "3", choices)]
+    assert taken == ["3", "C", "c"]
+    rng = random.Random(0)
+    labels = {task: "[]" if TASKS[task].boxes else "2" for task in TASKS}
+    labels["math"] = json.dumps({"answer": "3", "choices": choices})
+    for _ in range(3000):
+        odd = "".join(chr(rng.choice((rng.randrange(0x110000), rng.randrange(0x3000), rng.randrange(0xd800, 0xe000))))
+                      for _ in range(rng.randint(1, 3)))
+        for task, label in labels.items():
+            for response in (odd, f"<think>{odd}</think><answer>{odd}</answer>", f"\\boxed{{{odd}}}"):
+                reward = rewards.score(task, response, label)
+                assert reward.terms and 0 <= reward.total <= 7, (task, response)
+
+
+def test_a_reward_that_fails_is_a_named_error_of_0_points(monkeypatch, capsys):
+    def fails(response, answer):
+        return Reward({"accuracy": 1 / len(response)})
+    monkeypatch.setitem(TASKS, "vqa", replace(TASKS["vqa"], reward=fails))
+    for _ in range(2):
+        reward = rewards.score("vqa", "", "Paris")
+        assert (reward.total, reward.error) == (0, "reward_failed_ZeroDivisionError")
+    printed = capsys.readouterr()
+    assert printed.out.count("'vqa' failed on ''") == 1 == printed.err.count("Traceback")     # once, not every time
+    assert rewards.score("vqa", "ab", "Paris").total == 0.5
+
+    def interrupted(response, answer):
+        raise KeyboardInterrupt
+    monkeypatch.setitem(TASKS, "vqa", replace(TASKS["vqa"], reward=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        rewards.score("vqa", "", "Paris")
 
 
 def test_math_with_choices():
@@ -642,7 +727,7 @@ def test_questions_are_lower_cased_and_stripped(question, plain):
     assert user_text("grounding", question) == EXPECTED_PROMPT.replace("{Question}", plain)
     assert user_text("scene_grounding", question) == f'Please find "{plain}" with bboxs and points.'
     assert user_text("scene_math", question) == user_text("vqa", question) == question
-    assert user_text("math", question) == question + (
+    assert user_text("math", question) == question.lower().strip('"!') + (      # as evaluation_math.py does
         r" First think about the question and then provide the answer. The answer is in latex format and wrapped using "
         r"the \boxed{} command. The thinking process and answer are enclosed within <think> </think> and \boxed{} "
         r"tags, respectively. i.e., <think> thinking process here. </think>\boxed{2}")
