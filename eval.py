@@ -5,21 +5,26 @@
         --masks facebook/sam2-hiera-large
 
 MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as
-it goes; the same command again goes on where it was interrupted. The metrics themselves are in metrics.py.
+it goes; the same command again goes on where it was interrupted. The metrics are those of docs/paper.md, section 6.
+Boxes are lists of {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, corners inclusive pixels; masks are bool [height,
+width].
 """
 import argparse
 import itertools
 import json
+import statistics
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import Processor, Prompt, convert_boxes, load
-from metrics import Record, box_mask, intersection_union, point_hit, summarise
 from model import Qwen2_5_VL
-from rewards import TASKS, guarded, has_thinking_format, parse_boxes, parse_points
+from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes, parse_json,
+                     parse_points)
 from rollout import generate
 from support.masks import Segmenter
 from support.mistakes import Mistake, plainly
@@ -31,18 +36,181 @@ from support.sources import BadRow
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
 # the mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
-SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "T-acc", "bbox accuracy", "targets IoU>0.5", "answers")
+SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc", "bbox accuracy", "targets IoU>0.5",
+         "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "length", "examples")
+BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
 BENCHMARKS = {
-    "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc strict", "N-acc official", "T-acc", "bbox accuracy")),
-    "reasonseg": ("grounding", ("gIoU", "cIoU", "bbox accuracy")),
-    "isic": ("grounding", ("gIoU", "cIoU", "bbox accuracy")),
+    "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc strict", "unreadable", "T-acc",
+                               *BOX_ACCURACIES)),
+    "reasonseg": ("grounding", ("gIoU", "cIoU", *BOX_ACCURACIES)),
+    "isic": ("grounding", ("gIoU", "cIoU", *BOX_ACCURACIES)),
     "realiad": ("grounding", ("anomaly accuracy", "ROC-AUC official", "ROC-AUC by area")),
-    "omniact": ("grounding", ("GUI accuracy", "bbox accuracy")),
+    "omniact": ("grounding", ("GUI accuracy official", "GUI accuracy", *BOX_ACCURACIES)),
     "mathvista": ("math", ("math accuracy = answers",)),
     "chartqa": ("chartqa", ("relaxed accuracy = answers",)),
     "docvqa": ("docvqa", ("ANLS = answers",)),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics, as pure functions of predictions and truths
+
+RECORD_FORMAT = 2     # of records.jsonl; an evaluation that an earlier one left is not gone on with
+
+
+@dataclass
+class Record:
+    """One evaluated example. Boxes are in the frame the model saw, masks in the picture as it was given."""
+    id: str
+    task: str
+    question: str
+    response: str
+    length: int                        # tokens
+    thinks: bool
+    error: str | None                  # why the answer could not be read
+    predicted: list[dict]
+    truth: list[dict]
+    size: tuple[int, int]              # (width, height) of the frame the model saw
+    original_size: tuple[int, int]     # and of the picture
+    official_boxes: list = field(default_factory=list)    # what the authors' scripts read in the answer, in the
+    official_points: list = field(default_factory=list)   # pixels of the picture (`official_reading`)
+    true_box: list | None = None       # around the truth, in the pixels of the picture; None: there is nothing
+    intersection: int = 0              # pixels of the masks
+    union: int = 0
+    area: int = 0                      # of the predicted mask
+    score: float = 0.0                 # 0 … 1: of boxes whether a point hits, else the task's own metric
+
+
+def official_reading(response: str, scale: tuple[float, float]) -> tuple[list, list]:
+    """The boxes [x1, y1, x2, y2] and points [x, y] that the authors' scripts read (visurf_model.py), times scale =
+    (original / seen) of width and height. Boxes are read first: if one item has none, there are neither boxes nor points.
+    Then the points: if one item has none, the boxes stay, but there are no points."""
+    text = answer_text(response)
+    items = parse_json(text, list_only=False)[0] if text is not None else []
+
+    def read(key: str, count: int) -> list:
+        return [[int(item[key][i] * scale[i % 2] + 0.5) for i in range(count)] for item in items]
+    boxes, points = [], []
+    try:
+        boxes = read("bbox_2d", 4)
+        points = read("point_2d", 2)
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        pass
+    return boxes, points
+
+
+def box_mask(items: list[dict], size: tuple[int, int]) -> np.ndarray:
+    """The union of the filled boxes, bool [height, width], cut at the picture's border."""
+    mask = np.zeros((size[1], size[0]), bool)
+    for x1, y1, x2, y2 in (item["bbox_2d"] for item in items):
+        x1, y1 = max(0, round(x1)), max(0, round(y1))
+        mask[y1:max(y1, round(y2) + 1), x1:max(x1, round(x2) + 1)] = True
+    return mask
+
+
+def intersection_union(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+    """Pixels in both masks, pixels in either."""
+    return int((a & b).sum()), int((a | b).sum())
+
+
+def mask_iou(record: Record) -> float:
+    """I/U; 1 if the truth is empty and no box was read; 0 if U = 0 otherwise."""
+    if not record.truth and not record.official_boxes:
+        return 1.0
+    return record.intersection / record.union if record.union else 0.0
+
+
+def hull(items: list[dict]) -> list[float]:
+    """The box around all boxes."""
+    boxes = np.array([item["bbox_2d"] for item in items], float)
+    return [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
+
+
+def box_hit(predicted: list[dict], truth: list[dict]) -> bool:
+    """Whether any predicted box, or the union of all, has IoU > 0.5 with the truth box (the box around all true boxes).
+    Empty truth: whether nothing was predicted."""
+    if not truth or not predicted:
+        return not truth and not predicted
+    candidates = np.array([item["bbox_2d"] for item in predicted] + [hull(predicted)], float)
+    return bool((iou_matrix(candidates, np.array([hull(truth)])) > 0.5).any())
+
+
+def official_box_hit(boxes: list, true_box: list | None) -> bool:
+    """box_hit as the authors compute it: in the picture's own pixels, and a box is x2 − x1 wide."""
+    if not boxes or true_box is None:
+        return not boxes and true_box is None
+    corners = np.array(boxes, float)
+    a, b = np.vstack((corners, [*corners[:, :2].min(0), *corners[:, 2:].max(0)])), np.array(true_box, float)
+    overlap = np.clip(np.minimum(a[:, 2:], b[2:]) - np.maximum(a[:, :2], b[:2]), 0, None).prod(1)
+    union = (a[:, 2:] - a[:, :2]).prod(1) + (b[2:] - b[:2]).prod() - overlap
+    return bool((np.divide(overlap, union, out=np.zeros_like(overlap), where=union != 0) > 0.5).any())
+
+
+def targets_found(predicted: list[dict], truth: list[dict]) -> int:
+    """How many true boxes have a predicted box with IoU > 0.5."""
+    if not predicted or not truth:
+        return 0
+    boxes, true_boxes = (np.array([item["bbox_2d"] for item in items], float) for items in (predicted, truth))
+    return int((iou_matrix(boxes, true_boxes) > 0.5).any(0).sum())
+
+
+def point_hit(points: list, truth: list[dict]) -> bool:
+    """Whether any of the points [x, y] lies in any true box, borders included."""
+    return any(x1 <= x <= x2 and y1 <= y <= y2 for x, y in points for x1, y1, x2, y2 in (t["bbox_2d"] for t in truth))
+
+
+def roc_auc(scores: list[float], labels: list[bool]) -> float | None:
+    """The chance that a positive scores above a negative, ties counting half; None unless there are both. For scores of
+    0 and 1 it is the balanced accuracy.
+
+    >>> roc_auc([1, 0, 1, 0], [True, True, False, False]), roc_auc([3, 1, 2], [True, False, False])
+    (0.5, 1.0)
+    """
+    scores, labels = np.array(scores, float), np.array(labels, bool)
+    positive, negative = scores[labels], np.sort(scores[~labels])
+    if not len(positive) or not len(negative):
+        return None
+    below, upto = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    return float((below + upto).sum() / (2 * len(positive) * len(negative)))
+
+
+def mean(values) -> float | None:
+    """None where there is nothing to average: the table shows a dash, never a 0 that was not measured."""
+    values = list(values)
+    return float(statistics.fmean(values)) if values else None
+
+
+def summarise(records: list[Record]) -> dict[str, float | None]:
+    """Every metric of the table. Present and absent: grounding questions with and without a true box. "official": as
+    the authors' scripts compute it, where that is not what the name says: over all questions, by `official_reading`."""
+    grounding = [r for r in records if TASKS[r.task].boxes]
+    present, absent = [r for r in grounding if r.truth], [r for r in grounding if not r.truth]
+    others = [r for r in records if not TASKS[r.task].boxes]
+    union, targets = sum(r.union for r in grounding), sum(len(r.truth) for r in present)
+    anomalous = [bool(r.truth) for r in grounding]
+    return {
+        "gIoU": mean(map(mask_iou, grounding)),
+        "cIoU": sum(r.intersection for r in grounding) / union if union else None,
+        "N-acc strict": mean(not r.predicted and r.error is None for r in absent),
+        "N-acc official": mean(not r.official_boxes for r in absent),     # an unreadable answer counts as a rejection
+        "unreadable": mean(r.error is not None for r in records),
+        "T-acc": mean(bool(r.predicted) for r in present),
+        "bbox accuracy": mean(box_hit(r.predicted, r.truth) for r in present),
+        "bbox accuracy official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
+        "targets IoU>0.5": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
+        "anomaly accuracy": mean((r.area > 0) == bool(r.truth) for r in grounding),
+        "ROC-AUC official": roc_auc([float(r.area > 0) for r in grounding], anomalous),
+        "ROC-AUC by area": roc_auc([r.area / (r.original_size[0] * r.original_size[1]) for r in grounding], anomalous),
+        "GUI accuracy": mean(r.score for r in present),
+        "GUI accuracy official": mean(r.true_box is not None and point_hit(r.official_points, [{"bbox_2d": r.true_box}])
+                                      for r in grounding),
+        "thinks, present": mean(r.thinks for r in present),
+        "thinks, absent": mean(r.thinks for r in absent),
+        "answers": mean(r.score for r in others),                    # counting and other short answers
+        "length": mean(r.length for r in records),
+        "examples": len(records),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +224,9 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
         answers = generate(model, chunk, 1, max_new_tokens, temperature=0, repetition_penalty=repetition_penalty)
         records = [judge(p, processor.decode(o.tokens), len(o.tokens)) for p, (o,) in zip(chunk, answers)]
         boxed = [(r, p) for r, p in zip(records, chunk) if TASKS[p.example.task].boxes]
-        objects = [original_frame(r.predicted, p) for r, p in boxed]
+        # As the authors' scripts: no masks where an item lacks its point.
+        objects = [[{"bbox_2d": b, "point_2d": xy} for b, xy in zip(r.official_boxes, r.official_points)]
+                   for r, _ in boxed]
         if segmenter and boxed:
             masks = segmenter([p.example.image for _, p in boxed], objects)
         else:
@@ -78,6 +248,11 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
     if task.boxes:
         record.predicted, record.error = parse_boxes(response)
         record.truth = json.loads(prompt.answer)
+        (width, height), (seen_width, seen_height) = prompt.original_size, prompt.size
+        record.official_boxes, record.official_points = official_reading(
+            response, (width / seen_width, height / seen_height))
+        if boxes := json.loads(example.answer):
+            record.true_box = hull(boxes)
         record.score = float(point_hit(parse_points(response), record.truth))
     else:
         score, record.error = guarded(task.metric, example.task, response, prompt.answer)
@@ -100,11 +275,11 @@ def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = 
             return "–"
         return f"{value:d}" if name == "examples" else f"{value:.1f}" if name == "length" else f"{value:.3f}"
     widths = [max(len(title), 8) for title in columns]
-    lines = [" " * 16 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths))]
+    lines = [" " * 22 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths))]
     for entry in (*shown, *ALWAYS):
         name, metric = entry.split(" = ") if " = " in entry else (entry, entry)
         cells = (f"  {cell(metric, m[metric]):>{w}}" for m, w in zip(columns.values(), widths))
-        lines.append(f"{name:<16}" + "".join(cells))
+        lines.append(f"{name:<22}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -168,7 +343,8 @@ def main() -> None:
     segmenter = Segmenter(args.masks, device) if args.masks else None
     source = load(args.data, args.task or task, args.skip_bad_rows)
     out = Path(args.out or model.folder / "eval" / args.data.strip("/").replace("/", "-").replace(":", "-"))
-    settings = {"model": str(args.model), "weights": weights_of(model.folder), "data": args.data, "masks": args.masks,
+    settings = {"format": RECORD_FORMAT, "model": str(args.model), "weights": weights_of(model.folder),
+                "data": args.data, "masks": args.masks,
                 "task": args.task or task, "max_new_tokens": args.max_new_tokens,
                 "repetition_penalty": args.repetition_penalty}
     out.mkdir(parents=True, exist_ok=True)

@@ -65,8 +65,8 @@ def nesting_depth(text: str) -> int:
     return max(itertools.accumulate(steps, initial=0))
 
 
-def parse_json(text: str) -> tuple[list, str | None]:
-    """JSON list → (items, None), or ([], the name of the error)."""
+def parse_json(text: str, list_only: bool = True) -> tuple[list, str | None]:
+    """JSON list → (items, None), or ([], the name of the error). list_only=False: any JSON value → (value, None)."""
     if len(text) > MAX_CHARACTERS:
         return [], "too_long"
     if nesting_depth(text) > MAX_DEPTH:
@@ -75,7 +75,7 @@ def parse_json(text: str) -> tuple[list, str | None]:
         items = json.loads(text)
     except (ValueError, RecursionError):  # not JSON, an integer of too many digits, brackets hidden in strings
         return [], "bad_json"
-    return (items, None) if isinstance(items, list) else ([], "not_a_list")
+    return (items, None) if isinstance(items, list) or not list_only else ([], "not_a_list")
 
 
 def numbers(value, count: int) -> bool:
@@ -324,7 +324,7 @@ class Task:
     prompt: str                                   # the user's turn, with {question}
     render: Callable[[str, str], str]             # (answer, style) → the text of y
     reward: Callable[[str, str], Reward]          # (response, answer) → named terms
-    metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: the box metrics of metrics.py
+    metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: the box metrics of eval.py
     boxes: bool = False                           # answers are JSON boxes, converted when the image is resized
     frame: tuple[int, int] | None = None          # (width, height) that every image is resized to, aspect ignored
     strip: str | None = None                      # marks cut off the question, which is lower-cased first; None: as it is

@@ -30,7 +30,7 @@ from eval import Record, evaluate, summarise, table
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, Reward, label_reward, label_text, score, smooth
 from rollout import Response, generate
-from support.log import Meter, peak_memory_gb, progress_line
+from support.log import Meter, measure_groups, peak_memory_gb, progress_line
 from support.mistakes import Mistake, plainly
 from support.onednn import use_onednn
 from support.options import option, parse
@@ -200,29 +200,6 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         group.advantage = objective.group_advantages(torch.tensor(r, dtype=torch.float64), cfg.std).tolist()
         groups.append(group)
     return groups
-
-
-def measure_groups(cfg: Config, groups: list[Group], meter: Meter) -> None:
-    """What the groups say before any gradient; each name is defined in docs/logged.md."""
-    for group in groups:
-        if cfg.method == "sft":
-            continue
-        meter.add("r_rollouts", [reward.total for reward in group.rewards])
-        for reward in group.rewards:
-            for term, points in reward.terms.items():
-                meter.add(f"rollouts/{term}", [points])
-            meter.add("unreadable", [reward.error is not None])
-            if reward.error:
-                meter.total(f"errors/{reward.error}", 1)
-        meter.add("response_length", [len(o.tokens) for o in group.rollouts])
-        meter.add("truncated", [o.truncated for o in group.rollouts])
-        meter.add("tied", [not any(group.advantage)])
-        if cfg.method == "visurf":
-            for term, points in group.y_reward.terms.items():
-                meter.add(f"y/{term}", [points])
-            meter.add("r_y", [group.r_y])
-            meter.add("advantage_y", group.advantage[:1])
-            meter.add("smoothed", [group.smoothed])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +381,7 @@ def train_step(job: Job, source) -> dict:
     prompts = [job.processor.prompt(e) for e in take(source, range(first, first + share), cfg.seed)]
     loaded = time.time()
     groups = make_groups(cfg, job.ddp.module, job.processor, prompts, state["step"])
-    measure_groups(cfg, groups, meter)
+    measure_groups(cfg.method, groups, meter)
     sampled = time.time()
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter)
     ended = time.time()

@@ -32,6 +32,29 @@ class Meter(defaultdict):
         return {name: total / count if count else total for name, (total, count) in joined.items()}
 
 
+def measure_groups(method: str, groups: list, meter: Meter) -> None:
+    """What groups (train.Group) say before any gradient; each name is defined in docs/logged.md."""
+    for group in groups:
+        if method == "sft":
+            continue
+        meter.add("r_rollouts", [reward.total for reward in group.rewards])
+        for reward in group.rewards:
+            for term, points in reward.terms.items():
+                meter.add(f"rollouts/{term}", [points])
+            meter.add("unreadable", [reward.error is not None])
+            if reward.error:
+                meter.total(f"errors/{reward.error}", 1)
+        meter.add("response_length", [len(o.tokens) for o in group.rollouts])
+        meter.add("truncated", [o.truncated for o in group.rollouts])
+        meter.add("tied", [not any(group.advantage)])
+        if method == "visurf":
+            for term, points in group.y_reward.terms.items():
+                meter.add(f"y/{term}", [points])
+            meter.add("r_y", [group.r_y])
+            meter.add("advantage_y", group.advantage[:1])
+            meter.add("smoothed", [group.smoothed])
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """CUDA: allocated; CPU: resident. 1e9 bytes."""
     if device.type == "cuda":

@@ -10,8 +10,7 @@ from PIL import Image
 
 import eval as evaluation
 from data import Processor
-from eval import table
-from metrics import Record, box_hit, summarise
+from eval import Record, box_hit, summarise, table
 from support.sources import Example
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,10 +1,14 @@
-"""Metrics by hand."""
+"""Metrics by hand, and the authors' against a slow second implementation."""
+import json
 import random
+import re
 
 import pytest
 
-from metrics import (Record, box_hit, box_mask, hull, intersection_union, mask_iou, point_hit, roc_auc, summarise,
-                     targets_found)
+from eval import (Record, box_hit, box_mask, hull, intersection_union, judge, mask_iou, official_box_hit,
+                  official_reading, point_hit, roc_auc, summarise, targets_found)
+from data import Prompt
+from support.sources import Example
 
 SIZE = (20, 10)
 
@@ -17,6 +21,7 @@ def record(predicted, truth, error=None, task="scene_grounding", score=0.0, thin
     """With filled boxes as masks."""
     a, b = box_mask(predicted, SIZE), box_mask(truth, SIZE)
     return Record("id", task, "question", "response", length, thinks, error, predicted, truth, SIZE, SIZE,
+                  [i["bbox_2d"] for i in predicted], [i["point_2d"] for i in predicted], hull(truth) if truth else None,
                   *intersection_union(a, b), int(a.sum()), score)
 
 
@@ -67,6 +72,8 @@ def test_summary_by_hand():
     assert metrics["N-acc official"] == pytest.approx(2 / 3)     # … but the official script counts it
     assert metrics["T-acc"] == pytest.approx(2 / 3)
     assert metrics["bbox accuracy"] == pytest.approx(1 / 3)
+    assert metrics["bbox accuracy official"] == pytest.approx((1 + 2) / 6)   # and the two empty answers to empty truths
+    assert metrics["unreadable"] == pytest.approx(2 / 8)
     assert metrics["targets IoU>0.5"] == pytest.approx(1 / 3)
     assert metrics["thinks, present"] == pytest.approx(2 / 3)
     assert metrics["thinks, absent"] == pytest.approx(2 / 3)
@@ -110,3 +117,128 @@ def test_anomalies_by_hand():
 def test_gui_accuracy_is_over_questions_with_a_target():
     box = [item(0, 0, 4, 4)]
     assert summarise([record(box, box, score=1.0), record(box, box), record([], [], score=1.0)])["GUI accuracy"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the authors' scripts make of an answer (visurf_model.py and the evaluation scripts beside it)
+
+BOX, POINT = '"bbox_2d": [10, 20, 30, 40]', '"point_2d": [20, 30]'
+
+
+def judged(answer: str, truth: list[dict], seen=(100, 100), original=(200, 50)) -> Record:
+    """An answer to a picture of 200×50 pixels that the model saw as 100×100. truth: in the picture's pixels."""
+    example = Example("1", None, "thing", json.dumps(truth), "grounding")
+    in_frame = [{key: [c * s[i % 2] for i, c in enumerate(t[key])] for key in t}
+                for t in truth for s in [(seen[0] / original[0], seen[1] / original[1])]]
+    return judge(Prompt(example, [], None, None, [], json.dumps(in_frame), seen, original), answer, 1)
+
+
+@pytest.mark.parametrize("items, boxes, points", [
+    (f"[{{{BOX}, {POINT}}}]", [[20, 10, 60, 20]], [[40, 15]]),
+    (f"[{{{BOX}}}]", [[20, 10, 60, 20]], []),                                   # a box without a point is a box
+    (f"[{{{BOX}, {POINT}}}, {{{BOX}}}]", [[20, 10, 60, 20]] * 2, []),
+    (f"[{{{POINT}}}]", [], []), (f"[{{{BOX}, {POINT}}}, {{{POINT}}}]", [], []),  # an item without a box: nothing at all
+    (f"[{{{BOX}, {POINT}}}, 5]", [], []), ("[]", [], []), ("null", [], []), ("7", [], []), ('"x"', [], []),
+    ('[{"bbox_2d": [10, 20, 30, 40, 99], "point_2d": [20, 30, 99]}]', [[20, 10, 60, 20]], [[40, 15]]),
+    ('[{"bbox_2d": [10, 20, 30], "point_2d": [20, 30]}]', [], []),
+    ('[{"bbox_2d": ["1", "2", "3", "4"], "point_2d": [20, 30]}]', [], []),
+    ('[{"bbox_2d": [NaN, 2, 3, 4], "point_2d": [20, 30]}]', [], []),
+    ('[{"bbox_2d": [1, 2, 3, 1e999], "point_2d": [20, 30]}]', [], []),
+    ('[{"bbox_2d": [1.2, 2.3, 3.4, 4.5], "point_2d": [-1, -3]}]', [[2, 1, 7, 2]], [[-1, -1]])])
+def test_what_the_authors_scripts_read(items, boxes, points):
+    assert official_reading(f"<answer>{items}</answer>", (2.0, 0.5)) == (boxes, points)
+
+
+def test_a_box_without_a_point_is_no_correct_rejection():
+    drawn = judged(f"<answer>[{{{BOX}}}]</answer>", [])
+    metrics = summarise([drawn])
+    assert drawn.predicted == [] and drawn.error == "no_point_2d"
+    assert metrics["N-acc official"] == metrics["gIoU"] == metrics["bbox accuracy official"] == 0
+    assert metrics["N-acc strict"] == 0 and metrics["unreadable"] == 1
+    gibberish = summarise([judged("red", [])])
+    assert gibberish["N-acc official"] == gibberish["gIoU"] == gibberish["unreadable"] == 1
+
+
+def test_official_box_accuracy_by_hand():
+    """Without the +1 on both sides: 10 of 20 pixels are 0.5 (11 of 21 would be more)."""
+    assert not official_box_hit([[0, 0, 10, 10]], [0, 0, 20, 10]) and official_box_hit([[0, 0, 11, 10]], [0, 0, 20, 10])
+    assert box_hit([item(0, 0, 10, 10)], [item(0, 0, 20, 10)])
+    assert official_box_hit([[0, 0, 5, 10], [15, 0, 20, 10]], [0, 0, 20, 10])       # the hull of both
+    assert official_box_hit([], None) and not official_box_hit([], [0, 0, 1, 1])
+    assert not official_box_hit([[0, 0, 1, 1]], None) and not official_box_hit([[3, 3, 3, 3]], [3, 3, 3, 3])    # 0 / 0
+
+
+def test_gui_drops_an_answer_in_which_an_item_lacks_its_box_or_point():
+    target = [item(30, 10, 50, 20)]                                                # in the picture; the point hits it
+    for items, ours, theirs in ((f"[{{{BOX}, {POINT}}}]", 1, 1), (f"[{{{BOX}, {POINT}}}, {{{POINT}}}]", 1, 0),
+                                (f"[{{{BOX}}}]", 1, 0), ("[]", 0, 0)):
+        metrics = summarise([judged(f"<answer>{items}</answer>", target)])
+        assert (metrics["GUI accuracy"], metrics["GUI accuracy official"]) == (ours, theirs), items
+
+
+def slow_reading(answer: str):
+    """Boxes and points in the picture's pixels, x doubled and y halved."""
+    found = re.search(r"<answer>\s*(.*?)\s*</answer>", answer, re.DOTALL)
+    boxes, points = [], []
+    try:
+        for entry in json.loads(found.group(1)):
+            x1, y1, x2, y2 = (entry["bbox_2d"][i] for i in range(4))
+            boxes.append([int(2.0 * x1 + 0.5), int(0.5 * y1 + 0.5), int(2.0 * x2 + 0.5), int(0.5 * y2 + 0.5)])
+    except Exception:
+        return [], []
+    try:
+        for entry in json.loads(found.group(1)):
+            points.append([int(2.0 * entry["point_2d"][0] + 0.5), int(0.5 * entry["point_2d"][1] + 0.5)])
+    except Exception:
+        points = []
+    return boxes, points
+
+
+def slow_iou(a, b) -> float:
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union if union else 0
+
+
+def test_official_rows_equal_the_slow_ones():
+    rng = random.Random(0)
+    odd = (None, "7", [], {}, True, 1e9, -4, 3.5, float("nan"))
+    records, hits, rejected, gui = [], [], [], []
+    for _ in range(4000):
+        truth = [item(*sorted(rng.sample(range(0, 40), 2)), 0, 0) for _ in range(rng.choice((0, 1, 1)))]
+        for t in truth:
+            x, y = rng.randrange(0, 100, 4), rng.randrange(0, 30, 2)
+            t.update(item(x, y, x + rng.randrange(4, 100, 4), y + rng.randrange(2, 20, 2)))
+        items = [{"bbox_2d": [c * s + rng.choice((0, 0, 1, -3, 5)) for c, s in zip(t["bbox_2d"], (.5, 2, .5, 2))],
+                  "point_2d": [c * s + rng.choice((0, 0, 40)) for c, s in zip(t["point_2d"], (.5, 2))]}
+                 for t in truth + truth if rng.random() < 0.7]
+        if rng.random() < 0.2:
+            items.append({"bbox_2d": [1, 2, 30, 40], "point_2d": [3, 4]})
+        if items and rng.random() < 0.4:
+            broken = rng.choice(items)
+            match rng.randrange(4):
+                case 0: del broken[rng.choice(list(broken))]
+                case 1: broken[rng.choice(list(broken))][0] = rng.choice(odd)
+                case 2: items.append(rng.choice(odd))
+                case 3: broken["bbox_2d"] = broken["bbox_2d"][:3]
+        answer = rng.choice(("<answer>{}</answer>",) * 5 + ("<answer>{}", "{}", "<answer>{}]</answer>")).format(
+            json.dumps(items))
+        boxes, points = slow_reading(answer)
+        records.append(judged(answer, truth))
+        assert (records[-1].official_boxes, records[-1].official_points) == (boxes, points), answer
+        if truth:
+            target = truth[0]["bbox_2d"]
+            around = [[min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes),
+                       max(b[3] for b in boxes)]] if boxes else []
+            hits.append(any(slow_iou(b, target) > 0.5 for b in boxes + around))
+            gui.append(any(target[0] <= x <= target[2] and target[1] <= y <= target[3] for x, y in points))
+        else:
+            hits.append(not boxes)
+            gui.append(False)
+            rejected.append(not boxes)
+    metrics = summarise(records)
+    assert metrics["bbox accuracy official"] == pytest.approx(sum(hits) / len(hits))
+    assert metrics["GUI accuracy official"] == pytest.approx(sum(gui) / len(gui))
+    assert metrics["N-acc official"] == pytest.approx(sum(rejected) / len(rejected))
+    assert 0.2 < metrics["bbox accuracy official"] < 0.8 and 0.05 < metrics["GUI accuracy official"] < 0.8
+    assert metrics["N-acc official"] > metrics["N-acc strict"] > 0.1

@@ -202,7 +202,7 @@ def test_the_point_of_the_paper_on_one_question(alone):
         for step in range(60):
             meter = train.Meter()
             groups = train.make_groups(cfg, model, processor, [prompt], step)
-            train.measure_groups(cfg, groups, meter)
+            train.measure_groups(cfg.method, groups, meter)
             train.update(cfg, ddp, None, [optimizer], groups, meter)
             logs[method].append(meter.read(torch.device("cpu")))
     first, last = logs["visurf"][0], logs["visurf"][-20:]
