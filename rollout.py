@@ -9,7 +9,7 @@ batch, on any rank. Only a temperature shapes the distribution (no top-k, no top
 of the training forward. Prompts whose rollouts have all ended leave the batch.
 """
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange, repeat
@@ -24,10 +24,12 @@ WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, 
 
 @dataclass
 class Response:
-    """tokens: with the EOS that ends it, unless `truncated` at max_new_tokens; logp: of each token as sampled."""
+    """tokens: with the EOS that ends it, unless `truncated` at max_new_tokens; logp: of each token as sampled; entropy:
+    of the distribution that each was drawn from."""
     tokens: list[int]
     logp: list[float]
     truncated: bool
+    entropy: list[float] = field(default_factory=list)
 
 
 def uniforms(seed: int, step: int, example_id: str, G: int, R: int) -> Tensor:
@@ -51,17 +53,19 @@ def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: in
     return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache
 
 
-def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
-    """logits [M, V] (already divided by T), u [M] uniform in [0, 1), or None for the likeliest → tokens, log-probs [M].
+def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [M, V] (already divided by T), u [M] uniform in [0, 1), or None for the likeliest → tokens, log-probs and
+    entropies −Σ_v π(v) log π(v), [M].
     Inverse transform: the first token whose cumulative probability exceeds u; in float64, so that a token of
     probability 0 is never taken."""
     logp = logits.log_softmax(-1)
+    entropy = torch.special.entr(logp.exp()).sum(-1)
     if u is None:
         token = logits.argmax(-1)
     else:
         cumulative = logp.double().exp().cumsum(-1)
         token = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return token, logp.gather(-1, token[:, None])[:, 0]
+    return token, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
 def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
@@ -123,8 +127,8 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
     alive = torch.arange(len(prompts), device=device)      # prompts still in the batch
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
     seen = None if repetition_penalty == 1 else seen_tokens(prompts, G, len(model.model.embed_tokens.weight), device)
-    # Per step: which prompts took part, and their tokens and log-probs [B', G].
-    history: list[tuple[Tensor, Tensor, Tensor]] = []
+    # Per step: which prompts took part, and their tokens, log-probs and entropies [B', G].
+    history: list[tuple[Tensor, ...]] = []
     with packed_weights(model):
         hidden, cache = prefill(model, prompts, G, max_new_tokens)
         hidden = repeat(hidden, "b d -> (b g) d", g=G)
@@ -132,8 +136,9 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
             logits = model.logits(hidden, 1.0 if greedy else temperature)
             if seen is not None:
                 logits = penalise(logits, seen, repetition_penalty)
-            token, logp = sample(logits, None if greedy else rearrange(u[alive, :, r], "b g -> (b g)"))
-            history.append((alive, rearrange(token, "(b g) -> b g", g=G), rearrange(logp, "(b g) -> b g", g=G)))
+            drawn = sample(logits, None if greedy else rearrange(u[alive, :, r], "b g -> (b g)"))
+            token = drawn[0]
+            history.append((alive, *(rearrange(x, "(b g) -> b g", g=G) for x in drawn)))
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             ended[alive] |= torch.isin(history[-1][1], eos)
@@ -167,14 +172,15 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def collect(history: list[tuple[Tensor, Tensor, Tensor]], prompts: int, G: int, eos: set[int]) -> list[list[Response]]:
+def collect(history: list[tuple[Tensor, ...]], prompts: int, G: int, eos: set[int]) -> list[list[Response]]:
     """Steps → responses, each cut after its first EOS (a finished rollout idles along until its group has ended)."""
     responses = [[Response([], [], True) for _ in range(G)] for _ in range(prompts)]
-    for alive, tokens, logps in ((a.tolist(), t.tolist(), p.tolist()) for a, t, p in history):
-        for prompt, row, row_logp in zip(alive, tokens, logps):
-            for response, token, logp in zip(responses[prompt], row, row_logp):
+    for step in history:
+        for prompt, *rows in zip(*(x.tolist() for x in step)):
+            for response, token, logp, entropy in zip(responses[prompt], *rows):
                 if response.truncated:
                     response.tokens.append(token)
                     response.logp.append(logp)
+                    response.entropy.append(entropy)
                     response.truncated = token not in eos
     return responses

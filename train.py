@@ -30,9 +30,9 @@ from eval import Record, evaluate, summarise, table
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, Reward, label_reward, label_text, score, smooth
 from rollout import Response, generate
-from support.log import Meter, measure_groups, peak_memory_gb, progress_line
+from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
 from support.mistakes import Mistake, plainly
-from support.onednn import use_onednn
+from support.onednn import give_memory_back, keep_caches_small, use_onednn
 from support.options import option, parse
 from support.optimizers import make_optimizers, set_lr
 from support.pictures import draw_sheet
@@ -198,6 +198,8 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
                 group.r_y, group.smoothed = smooth(group.r_y, r)
             group.responses, r = [ids, *group.responses], [group.r_y, *r]
         group.advantage = objective.group_advantages(torch.tensor(r, dtype=torch.float64), cfg.std).tolist()
+        if group.smoothed:
+            group.advantage[0] = 0.0        # it is the mean: what else comes out is rounding
         groups.append(group)
     return groups
 
@@ -216,19 +218,31 @@ class MicroBatch:
     ref_logp: Tensor | None = None
 
 
+def with_gradient(group: Group) -> Group:
+    """The group without the responses whose advantage is 0, y once it is smoothed and all of a tied group: without a KL
+    they add exactly nothing to the loss and its gradient."""
+    first = len(group.responses) - len(group.rollouts)   # 1 if y comes first
+    kept = [s for s, advantage in enumerate(group.advantage) if advantage != 0]
+    return Group(group.prompt, [group.responses[s] for s in kept], [group.rollouts[s - first] for s in kept if s >= first],
+                 [group.advantage[s] for s in kept])
+
+
 def micro_batches(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int]:
-    """Packs the groups of this rank; returns as many micro-batches on every rank, and the denominator of the loss,
-    counted over all ranks. Rows are sorted by length, so that little is padded."""
-    rows: list[tuple[Row, Group]] = [
-        (row, g) for g in groups for row in pack_group(g.prompt, g.responses, cfg.max_row_tokens)]
-    rows.sort(key=lambda pair: len(pair[0].tokens), reverse=True)
-    parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
-    count = max(gather_json(len(parts), device))
+    """Packs what has a gradient; returns as many micro-batches on every rank, at least one, and the denominator of the
+    loss, counted over all responses of all ranks. Rows are sorted by length, so that little is padded."""
     responses = [o for g in groups for o in g.responses]
     total = add_over_ranks([sum(map(len, responses)), len(responses)], device)
+    packed = groups if cfg.kl else [with_gradient(g) for g in groups]
+    rows: list[tuple[Row, Group]] = [
+        (row, g) for g in packed for row in pack_group(g.prompt, g.responses, cfg.max_row_tokens)]
+    rows.sort(key=lambda pair: len(pair[0].tokens), reverse=True)
+    parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
+    count = max(1, *gather_json(len(parts), device))
+    # Where this rank has no row left it takes part with one of weight 0: a step without any gradient is one, too.
+    company = parts[0][:1] if parts else [(pack_group(groups[0].prompt, groups[0].responses[:1])[0], groups[0])]
     made = []
     for i in range(count):
-        part = parts[i] if i < len(parts) else parts[0][:1]
+        part = parts[i] if i < len(parts) else company
         batch = collate([row for row, _ in part], device)
         S = max(len(g.responses) for _, g in part)
         advantage = torch.tensor([g.advantage + [0.0] * (S - len(g.advantage)) for _, g in part], device=device)
@@ -240,7 +254,8 @@ def micro_batches(cfg: Config, groups: list[Group], device) -> tuple[list[MicroB
                 here = batch.segment[line] == first + j + 1
                 if here.any():
                     sampled[line, here] = torch.tensor(o.logp, device=device)
-        is_y = (batch.segment == 1) if cfg.method != "rlvr" else torch.zeros_like(batch.segment, dtype=torch.bool)
+        has_y = torch.tensor([[len(g.responses) > len(g.rollouts)] for _, g in part], device=device)
+        is_y = (batch.segment == 1) & has_y
         made.append(MicroBatch(batch, objective.per_token(advantage.float(), batch.segment), weight, is_y, sampled))
     return made, objective.denominator(int(total[0]), int(total[1]), cfg.normaliser)
 
@@ -259,10 +274,9 @@ def micro_loss(cfg: Config, logp: Tensor, mb: MicroBatch, denominator: int) -> T
 def measure_update(cfg: Config, logp: Tensor, entropy: Tensor, mb: MicroBatch, denominator: int, meter: Meter) -> None:
     counted = mb.weight > 0
     rollouts, y = counted & ~mb.is_y, counted & mb.is_y
-    meter.add("entropy", entropy[rollouts] if cfg.method != "sft" else entropy[y])
-    if cfg.method != "rlvr":
-        meter.add("logp_y", (logp * y).sum(1)[y.any(1)])
+    meter.add("logp_y", (logp * y).sum(1)[y.any(1)])
     if cfg.method == "sft":
+        meter.add("entropy", entropy[y])
         return
     meter.add("logp_gap", (logp - mb.sampled_logp).abs()[rollouts])
     size = (mb.weight * mb.advantage.abs()).double() / denominator
@@ -343,6 +357,7 @@ def set_up() -> Job:
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
     if checkpoint:
         state = json.loads((checkpoint / "state.json").read_text())
+    keep_caches_small()
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, dtype, device,
@@ -366,9 +381,7 @@ def set_up() -> Job:
     job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on "
             f"{device.type}, {cfg.precision}, preset {cfg.preset}"
             + "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset]))
-    width, master = (2, 4) if cfg.precision == "bfloat16" else (4, 0)
-    job.say(f"memory of each rank before activations: weights {size * width / 1e9:.2f} GB, gradients "
-            f"{size * width / 1e9:.2f} GB, optimizer {size * (8 + master) / world / 1e9:.2f} GB")
+    job.say(memory_line(size, cfg.precision, world))
     return job
 
 
@@ -471,6 +484,8 @@ def main() -> None:
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
         while state["step"] < cfg.steps:
             line = train_step(job, source)
+            if job.device.type == "cpu":
+                give_memory_back()
             job.log(line)
             bar.update()
             if state["step"] % cfg.log_every == 0:

@@ -44,6 +44,8 @@ def measure_groups(method: str, groups: list, meter: Meter) -> None:
             meter.add("unreadable", [reward.error is not None])
             if reward.error:
                 meter.total(f"errors/{reward.error}", 1)
+        for o in group.rollouts:
+            meter.add("entropy", o.entropy)
         meter.add("response_length", [len(o.tokens) for o in group.rollouts])
         meter.add("truncated", [o.truncated for o in group.rollouts])
         meter.add("tied", [not any(group.advantage)])
@@ -60,6 +62,14 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
+
+
+def memory_line(parameters: int, precision: str, world: int) -> str:
+    """By arithmetic: bfloat16 weights have float32 copies among the optimizer's state."""
+    width, master = (2, 4) if precision == "bfloat16" else (4, 0)
+    weights, optimizer = parameters * width / 1e9, parameters * (8 + master) / world / 1e9
+    return (f"memory of each rank before activations: weights {weights:.2f} GB, gradients {weights:.2f} GB, optimizer "
+            f"{optimizer:.2f} GB")
 
 
 def progress_line(m: dict) -> str:

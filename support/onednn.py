@@ -4,6 +4,8 @@ PyTorch computes them by MKL. On AMD's cores MKL reaches about half of the speed
 (experiments/bench.py, "oneDNN / MKL"; other makers' cores were not measured). Everything else is nn.Linear.
 """
 import contextlib
+import ctypes
+import os
 
 import torch
 from einops import rearrange
@@ -75,3 +77,16 @@ def packed_weights(model: nn.Module):
     finally:
         for layer in layers:
             layer.packed = None
+
+
+def keep_caches_small() -> None:
+    """Before the first product. oneDNN keeps what it built for each of the last 1,024 shapes, and rows have another length
+    nearly every time: resident memory climbs by gigabytes. With give_memory_back after every step it stays flat."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
+
+
+def give_memory_back() -> None:
+    """Pages that glibc holds for allocations to come; other C libraries have no malloc_trim."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

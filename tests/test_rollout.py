@@ -54,7 +54,7 @@ def uncached(model, prompt, R, temperature, u):
         with torch.no_grad():
             x = model.embed(batch.tokens, batch.patches, batch.grids)
             hidden = model.decode(x, batch.position, rollout.row_mask(batch.segment))[:, len(prompt.tokens) + r - 1]
-            token, _ = sample(model.logits(hidden, temperature or 1.0), None if u is None else u[r:r + 1])
+            token, *_ = sample(model.logits(hidden, temperature or 1.0), None if u is None else u[r:r + 1])
         tokens.append(int(token))
         if tokens[-1] in model.eos_ids:
             break
@@ -77,6 +77,11 @@ def test_recorded_log_probs_equal_the_training_forward(model, prompts, products)
     for prompt, group in zip(prompts, generate(model, prompts, 4, 20, temperature=0.7)):
         for response, logp in zip(group, rescored(model, prompt, group)):
             torch.testing.assert_close(torch.tensor(response.logp), logp, atol=1e-5, rtol=1e-5)
+        batch = collate(pack_group(prompt, [r.tokens for r in group]))
+        with torch.no_grad():
+            _, entropy = model(**vars(batch), temperature=0.7)
+        torch.testing.assert_close(torch.tensor(sum((r.entropy for r in group), [])), entropy[batch.segment > 0],
+                                   atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("offset", [0, 140, 500])
@@ -171,7 +176,7 @@ def test_vision_tokens_are_never_sampled(model, prompts):
         model.model.norm.weight.zero_()
     hidden = direction[None] * 10
     assert int(model.lm_head(hidden).argmax()) in (c.image_token_id, c.video_token_id)
-    token, logp = sample(model.logits(hidden).repeat(500, 1), torch.rand(500, dtype=torch.float64))
+    token, logp, _ = sample(model.logits(hidden).repeat(500, 1), torch.rand(500, dtype=torch.float64))
     assert not model.banned[token].any() and torch.isfinite(logp).all()
     assert not model.banned[sample(model.logits(hidden), None)[0]].any()
 
@@ -179,7 +184,7 @@ def test_vision_tokens_are_never_sampled(model, prompts):
 def test_sample_takes_no_token_of_probability_zero():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(4, 1)
     u = torch.tensor([0.0, 0.4999, 0.5, 1 - 2 ** -53], dtype=torch.float64)
-    token, logp = sample(logits, u)
+    token, logp, _ = sample(logits, u)
     assert token.tolist() == [1, 1, 3, 3]
     torch.testing.assert_close(logp, torch.full((4,), 0.5).log())
 

@@ -40,7 +40,7 @@ def example(i: int) -> Example:
 
 VARIANTS = {  # every setting whose sums could go wrong when they are split
     "visurf": {}, "seq-mean": {"normaliser": "seq-mean"}, "seq-sum": {"normaliser": "seq-sum", "std": "population"},
-    "sft": {"method": "sft"}, "rlvr": {"method": "rlvr", "max_row_tokens": 70}, "kl": {"kl": 0.1, "inner_epochs": 2},
+    "tied": {}, "sft": {"method": "sft"}, "rlvr": {"method": "rlvr", "max_row_tokens": 70}, "kl": {"kl": 0.1, "inner_epochs": 2},
 }
 
 
@@ -60,9 +60,12 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             share = 8 // world
             prompts = [processor.prompt(example(i)) for i in range(rank * share, rank * share + share)]
             groups = train.make_groups(cfg, model, processor, prompts, step=0)
-            for group in groups:   # random weights earn nothing; rewards that differ make every advantage count
+            for i, group in enumerate(groups, rank * share):
+                # Random weights earn nothing; rewards that differ make every advantage count.
                 torch.manual_seed(len(group.prompt.example.id) + ord(group.prompt.example.id[-1]))
                 group.advantage = torch.randn(len(group.advantage)).tolist()
+                if variant == "tied":     # of 4 ranks the second has nothing left; of the other groups y goes, or a rollout
+                    group.advantage = [0.0 if i in (2, 3) or s == i % 2 else a for s, a in enumerate(group.advantage)]
             ddp = DistributedDataParallel(model)
             loss, norm, _ = train.update(cfg, ddp, reference, [torch.optim.SGD(model.parameters(), lr=1e-2)], groups,
                                          meter)
@@ -139,10 +142,52 @@ def test_what_the_log_says_of_an_update(alone):
     assert log["sft_weight"] == pytest.approx(1.5 * len(groups[0].responses[0]) / total)
     assert log["rlvr_weight"] == pytest.approx(
         sum(abs(g.advantage[s]) * len(g.responses[s]) for g, s in sequences if s) / total)
-    assert log["logp_y"] == pytest.approx(sum(float(logp[id(g), 0].sum()) for g in groups) / 2, rel=1e-5)
+    assert log["logp_y"] == pytest.approx(float(logp[id(groups[0]), 0].sum()), rel=1e-5)   # the other y has advantage 0
     assert log["logp_gap"] < 1e-5 and log["clipped_rollouts"] == log["clipped_y"] == 0
-    rows = [len(g.prompt.tokens) + sum(map(len, g.responses)) for g in groups]
-    assert tokens == sum(rows)
+    # Of the second group y and the last rollout have no gradient, so they are in no row.
+    assert tokens == sum(len(g.prompt.tokens) + sum(len(o) for o, a in zip(g.responses, g.advantage) if a)
+                         for g in groups)
+
+
+@pytest.mark.parametrize("zeros", ["y", "some", "whole groups", "all"])
+def test_what_has_no_gradient_is_left_out_and_changes_nothing(alone, monkeypatch, zeros):
+    """The update of the rows that have a gradient against that of all rows: gradients, loss, and what AdamW makes of
+    them, also where nothing at all is left."""
+    results = []
+    for leave_out in (train.with_gradient, lambda group: group):
+        monkeypatch.setattr(train, "with_gradient", leave_out)
+        model, processor = small_model()
+        cfg = train.Config(rollouts=3, max_new_tokens=12, micro_rows=2, max_row_tokens=100)
+        prompts = [processor.prompt(example(i)) for i in range(4)]
+        groups = train.make_groups(cfg, model, processor, prompts, 0)
+        torch.manual_seed(0)
+        for i, group in enumerate(groups):
+            group.advantage = [0.0 if zeros == "all" or zeros == "y" and s == 0 or zeros == "some" and (s + i) % 3 == 0
+                               or zeros == "whole groups" and i < 2 else float(torch.randn(())) for s in range(4)]
+        ddp, meter = DistributedDataParallel(model), train.Meter()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+        out = []
+        for _ in range(2):       # the second step has moments, which decay also where there is no gradient
+            loss, norm, tokens = train.update(cfg, ddp, None, [optimizer], groups, meter)
+            out += [loss, norm]
+            for group in groups:
+                group.advantage = [0.0] * 4
+        results.append((out, tokens, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (few, few_tokens, weights), (every, every_tokens, expected) = results
+    assert few == pytest.approx(every, rel=1e-5, abs=1e-7) and few_tokens < every_tokens
+    assert (weights - expected).norm() <= 1e-6 * expected.norm()
+    assert zeros == "all" or every[1] > 1e-3
+
+
+def test_a_smoothed_y_has_advantage_exactly_0(alone, monkeypatch):
+    model, processor = small_model()
+    texts = ["<answer>[]</answer>"] + ["red"] * 6 + ["<think>hm</think><answer>[]</answer>"]
+    monkeypatch.setattr(train, "generate", lambda *_, **__: [[
+        train.Response(processor.encode(t), [0.0] * len(processor.encode(t)), False) for t in texts]])
+    group, = train.make_groups(train.Config(), model, processor, [processor.prompt(Scenes("test")[1])], 0)
+    assert group.smoothed and group.advantage[0] == 0 and all(group.advantage[1:])
+    left = train.with_gradient(group)
+    assert left.responses == group.responses[1:] and len(left.rollouts) == 8 and left.advantage == group.advantage[1:]
 
 
 def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
