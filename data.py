@@ -21,6 +21,7 @@ from torch import Tensor
 from model import Config, mrope_positions
 from rewards import TASKS, label_error, user_text
 from support import sources
+from support.mistakes import Mistake
 from support.sources import Example
 from support.weights import local_folder, read_eos_ids
 
@@ -43,7 +44,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     ((112, 112), (28, 112))
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width}×{height} pixels is more than 200 times as long as it is wide")
+        raise Mistake(f"an image of {width}×{height} pixels is more than 200 times as long as it is wide")
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -92,11 +93,11 @@ def image_settings(folder: Path) -> dict:
             settings = json.loads(path.read_text())
             settings = settings.get("image_processor") if name == "processor_config.json" else settings
     if settings is None:
-        raise FileNotFoundError(f"{folder} has neither preprocessor_config.json nor an image_processor in "
+        raise Mistake(f"{folder} has neither preprocessor_config.json nor an image_processor in "
                                 "processor_config.json; copy them from the model it was made of")
     for name, only in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
         if settings.get(name, only) != only:
-            raise ValueError(f"{path}: {name} is {settings[name]}; only {only} is supported")
+            raise Mistake(f"{path}: {name} is {settings[name]}; only {only} is supported")
     size = settings.get("size") or {}
     return {"min_pixels": settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
             "max_pixels": settings.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28,
@@ -109,19 +110,19 @@ def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
     makes up an empty one, and the model would go on with tokens that mean nothing to it."""
     from transformers import AutoTokenizer
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json; copy it from the model it was made of")
+        raise Mistake(f"{folder} has no tokenizer.json; copy it from the model it was made of")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for token, wanted in (("<|image_pad|>", config.image_token_id), ("<|video_pad|>", config.video_token_id),
                           ("<|vision_start|>", config.vision_start_token_id),
                           ("<|vision_end|>", config.vision_end_token_id)):
         if (found := tokenizer.get_vocab().get(token)) != wanted:
-            raise ValueError(f"{folder}: the tokenizer belongs to another model: {token} is {found} in it, "
+            raise Mistake(f"{folder}: the tokenizer belongs to another model: {token} is {found} in it, "
                              f"{wanted} in config.json")
     if tokenizer.eos_token_id not in eos_ids or len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer belongs to another model: it has {len(tokenizer)} tokens and ends by "
+        raise Mistake(f"{folder}: the tokenizer belongs to another model: it has {len(tokenizer)} tokens and ends by "
                          f"{tokenizer.eos_token_id}; the model has {config.vocab_size} and ends by {eos_ids}")
     if not tokenizer.chat_template:
-        raise ValueError(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+        raise Mistake(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
     return tokenizer
 
 
@@ -157,7 +158,7 @@ class Processor:
     def prompt(self, example: Example) -> Prompt:
         text = user_text(example.task, example.question)
         if any(token in text for token in self.special):
-            raise ValueError(f"example {example.id}: the question holds a special token of the model")
+            raise Mistake(f"example {example.id}: the question holds a special token of the model")
         original, image, patches, grids, answer = example.image, None, torch.empty(0, 0), [], example.answer
         content = [{"type": "text", "text": text}]
         if original is not None:
@@ -180,7 +181,7 @@ class Processor:
         """A label's text → its tokens and one EOS, the ids that carry r(y)."""
         tokens = self.tokenizer(response, add_special_tokens=False).input_ids
         if any(token in response for token in self.special):
-            raise ValueError(f"a label holds a special token of the model: {response[:200]!r}")
+            raise Mistake(f"a label holds a special token of the model: {response[:200]!r}")
         return tokens + [self.eos_ids[0]]
 
     def decode(self, tokens: list[int]) -> str:
@@ -227,7 +228,7 @@ def pack_group(prompt: Prompt, responses: list[list[int]], max_row_tokens: int =
             position.append(repeat(torch.arange(len(response)) + prompt.next_position, "r -> three r", three=3))
             end += 1
         if end == start:
-            raise ValueError(f"example {prompt.example.id}: its prompt of {P} tokens and a response of "
+            raise Mistake(f"example {prompt.example.id}: its prompt of {P} tokens and a response of "
                              f"{len(responses[start])} exceed --max-row-tokens {max_row_tokens}")
         rows.append(Row(prompt, tokens, segment, predictor, torch.cat(position, 1)))
         start = end

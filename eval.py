@@ -4,6 +4,8 @@
     torchrun --nproc-per-node 8 eval.py --model MODEL --data Ricky06662/grefcoco_val_all --benchmark grefcoco \\
         --masks facebook/sam2-hiera-large
 
+    python eval.py --model assets/tiny --image photo.png --question "red ring"
+
 MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as
 it goes; the same command again goes on where it was interrupted. The metrics are those of docs/paper.md, section 6.
 Boxes are lists of {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, corners inclusive pixels; masks are bool [height,
@@ -12,7 +14,9 @@ width].
 import argparse
 import itertools
 import json
+import re
 import statistics
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +28,15 @@ from tqdm import tqdm
 from data import Processor, Prompt, convert_boxes, load
 from model import Qwen2_5_VL
 from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes, parse_json,
-                     parse_points)
+                     parse_points, score)
 from rollout import generate
 from support.masks import Segmenter
 from support.mistakes import Mistake, plainly
 from support.onednn import use_onednn
-from support.pictures import draw_sheet
+from support.options import refuse
+from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
-from support.runs import newest_checkpoint
-from support.sources import BadRow
+from support.sources import BadRow, Example, open_image
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
 # the mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
@@ -255,9 +259,21 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
             record.true_box = hull(boxes)
         record.score = float(point_hit(parse_points(response), record.truth))
     else:
-        score, record.error = guarded(task.metric, example.task, response, prompt.answer)
-        record.score = score or 0.0
+        value, record.error = guarded(task.metric, example.task, response, prompt.answer)
+        record.score = value or 0.0
     return record
+
+
+def for_sheet(pairs: list[tuple[Record, Prompt]]) -> list[tuple]:
+    """What support.pictures.draw_sheet shows of each answer: its reward's terms, and whether it is right."""
+    shown = []
+    for record, prompt in pairs:
+        if TASKS[record.task].boxes:
+            right = record.error is None and box_hit(record.predicted, record.truth)
+        else:
+            right = record.score >= 0.5
+        shown.append((record, prompt, score(record.task, record.response, prompt.answer).terms, right))
+    return shown
 
 
 def original_frame(items: list[dict], prompt: Prompt) -> list[dict]:
@@ -283,6 +299,31 @@ def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = 
     return "\n".join(lines)
 
 
+def predict(model: Qwen2_5_VL, processor: Processor, args) -> None:
+    """The answer to --question about --image, or to one line of standard input after the other: printed, its boxes in
+    the photo's own pixels, and drawn beside the photo as NAME.answer.png."""
+    task = args.task or ("scene_grounding" if model.config.vocab_size < 1000 else "grounding")    # what tiny was taught
+    if task not in TASKS:
+        raise Mistake(f"--task {task}: must be one of {', '.join(TASKS)}")
+    try:
+        image = open_image(Path(args.image))
+    except ValueError as error:
+        raise Mistake(f"--image {args.image}: {error}") from None
+    for question in [args.question] if args.question else map(str.strip, sys.stdin):
+        prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
+        [[answer]] = generate(model, [prompt], 1, args.max_new_tokens, temperature=0,
+                              repetition_penalty=args.repetition_penalty)
+        response = processor.decode(answer.tokens)
+        print(response, flush=True)
+        if TASKS[task].boxes:
+            items, error = parse_boxes(response)
+            items = original_frame(items, prompt)
+            picture = Path(args.out or Path(args.image).with_suffix(".answer.png").name)
+            draw_answer(image, items, picture)
+            print(f"the answer cannot be read: {error}" if error else f"in pixels of {args.image}: {json.dumps(items)}")
+            print(f"drawn: {picture}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The evaluation as a resumable job
 
@@ -302,6 +343,17 @@ def open_folder(out: Path, settings: dict) -> dict[int, dict]:
                 continue
             done[record["index"]] = record
     return done
+
+
+def default_folder(args) -> Path:
+    """In a run of ours, else in the current folder: a model folder is never written into. Another --limit is another
+    evaluation."""
+    def plain(name: str) -> str:
+        return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    data = plain(args.data) + (f"-first{args.limit}" if args.limit else "")
+    if (Path(args.model) / "metrics.jsonl").exists():
+        return Path(args.model) / "evaluations" / data
+    return Path("evaluations") / f"{plain(args.model)}-{data}"
 
 
 def weights_of(folder: Path) -> list:
@@ -332,17 +384,31 @@ def main() -> None:
                         help="the authors' scripts inherit 1.05 from the model's generation_config")
     parser.add_argument("--batch", type=int, default=64, help="prompts decoded together")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and list rows that cannot be used")
-    parser.add_argument("--out", default="", help="folder for metrics.json, records.jsonl, overlay.png "
-                                                  "(default: eval/DATA beside the model's weights)")
+    parser.add_argument("--image", default="", help="answer --question about this picture instead of evaluating")
+    parser.add_argument("--question", default="", help="about --image; without it, one question a line is read")
+    parser.add_argument("--onednn", action=argparse.BooleanOptionalAction, default=True,
+                        help="on a CPU, large float32 products by oneDNN")
+    parser.add_argument("--out", default="", help="folder for metrics.json, records.jsonl, overlay.png (default: "
+                        "evaluations/MODEL-DATA, or RUN/evaluations/DATA); with --image the picture")
+    parser.error = lambda text: refuse(text, parser, sys.argv[1:])
     args = parser.parse_args()
+    for flag, least in (("limit", 0), ("max_new_tokens", 1), ("batch", 1)):
+        if getattr(args, flag) < least:
+            raise Mistake(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    if args.question and not args.image:
+        raise Mistake("--question needs the picture that it is about: --image FILE")
     rank, world, device = start_ranks()
     torch.set_grad_enabled(False)
     task, shown = BENCHMARKS.get(args.benchmark, ("", SHOWN))
-    folder = newest_checkpoint(Path(args.model)) if (Path(args.model) / "checkpoints").is_dir() else args.model
-    model = Qwen2_5_VL.from_pretrained(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    source = None if args.image else load(args.data, args.task or task, args.skip_bad_rows)
+    model = Qwen2_5_VL.from_pretrained(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    if args.onednn:
+        use_onednn(model)
+    if args.image:
+        predict(model, Processor(model.folder), args)
+        return leave_ranks()
     segmenter = Segmenter(args.masks, device) if args.masks else None
-    source = load(args.data, args.task or task, args.skip_bad_rows)
-    out = Path(args.out or model.folder / "eval" / args.data.strip("/").replace("/", "-").replace(":", "-"))
+    out = Path(args.out) if args.out else default_folder(args)
     settings = {"format": RECORD_FORMAT, "model": str(args.model), "weights": weights_of(model.folder),
                 "data": args.data, "masks": args.masks,
                 "task": args.task or task, "max_new_tokens": args.max_new_tokens,
@@ -401,9 +467,11 @@ def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], show
     for line in bad:
         print(f"left out: {line}")
     (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": metrics}, indent=2) + "\n")
+    pictures = ""
     if drawn:
-        draw_sheet(drawn, out / "overlay.png")
-    print(f"wrote metrics.json, records.jsonl and overlay.png to {out}")
+        draw_sheet(for_sheet(drawn), out / "overlay.png")
+        pictures = " and overlay.png"
+    print(f"wrote metrics.json, records.jsonl{pictures} to {out}")
 
 
 if __name__ == "__main__":

@@ -425,10 +425,22 @@ def label_error(task: str, answer: str) -> str | None:
         except (ValueError, KeyError, IndexError, TypeError) as error:
             return f"the solution cannot be read: {error!r}"
     items, error = parse_json(answer)
-    error = error or next(filter(None, map(item_error, items)), None)
-    if error is None and (wrong := [b for b in (i["bbox_2d"] for i in items) if b[0] > b[2] or b[1] > b[3]]):
-        return f"the box {wrong[0]} is inverted; it must be [x1, y1, x2, y2] with x1 ≤ x2 and y1 ≤ y2"
-    return error
+    if error:
+        return {"bad_json": "the solution is not JSON", "not_a_list": "the solution is JSON, but no list of objects",
+                "too_long": f"the solution has more than {MAX_CHARACTERS:,} characters",
+                "too_deep": f"the solution is nested more than {MAX_DEPTH} deep"}[error]
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            return f"item {number}: it is {item!r}, not an object with bbox_2d and point_2d"
+        for key, count in (("bbox_2d", 4), ("point_2d", 2)):
+            if key not in item:
+                return f"item {number}: {key} is missing"
+            if not numbers(item[key], count):
+                return f"item {number}: {key} must be {count} numbers, it is {item[key]!r}"
+        box = item["bbox_2d"]
+        if box[0] > box[2] or box[1] > box[3]:
+            return f"the box {box} is inverted; it must be [x1, y1, x2, y2] with x1 ≤ x2 and y1 ≤ y2"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,14 +6,12 @@
 One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side, with the three
 controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as one packed row (data.py,
 model.py), one optimizer step. Every metric that is logged is defined in docs/logged.md.
-
-The paper leaves the learning rate, the batch, the std and the length normalisation open: they are options, below.
 """
 import contextlib
 import json
 import math
 import os
-import signal
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,18 +24,19 @@ from tqdm import tqdm
 
 import objective
 from data import Batch, Processor, Prompt, Row, collate, load, pack_group
-from eval import Record, evaluate, summarise, table
+from eval import Record, evaluate, for_sheet, summarise, table
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, Reward, label_reward, label_text, score, smooth
 from rollout import Response, generate
+from support.curves import tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
-from support.mistakes import Mistake, plainly
-from support.onednn import give_memory_back, keep_caches_small, use_onednn
+from support.mistakes import Mistake, plainly, stop_signals
+from support.onednn import give_memory_back, use_onednn
 from support.options import option, parse
-from support.optimizers import make_optimizers, set_lr
+from support.optimizers import make_optimizers, set_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
-from support.runs import load_optimizer, newest_checkpoint, open_run, save_checkpoint
+from support.runs import load_optimizer, newest_checkpoint, open_run, renamed_options, save_checkpoint
 from support.sources import take
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
@@ -71,9 +70,10 @@ class Config:
     std: str = option("sample", "method", "std R of Eq. 6 and 7", ("sample", "population", "none"))
     normaliser: str = option("token-mean", "method", "length normalisation; seq-sum is Eq. 9 to the letter",
                              ("token-mean", "seq-mean", "seq-sum"))
-    clip: float = option(0.2, "method", "ε of the clipped surrogate, Eq. 8 [recipe 0.2]; inert with one inner epoch")
-    inner_epochs: int = option(1, "method", "optimizer steps per sampling round [recipe 1]")
-    kl: float = option(0.0, "method", "weight of the k3 KL to the frozen initial model; ViSurf has none")
+    clip: float = option(0.2, "method", "ε of the clipped surrogate, Eq. 8 [recipe 0.2]; inert with one inner epoch",
+                         least=0)
+    inner_epochs: int = option(1, "method", "optimizer steps per sampling round [recipe 1]", least=1)
+    kl: float = option(0.0, "method", "weight of the k3 KL to the frozen initial model; ViSurf has none", least=0)
 
     label_style: str = option("spaced", "controls", "control 1, the text of y: spaced (the paper's), compact (off), "
                               "auto (what the policy finds likeliest)", (*LABEL_STYLES, "auto"))
@@ -85,67 +85,60 @@ class Config:
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
     seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights")
 
-    rollouts: int = option(8, "sampling", "G, rollouts of each prompt [recipe 8]")
-    max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]")
-    temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]")
+    rollouts: int = option(8, "sampling", "G, rollouts of each prompt [recipe 8]", least=1)
+    max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]",
+                                 least=1)
+    temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]", above=0)
     cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs; not tried on a GPU yet")
 
-    steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)")
-    prompts_per_step: int = option(16, "optimisation", "prompts per step over all ranks [recipe 16]")
-    lr: float = option(1e-3, "optimisation", "learning rate [recipe 1e-6, constant, for 7B]")
-    warmup_steps: int = option(10, "optimisation", "steps of linear warm-up")
-    cooldown: float = option(0.625, "optimisation", "share of the steps, the last ones, of linear decay to 0")
+    steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1)
+    prompts_per_step: int = option(16, "optimisation", "prompts per step over all ranks [recipe 16]", least=1)
+    lr: float = option(1e-3, "optimisation", "learning rate [recipe 1e-6, constant, for 7B]", above=0)
+    warmup_steps: int = option(10, "optimisation", "steps of linear warm-up", least=0)
+    cooldown: float = option(0.625, "optimisation", "share of the steps, the last ones, of linear decay to 0",
+                             least=0, most=1)
     optimizer: str = option("adamw", "optimisation", "adamw; muon: Muon for matrices, AdamW for the rest",
                             ("adamw", "muon"))
     adam_eps: float = option(1e-3, "optimisation", "eps of AdamW [recipe 1e-8]; far above a weight's usual gradient it "
-                             "makes small gradients small steps")
-    weight_decay: float = option(0.01, "optimisation", "decoupled weight decay [recipe 1e-2]")
-    grad_clip: float = option(1.0, "optimisation", "largest gradient norm [recipe 1.0]")
+                             "makes small gradients small steps", above=0)
+    weight_decay: float = option(0.01, "optimisation", "decoupled weight decay [recipe 1e-2]", least=0)
+    grad_clip: float = option(1.0, "optimisation", "largest gradient norm [recipe 1.0]", above=0)
     precision: str = option("float32", "optimisation", "of weights and gradients; the optimizer keeps float32 weights "
                             "either way", ("float32", "bfloat16"))
-    micro_rows: int = option(4, "optimisation", "rows per forward; any value gives the same update")
-    max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)")
+    micro_rows: int = option(4, "optimisation", "rows per forward; any value gives the same update", least=1)
+    max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)",
+                                 least=0)
     checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward: less memory, about "
                                           "30 % more time")
     onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN")
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
     resume: str = option("", "output", "run folder to go on with, from its newest checkpoint and its saved options")
+    tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too")
     dry_run: bool = option(False, "output", "one step at worst-case length: memory and hours; writes nothing")
     eval_data: str = option("scenes:val", "output", "evaluated before, during and after; empty: never")
-    eval_examples: int = option(192, "output", "how many of it")
-    eval_every: int = option(100, "output", "steps between evaluations (0: only before and after)")
-    save_every: int = option(100, "output", "steps between checkpoints (0: only at the end)")
-    log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step")
+    eval_examples: int = option(192, "output", "how many of it", least=0)
+    eval_every: int = option(100, "output", "steps between evaluations (0: only before and after)", least=0)
+    save_every: int = option(100, "output", "steps between checkpoints (0: only at the end)", least=0)
+    log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step", least=1)
 
     def check(self, world: int) -> None:
         """Mistake: an option that cannot be, by its flag."""
         for flag, wrong, rule in (
-                ("prompts-per-step", self.prompts_per_step < 1 or self.prompts_per_step % world,
-                 f"must be a multiple of the {world} ranks"),
+                ("name", Path(self.name).name != self.name or self.name == "..", "must be a folder's name, not a path"),
+                ("prompts_per_step", self.prompts_per_step % world, f"must be a multiple of the {world} ranks"),
                 ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
-                ("temperature", self.temperature <= 0, "must be above 0"),
-                ("inner-epochs", self.inner_epochs < 1, "must be at least 1"),
-                ("micro-rows", self.micro_rows < 1, "must be at least 1"),
-                ("cooldown", not 0 <= self.cooldown <= 1, "must be from 0 to 1"),
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
                 ("kl", self.kl and self.method == "sft", "has no meaning with --method sft")):
             if wrong:
-                raise Mistake(f"--{flag} {getattr(self, flag.replace('-', '_'))}: {rule}")
-
-
-def renamed(saved: dict) -> dict:
-    """The options of a run that an earlier version saved, under today's names."""
-    if "no_thinking_reward" in saved:
-        saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
-    if "cooldown_steps" in saved:
-        saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / saved["steps"])
-    return saved
+                raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    return parse(Config, PRESETS, renamed, __doc__, arguments)
+    resumable = ("resume", "dry_run", "steps", "eval_data", "eval_examples", "eval_every", "save_every", "log_every",
+                 "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "onednn")
+    return parse(Config, PRESETS, resumable, renamed_options, __doc__, arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,8 +216,8 @@ def with_gradient(group: Group) -> Group:
     they add exactly nothing to the loss and its gradient."""
     first = len(group.responses) - len(group.rollouts)   # 1 if y comes first
     kept = [s for s, advantage in enumerate(group.advantage) if advantage != 0]
-    return Group(group.prompt, [group.responses[s] for s in kept], [group.rollouts[s - first] for s in kept if s >= first],
-                 [group.advantage[s] for s in kept])
+    rollouts = [group.rollouts[s - first] for s in kept if s >= first]
+    return Group(group.prompt, [group.responses[s] for s in kept], rollouts, [group.advantage[s] for s in kept])
 
 
 def micro_batches(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int]:
@@ -335,6 +328,8 @@ class Job:
     processor: Processor
     optimizers: list
     state: dict                           # step, cursor, bad_steps: with the weights and optimizers, a checkpoint
+    source: object                        # of examples, to train on
+    held_out: list = field(default_factory=list)          # examples to evaluate on
     run: Path = Path()
 
     def say(self, text: str) -> None:
@@ -343,21 +338,21 @@ class Job:
 
     def log(self, line: dict) -> None:
         if self.rank == 0:
-            with open(self.run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            write_line(self.run, line, self.cfg.tensorboard)
 
 
 def set_up() -> Job:
     cfg = parse_config()
+    cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
+    source = load(cfg.data, cfg.task, cfg.skip_bad_rows)      # before the model: a bad row is sooner found
+    held_out = load(cfg.eval_data) if cfg.eval_data else []
     rank, world, device = start_ranks()
-    cfg.check(world)
     if cfg.cuda_graphs and device.type != "cuda":
         raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
+    if cfg.tensorboard:
+        tensorboard_writer()
     checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
-    state = {"step": 0, "cursor": 0, "bad_steps": 0}
-    if checkpoint:
-        state = json.loads((checkpoint / "state.json").read_text())
-    keep_caches_small()
+    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {"step": 0, "cursor": 0, "bad_steps": 0}
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, dtype, device,
@@ -376,22 +371,22 @@ def set_up() -> Job:
         for k, optimizer in enumerate(optimizers):
             load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    job = Job(cfg, rank, world, device, ddp, reference, Processor(model.folder), optimizers, state)
+    job = Job(cfg, rank, world, device, ddp, reference, Processor(model.folder), optimizers, state,
+              source, [held_out[i] for i in range(min(cfg.eval_examples, len(held_out)))])
+    changed = "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset])
     size = sum(p.numel() for p in model.parameters())
     job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on "
-            f"{device.type}, {cfg.precision}, preset {cfg.preset}"
-            + "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset]))
-    job.say(memory_line(size, cfg.precision, world))
+            f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n{memory_line(size, cfg.precision, world)}")
     return job
 
 
-def train_step(job: Job, source) -> dict:
+def train_step(job: Job) -> dict:
     """Samples, updates, measures: a line of metrics.jsonl. Advances job.state."""
     cfg, state, meter, began = job.cfg, job.state, Meter(), time.time()
     set_lr(cfg, job.optimizers, state["step"])
     share = cfg.prompts_per_step // job.world
     first = state["cursor"] + job.rank * share
-    prompts = [job.processor.prompt(e) for e in take(source, range(first, first + share), cfg.seed)]
+    prompts = [job.processor.prompt(e) for e in take(job.source, range(first, first + share), cfg.seed)]
     loaded = time.time()
     groups = make_groups(cfg, job.ddp.module, job.processor, prompts, state["step"])
     measure_groups(cfg.method, groups, meter)
@@ -403,46 +398,42 @@ def train_step(job: Job, source) -> dict:
                  bad_steps=0 if finite else state["bad_steps"] + 1)
     line = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite,
             "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
-    sampled_tokens = sum(len(o.tokens) for g in groups for o in g.rollouts)
-    sampled_tokens, tokens = add_over_ranks([sampled_tokens, tokens], job.device)
+    sampled_tokens, tokens = add_over_ranks([sum(len(o.tokens) for g in groups for o in g.rollouts), tokens], job.device)
     if sampled_tokens:
         line["sampling_tokens_per_s"] = sampled_tokens / (sampled - loaded)
     return {**line, "training_tokens_per_s": tokens / (ended - sampled), "peak_memory_gb": peak_memory_gb(job.device),
             "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded}
 
 
-def run_evaluation(job: Job, examples: list, history: dict[str, dict]) -> None:
+def run_evaluation(job: Job, history: dict[str, dict]) -> None:
     """Every rank answers its share; rank 0 draws its first answers, and prints the table of all evaluations so far."""
     cfg, step = job.cfg, job.state["step"]
-    own = examples[job.rank::job.world]
+    own = job.held_out[job.rank::job.world]
     answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens)
     pairs = list(tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0))
-    records = [record for record, _ in pairs]
     if job.rank == 0:
-        draw_sheet(pairs[:12], job.run / "samples" / f"step_{step}.png")
-    everyone = gather_json([vars(r) for r in records], job.device)
+        draw_sheet(for_sheet(pairs[:12]), job.run / "samples" / f"step_{step}.png")
+    everyone = gather_json([vars(record) for record, _ in pairs], job.device)
     history[f"step {step}"] = summarise([Record(**r) for part in everyone for r in part])
     job.log({"step": step, "eval": history[f"step {step}"]})
-    job.say(f"{cfg.eval_data}, first {len(examples)}:\n" + table(history))
+    job.say(f"{cfg.eval_data}, first {len(job.held_out)}:\n" + table(history))
 
 
-def dry_run(job: Job, source) -> None:
+def dry_run(job: Job) -> None:
     """One step as expensive as any can be: the longest prompt among 256 examples, every response max_new_tokens long.
     Nothing is written; the learning rate is 0."""
-    cfg = job.cfg
-    numbers = sorted({i * len(source) // 256 for i in range(256)})
-    prompt = max((job.processor.prompt(source[n]) for n in numbers), key=lambda p: len(p.tokens))
+    cfg, source = job.cfg, job.source
+    read = (job.processor.prompt(source[n]) for n in sorted({i * len(source) // 256 for i in range(256)}))
+    prompt = max(read, key=lambda p: len(p.tokens))
     S = {"sft": 1, "rlvr": cfg.rollouts, "visurf": cfg.rollouts + 1}[cfg.method]
-    share = cfg.prompts_per_step // job.world
-    rows = pack_group(prompt, [[prompt.tokens[0]] * cfg.max_new_tokens] * S, cfg.max_row_tokens)
-    job.say(f"longest prompt of {len(numbers)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
-            f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
-    for optimizer in job.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-    few = min(32, cfg.max_new_tokens)
+    share, few = cfg.prompts_per_step // job.world, min(32, cfg.max_new_tokens)
     groups = min(share, cfg.micro_rows)
-    fake = [Group(prompt, [[prompt.tokens[0]] * cfg.max_new_tokens] * S, [], [1.0] * S)] * groups
+    fake = Group(prompt, [[prompt.tokens[0]] * cfg.max_new_tokens] * S, [], [1.0] * S)
+    rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
+    job.say(f"longest prompt of 256 read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most {len(rows)} "
+            f"row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
+    for group in (g for optimizer in job.optimizers for g in optimizer.param_groups):
+        group["lr"] = 0.0
     seconds = {}
     for _ in range(2):                 # the first time warms up
         began = time.time()
@@ -452,40 +443,46 @@ def dry_run(job: Job, source) -> None:
             taken = max(len(o.tokens) for o in sum(sampled, []))
             seconds["sampling"] = (time.time() - began) * cfg.max_new_tokens / taken
         began = time.time()
-        update(cfg, job.ddp, job.reference, job.optimizers, fake, Meter())
+        update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter())
         seconds["update"] = (time.time() - began) * share / groups
-    gigabytes = max(gather_json(peak_memory_gb(job.device), job.device))
-    total = max(gather_json(sum(seconds.values()), job.device))
+    gigabytes, total = (max(gather_json(x, job.device)) for x in (peak_memory_gb(job.device), sum(seconds.values())))
     parts = " + ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    job.say(f"peak memory {gigabytes:.1f} GB; one step at most {parts}"
-            f"; {cfg.steps} steps at most {cfg.steps * total / 3600:.1f} hours. Shorter responses take less.")
+    job.say(f"peak memory {gigabytes:.1f} GB; one step at most {parts}; {cfg.steps} steps at most "
+            f"{cfg.steps * total / 3600:.1f} hours. Shorter responses take less.")
 
 
 def main() -> None:
     job = set_up()
     cfg, state = job.cfg, job.state
-    source = load(cfg.data, cfg.task, cfg.skip_bad_rows)
-    for reason in source.bad:
+    for reason in job.source.bad:
         job.say(f"left out: {reason}")
     if cfg.dry_run:
-        dry_run(job, source)
+        dry_run(job)
         return leave_ranks()
-    prompts = {name: task.prompt for name, task in TASKS.items()}
-    job.run = open_run(cfg, prompts, job.rank, job.device, state["step"])
-    job.say(f"writing to {job.run}")
-    held_out = load(cfg.eval_data) if cfg.eval_data else []
-    held_out = [held_out[i] for i in range(min(cfg.eval_examples, len(held_out)))]
-    terminated = []
-    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    history: dict[str, dict] = {}
-    if held_out and state["step"] == 0:
-        run_evaluation(job, held_out, history)
+    if state["step"] >= cfg.steps:
+        job.say(f"{cfg.resume} is finished: it has its {cfg.steps} steps. --steps N makes it longer")
+        return leave_ranks()
+    job.run = open_run(cfg, {name: task.prompt for name, task in TASKS.items()}, job.rank, job.device, state["step"])
+    job.say(f"writing to {job.run}{short_run(cfg)}")
+    try:
+        loop(job, stop_signals())
+    except BaseException:
+        if job.rank == 0 and not state["step"]:
+            shutil.rmtree(job.run)      # it holds nothing yet
+        raise
+    leave_ranks()
 
+
+def loop(job: Job, stopped: list) -> None:
+    """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come (`stopped` is then not empty)."""
+    cfg, state = job.cfg, job.state
+    history: dict[str, dict] = {}
+    if job.held_out and state["step"] == 0:
+        run_evaluation(job, history)
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
         while state["step"] < cfg.steps:
-            line = train_step(job, source)
-            if job.device.type == "cpu":
-                give_memory_back()
+            line = train_step(job)
+            give_memory_back()
             job.log(line)
             bar.update()
             if state["step"] % cfg.log_every == 0:
@@ -494,17 +491,16 @@ def main() -> None:
                 job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
                 raise Mistake(f"{MAX_BAD_STEPS} steps in a row were not finite; the last good checkpoint is "
-                                 f"{newest_checkpoint(job.run)}")
-            done, stopping = state["step"] == cfg.steps, any(gather_json(bool(terminated), job.device))
-            if held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
-                run_evaluation(job, held_out, history)
+                              f"{newest_checkpoint(job.run)}")
+            done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped), job.device))
+            if job.held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
+                run_evaluation(job, history)
             if done or stopping or cfg.save_every and state["step"] % cfg.save_every == 0:
                 save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
             if stopping and not done:
-                job.say(f"stopped by SIGTERM at step {state['step']}; go on with --resume {job.run}")
-                break
-    job.say(f"metrics: {job.run}/metrics.jsonl   pictures: {job.run}/samples/   model: {newest_checkpoint(job.run)}")
-    leave_ranks()
+                return job.say(f"stopped at step {state['step']}; go on with torchrun train.py --resume {job.run}")
+    pictures = f"   curves: {job.run}/curves.png   pictures: {job.run}/samples/" if history else ""
+    job.say(f"metrics: {job.run}/metrics.jsonl{pictures}   model: {newest_checkpoint(job.run)}")
 
 
 if __name__ == "__main__":

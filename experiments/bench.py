@@ -358,9 +358,8 @@ def parts(table: Table, steps: int) -> None:
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(options, model)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
-    job = train.Job(options, 0, 1, torch.device("cpu"), ddp, None, Processor(TINY), optimizers, state)
-    source = load(options.data)
-    train.train_step(job, source)
+    job = train.Job(options, 0, 1, torch.device("cpu"), ddp, None, Processor(TINY), optimizers, state, load(options.data))
+    train.train_step(job)
     seconds: dict[str, float] = {}
     places = [(train, "take", "data"), (job.processor, "prompt", "data"), (train, "generate", "sampling, rest"),
               (model, "embed", "model, sampling"), (model, "decode", "model, sampling"),
@@ -370,7 +369,7 @@ def parts(table: Table, steps: int) -> None:
               *[(optimizer, "step", "optimizer") for optimizer in optimizers], (train, "train_step", "rest")]
     with clocked(seconds, places):
         for _ in range(steps):
-            train.train_step(job, source)
+            train.train_step(job)
     whole = sum(seconds.values())
     table.line("parts of a step of the default job", f"tiny, 16 × 8, mean of {steps} steps", seconds=whole / steps,
                **{name: value / steps for name, value in seconds.items()})

@@ -10,7 +10,7 @@ for method in visurf rlvr sft; do
     test_model runs/four-$method $method
 done
 # Two-stage: half of the steps for each stage, so that all rows have seen as many prompts.
-torchrun train.py --method sft --steps 200 --cooldown-steps 125 --name four-sft-half
-torchrun train.py --method rlvr --steps 200 --cooldown-steps 125 --model runs/four-sft-half/checkpoints/step_200 \
+torchrun train.py --method sft --steps 200 --name four-sft-half
+torchrun train.py --method rlvr --steps 200 --model runs/four-sft-half/checkpoints/step_200 \
     --name four-sft-rlvr
 test_model runs/four-sft-rlvr sft-rlvr

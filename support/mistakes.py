@@ -1,12 +1,27 @@
 """What a person can mend is said in one sentence, as the last thing that a program prints, without a traceback."""
 import json
 import os
+import signal
 import sys
 import time
 
 
 class Mistake(ValueError):
     """Something that the person who started the program can mend: its text says what is wrong and what to do."""
+
+
+def stop_signals() -> list[float]:
+    """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop to see; a second
+    Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the terminal and from torchrun."""
+    times: list[float] = []
+
+    def note(number, _) -> None:
+        if number == signal.SIGINT and times and time.time() - times[0] > 1:
+            os._exit(130)
+        times.append(time.time())
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return times
 
 
 def plainly(main) -> None:
@@ -17,6 +32,8 @@ def plainly(main) -> None:
     as rank 0 has left."""
     try:
         main()
+    except KeyboardInterrupt:
+        os._exit(130)
     except Mistake as mistake:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)

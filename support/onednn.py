@@ -56,7 +56,12 @@ class Linear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """Every nn.Linear of a loaded model becomes a Linear: the class changes, names and weights stay."""
+    """Every nn.Linear of a loaded model becomes a Linear: the class changes, names and weights stay. To be called before
+    the first product: oneDNN keeps what it built for each of the last 1,024 shapes, and rows have another length nearly
+    every time, so that resident memory climbs by gigabytes. With few kept, and give_memory_back after every step, it
+    stays flat."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = Linear
@@ -77,13 +82,6 @@ def packed_weights(model: nn.Module):
     finally:
         for layer in layers:
             layer.packed = None
-
-
-def keep_caches_small() -> None:
-    """Before the first product. oneDNN keeps what it built for each of the last 1,024 shapes, and rows have another length
-    nearly every time: resident memory climbs by gigabytes. With give_memory_back after every step it stays flat."""
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "16")
 
 
 def give_memory_back() -> None:

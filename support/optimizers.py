@@ -61,11 +61,22 @@ def make_optimizers(cfg, model: nn.Module) -> list:
     return [ZeroRedundancyOptimizer(parameters, kind, **adamw)]
 
 
-def set_lr(cfg, optimizers: list, step: int) -> None:
-    """Constant, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all
-    steps. step from 0."""
+def share_of_lr(cfg, step: int) -> float:
+    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all steps. step
+    from 0."""
     up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     down = (cfg.steps - step) / (cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
+    return min(1.0, up, down)
+
+
+def short_run(cfg) -> str:
+    """What a person should know of a run whose warm-up and cool-down meet."""
+    most = max(share_of_lr(cfg, step) for step in range(cfg.steps))
+    return "" if most == 1 else (f"; {cfg.steps} steps are so few that the learning rate reaches {most * cfg.lr:.1e} only, of "
+                                 f"{cfg.lr:.1e} (--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
+
+
+def set_lr(cfg, optimizers: list, step: int) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, up, down)
+            group["lr"] = cfg.lr * share_of_lr(cfg, step)

@@ -2,20 +2,40 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
 from support.mistakes import Mistake
 
 
-def option(default, group: str, text: str, choices: tuple = ()):
-    """A field of the options: its default, the group and line of --help that it stands in, what it may be."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices or None})
+def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None):
+    """A field of the options: its default, the group and line of --help that it stands in, what it may be. Numbers must
+    be finite."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices or None,
+                                                        "least": least, "most": most, "above": above})
 
 
-def parse(kind: type, presets: dict[str, dict], renamed, description: str, arguments: list[str] | None = None):
+def check_numbers(options) -> None:
+    """Mistake: a number that is not finite or not within the limits of its option, by its flag."""
+    for f in dataclasses.fields(options):
+        value, limits = getattr(options, f.name), f.metadata
+        if f.type not in (int, float):
+            continue
+        rules = ((math.isfinite(value), "a finite number"),
+                 (limits["least"] is None or value >= limits["least"], f"at least {limits['least']}"),
+                 (limits["most"] is None or value <= limits["most"], f"at most {limits['most']}"),
+                 (limits["above"] is None or value > limits["above"], f"above {limits['above']}"))
+        for kept, rule in rules:
+            if not kept:
+                raise Mistake(f"--{f.name.replace('_', '-')} {value}: must be {rule}")
+
+
+def parse(kind: type, presets: dict[str, dict], resumable: tuple[str, ...], renamed, description: str,
+          arguments: list[str] | None = None):
     """Flags → a `kind`. Defaults are those of --preset or, with --resume RUN, the options saved there, which
-    `renamed(saved)` brings to today's names. Unknown flags are errors. --help shows the defaults that then hold."""
+    `renamed(saved)` brings to today's names; then only the `resumable` ones can be given another value. Unknown flags are
+    errors. --help shows the defaults that then hold."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
@@ -45,7 +65,15 @@ def parse(kind: type, presets: dict[str, dict], renamed, description: str, argum
         groups[group].add_argument("--" + f.name.replace("_", "-"),
                                    help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"), **settings)
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
-    return kind(**{**defaults, **vars(parser.parse_args(arguments))})
+    given = vars(parser.parse_args(arguments))
+    changed = [name for name in given if chosen.resume and name not in resumable and given[name] != defaults[name]]
+    if changed:
+        flags = " ".join(f"--{name.replace('_', '-')} {given[name]}" for name in changed)
+        raise Mistake(f"--resume goes on with the run as it was; {flags} would make another run of it. To start that one "
+                      f"from its weights: torchrun train.py --model {chosen.resume} {flags}")
+    options = kind(**{**defaults, **given})
+    check_numbers(options)
+    return options
 
 
 def refuse(text: str, parser: argparse.ArgumentParser, arguments: list[str]) -> None:

@@ -44,7 +44,10 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Pat
     if exists and not cfg.resume:
         raise Mistake(f"{run} exists and is not overwritten: choose another --name, or go on with --resume {run}")
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Mistake(f"{run} cannot be made: {error.strerror}; start from a folder that can be written to") from None
         record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
                   "versions": versions(), "command": sys.argv,
                   "prompts": prompts}
@@ -58,11 +61,21 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Pat
     return run
 
 
+def renamed_options(saved: dict) -> dict:
+    """The options of a run that an earlier version saved, under today's names."""
+    if "no_thinking_reward" in saved:
+        saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
+    if "cooldown_steps" in saved:
+        saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / saved["steps"])
+    return saved
+
+
 def newest_checkpoint(run: Path) -> Path:
     """The last complete checkpoint of a run folder."""
-    steps = sorted((int(p.name.removeprefix("step_")), p) for p in (run / "checkpoints").glob("step_*"))
+    steps = sorted((int(p.name.removeprefix("step_")), p) for p in (run / "checkpoints").glob("step_*")
+                   if p.name.removeprefix("step_").isdecimal())
     if not steps:
-        raise FileNotFoundError(f"{run} holds no checkpoint yet")
+        raise Mistake(f"{run} holds no checkpoint yet; start it again under another --name")
     return steps[-1][1]
 
 

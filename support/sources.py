@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from support import scenes
+from support.mistakes import Mistake
 
 HEAVY = ("image", "decoded_image", "mask")   # columns that are read only when their row is wanted
 MAX_PIXELS = 100_000_000    # of a picture, before it is decoded
@@ -48,7 +49,7 @@ class Example:
     mask: np.ndarray | None = None
 
 
-class BadRow(ValueError):
+class BadRow(Mistake):
     """A row that cannot be used: the message names file, row and reason."""
 
 
@@ -56,7 +57,7 @@ class Scenes:
     """The built-in world, `scenes:SPLIT`."""
     def __init__(self, split: str):
         if split not in scenes.SPLITS:
-            raise ValueError(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
+            raise Mistake(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
         self.split, self.bad = split, []
 
     def __len__(self) -> int:
@@ -98,6 +99,7 @@ def open_image(content: Path | bytes) -> Image.Image:
 
 class JsonlFile:
     """One JSON object a line; a picture is a path relative to the file, or null."""
+    columns = ()
     def __init__(self, path: Path):
         self.path = path
 
@@ -129,7 +131,7 @@ class ParquetFile:
             # Read through a small buffer, page by page; the default reads whole row groups into memory.
             self.file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{path}: not a Parquet file ({error})") from None
+            raise Mistake(f"{path}: not a Parquet file ({error})") from None
         metadata = self.file.metadata
         self.starts = [0, *itertools.accumulate(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))]
         self.columns = [name for name in self.file.schema_arrow.names if name in HEAVY]
@@ -166,7 +168,7 @@ class ArrowFile:
         try:
             self.table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{path}: not an Arrow stream as datasets writes it ({error})") from None
+            raise Mistake(f"{path}: not an Arrow stream as datasets writes it ({error})") from None
         self.columns = [name for name in self.table.column_names if name in HEAVY]
 
     def light(self) -> Iterator[tuple[int, dict]]:
@@ -245,12 +247,18 @@ class Rows:
                         raise bad from None
                     self.bad.append(str(bad))
         if not self.rows:
-            raise ValueError(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
+            raise Mistake(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
 
     def check(self, file, number: int, row: dict | str, task: str) -> tuple[Example, Path | None]:
         if isinstance(row, str):
             raise ValueError(row)
         example, image = light_example(row, number, task, self.tasks, self.label_error), None
+        boxes = self.tasks[example.task].boxes and example.answer not in ("", "[]")
+        size = tuple(row.get(name) for name in ("img_width", "img_height"))      # of the authors' data
+        if not example.answer and "mask" not in file.columns:
+            raise ValueError("no answer: none of the columns solution, answer, answers, label, bbox holds one")
+        if not isinstance(file, JsonlFile) and boxes and not all(isinstance(n, int) for n in size):
+            size = header_size(picture_of(file.heavy(number), file.path))
         if isinstance(file, JsonlFile):
             if "image" not in row:
                 raise ValueError("the column image is missing; null means that there is none")
@@ -258,10 +266,9 @@ class Rows:
                 if not isinstance(row["image"], str):
                     raise ValueError(f"the column 'image' holds a {type(row['image']).__name__}")
                 image = file.path.parent / row["image"]
-                try:
-                    Image.open(image).close()
-                except OSError as error:
-                    raise ValueError(f"the image cannot be read: {error}") from None
+                size = header_size(image)
+        if boxes and all(isinstance(n, int) for n in size):
+            check_boxes(example.answer, size)
         return example, image
 
     def __len__(self) -> int:
@@ -272,11 +279,39 @@ class Rows:
         file, number, example, image = self.rows[index]
         try:
             heavy = file.heavy(number)
-            if column := next((c for c in ("decoded_image", "image") if c in heavy), None):
-                image = image_of(heavy[column].as_py(), file.path)
+            if (picture := picture_of(heavy, file.path)) is not None:
+                image = picture
             return finish(example, image, heavy.get("mask"), self.tasks[example.task].boxes)
         except ValueError as error:
             raise BadRow(f"{file.path}, row {number} (id {example.id}): {error}") from None
+
+
+def picture_of(heavy: dict, path: Path) -> bytes | Path | None:
+    column = next((c for c in ("decoded_image", "image") if c in heavy), None)
+    return image_of(heavy[column].as_py(), path) if column else None
+
+
+def header_size(content: bytes | Path | None) -> tuple:
+    """(width, height) as the header of a picture says, nothing decoded; () where there is none. ValueError: it cannot be
+    read, or the path names no file (to open a pipe would wait for ever)."""
+    if content is None:
+        return ()
+    if isinstance(content, Path) and not content.is_file():
+        raise ValueError(f"the image cannot be read: {content} is no file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                return image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image cannot be read: {error}") from None
+
+
+def check_boxes(answer: str, size: tuple[int, int]) -> None:
+    """ValueError: a box of a label leaves its picture of (width, height) pixels."""
+    for box in (item["bbox_2d"] for item in json.loads(answer)):
+        if min(box) < 0 or max(box[::2]) > size[0] or max(box[1::2]) > size[1]:
+            raise ValueError(f"the box {box} leaves the picture of {size[0]}×{size[1]} pixels")
 
 
 def image_of(value, path: Path) -> bytes | Path | None:
@@ -305,9 +340,7 @@ def finish(example: Example, image: bytes | Path | None, mask, boxes: bool) -> E
     if not answer:
         raise ValueError("no answer: none of the columns solution, answer, answers, label, bbox, mask holds one")
     if picture is not None and boxes:
-        for box in (item["bbox_2d"] for item in json.loads(answer)):
-            if min(box) < 0 or max(box[::2]) > picture.width or max(box[1::2]) > picture.height:
-                raise ValueError(f"the box {box} leaves the picture of {picture.width}×{picture.height} pixels")
+        check_boxes(answer, picture.size)
     return replace(example, image=picture, mask=mask, answer=answer)
 
 
@@ -329,13 +362,13 @@ def files_of(folder: Path, split: str) -> list:
             by_split.setdefault(re.sub(r"-\d{5}-of-\d{5}.*", "", path.stem), []).append(path)
         if paths:
             return [kind(path) for path in by_split[choose(folder, list(by_split), split)]]
-    raise ValueError(f"--data {folder}: holds no .parquet, .jsonl or save_to_disk files")
+    raise Mistake(f"--data {folder}: holds no .parquet, .jsonl or save_to_disk files")
 
 
 def choose(folder: Path, splits: list[str], split: str) -> str:
     if split in splits or (not split and len(splits) == 1):
         return split or splits[0]
-    raise ValueError(f"--data {folder}: the splits are {', '.join(splits)}; name one after a colon")
+    raise Mistake(f"--data {folder}: the splits are {', '.join(splits)}; name one after a colon")
 
 
 def load(data: str, tasks: dict, label_error, task: str = "", skip_bad_rows: bool = False) -> Scenes | Rows:
@@ -348,7 +381,7 @@ def load(data: str, tasks: dict, label_error, task: str = "", skip_bad_rows: boo
         path, split = Path(data.rpartition(":")[0]), data.rpartition(":")[2]
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
-            raise FileNotFoundError(f"--data {data}: there is no such file")
+            raise Mistake(f"--data {data}: there is no such file")
         return Rows([JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path)], tasks,
                     label_error, task, skip_bad_rows)
     if not path.is_dir():
@@ -359,13 +392,14 @@ def load(data: str, tasks: dict, label_error, task: str = "", skip_bad_rows: boo
 def download(name: str) -> Path:
     """A data set of the hub, in huggingface_hub's cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"--data {name}: give scenes:SPLIT, a .jsonl or .parquet file, a folder, or a hub id "
+        raise Mistake(f"--data {name}: give scenes:SPLIT, a .jsonl or .parquet file, a folder, or a hub id "
                          "OWNER/NAME")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=PATTERNS))
     except Exception as error:
-        raise ValueError(f"--data {name}: no such folder, and the hub does not give it: {error}") from error
+        raise Mistake(f"--data {name}: no such folder, and the hub does not give it "
+                      f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -390,5 +424,5 @@ def take(source, numbers: range, seed: int) -> list[Example]:
                 source.bad.append(str(error))
                 index = (index + 1) % n
         else:
-            raise ValueError(f"all {n} rows are bad; the last: {source.bad[-1]}")
+            raise Mistake(f"all {n} rows are bad; the last: {source.bad[-1]}")
     return taken

@@ -1,55 +1,74 @@
 """Model folders in the Hugging Face layout, hub ids, weights as safetensors. Nothing is ever unpickled."""
 import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from support.mistakes import Mistake
+from support.runs import newest_checkpoint
 
 # What a model folder holds beside config.json and the weights; copied along when a model is saved.
 COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
               "*processor_config.json", "generation_config.json", "chat_template*", "LICENSE*")
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def local_folder(name) -> Path:
-    """A local folder as it is; anything else is taken for a hub id and downloaded (weights as safetensors only)."""
-    if Path(name).is_dir():
-        return Path(name)
-    if str(name).count("/") != 1 or str(name).startswith((".", "/")):
-        raise FileNotFoundError(f"{name} is neither a folder nor a hub id of the form owner/name")
+    """The folder of a model: a folder, also one of this repository wherever the program is started (assets/tiny); a run
+    of train.py, whose newest checkpoint it then is; else a hub id, downloaded (weights as safetensors only)."""
+    folder = Path(name)
+    if not folder.is_dir() and (REPOSITORY / name).is_dir():
+        folder = REPOSITORY / name
+    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").exists():
+        folder = newest_checkpoint(folder)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise Mistake(f"--model {name}: {folder} has no config.json, so it is no model folder")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise Mistake(f"--model {name}: there is no such folder, and it is no hub id of the form OWNER/NAME")
     from huggingface_hub import snapshot_download
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
-    return Path(snapshot_download(str(name), allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
+    except Exception as error:
+        raise Mistake(f"--model {name}: there is no such folder, and the hub does not give it "
+                      f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error
 
 
 def read_config(path: Path) -> dict:
     """The fields of a Qwen2.5-VL config.json that change the computation, those of the vision tower as vision_NAME.
     ValueError: what is not supported. Reads both layouts in use: text fields at the top level (the hub's) or under text_config (transformers 5)."""
-    raw = json.loads(Path(path).read_text())
+    try:
+        raw = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise Mistake(f"{path} is not JSON: {error}") from None
     if raw.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' only")
+        raise Mistake(f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' only")
     text = {**raw, **raw.get("text_config", {})}
     vision = raw.get("vision_config", {})
     if text.get("use_sliding_window"):
-        raise ValueError(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
+        raise Mistake(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
     for where, section in (("text", text), ("vision", vision)):
         if section.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only 'silu' is supported")
+            raise Mistake(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only 'silu' is supported")
     if (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
         if width % heads or text.get("head_dim") not in (None, width // heads):
-            raise ValueError(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
+            raise Mistake(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
                              f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-        raise ValueError(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
+        raise Mistake(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
 
     def field(source: dict, name: str, default=None):
         value = source.get(name, default)
         if value is None:
-            raise ValueError(f"{path}: the field {name!r} is missing")
+            raise Mistake(f"{path}: the field {name!r} is missing")
         return value
 
     numbers = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -62,7 +81,7 @@ def read_config(path: Path) -> dict:
     vision_fields["vision_fullatt_block_indexes"] = tuple(vision_fields["vision_fullatt_block_indexes"])
     pixels = vision_fields["vision_patch_size"] * vision_fields["vision_spatial_merge_size"]   # of an image token
     if vision_fields["vision_window_size"] < pixels:
-        raise ValueError(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
+        raise Mistake(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
                          f"an image token of {pixels}×{pixels}")
     return {
         **{name: field(text, name) for name in numbers},
@@ -80,7 +99,14 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
         ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
-    raise ValueError(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
+    raise Mistake(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
+
+
+def open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise Mistake(f"{path} is damaged or no safetensors file ({error})") from None
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
@@ -97,25 +123,25 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     state, head = {}, None
     for file in files:
         if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder / file} does not exist; weights are read from safetensors only")
-        with safe_open(folder / file, framework="pt") as weights:
+            raise Mistake(f"{folder / file} does not exist; weights are read from safetensors only")
+        with open_safetensors(folder / file) as weights:
             for stored in weights.keys():
                 name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
                 if name not in wanted:
                     if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
                         head = weights.get_tensor(stored).to(dtype)
                         continue
-                    raise ValueError(f"{folder / file}: unknown tensor {stored!r}")
+                    raise Mistake(f"{folder / file}: unknown tensor {stored!r}")
                 tensor = weights.get_tensor(stored)
                 if tuple(tensor.shape) != wanted[name]:
-                    raise ValueError(f"{folder / file}: {stored!r} has shape {tuple(tensor.shape)}, "
+                    raise Mistake(f"{folder / file}: {stored!r} has shape {tuple(tensor.shape)}, "
                                      f"config.json asks for {wanted[name]}")
                 state[name] = tensor.to(dtype)
     missing = sorted(wanted.keys() - state.keys())
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+        raise Mistake(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
     if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
-        raise ValueError(f"{folder}: config.json says tie_word_embeddings, but the stored lm_head.weight differs from "
+        raise Mistake(f"{folder}: config.json says tie_word_embeddings, but the stored lm_head.weight differs from "
                          "model.embed_tokens.weight; set it to false, or remove lm_head.weight from the file")
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -128,7 +154,7 @@ def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
     """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer, processor files."""
     from huggingface_hub import save_torch_state_dict
     if model.folder is None:
-        raise ValueError("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
+        raise Mistake("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()

@@ -741,15 +741,16 @@ def test_good_labels(task, stored):
 
 @pytest.mark.parametrize("task, stored, reason", [
     ("segmentation", "[]", "segmentation"), ("grounding", [CAT], "list"), ("vqa", 3, "int"), ("vqa", None, "NoneType"),
-    ("vqa", "", "empty"), ("math", " \n", "empty"), ("grounding", "", "empty"), ("grounding", "[{", "bad_json"),
-    ("grounding", json.dumps(CAT), "not_a_list"), ("grounding", "null", "not_a_list"),
-    ("grounding", "[1]", "not_an_object"), ("grounding", "[{}]", "no_bbox_2d"),
-    ("grounding", '[{"bbox_2d": [1, 2, 3, 4]}]', "no_point_2d"),
-    ("grounding", '[{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]', "bad_bbox_2d"),
-    ("grounding", '[{"bbox_2d": [1, 2, 3, NaN], "point_2d": [1, 2]}]', "bad_bbox_2d"),
-    ("scene_grounding", '[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, true]}]', "bad_point_2d"),
-    ("grounding", json.dumps([CAT, {**DOG, "point_2d": None}]), "bad_point_2d"),
-    ("grounding", "[" * 9 + "]" * 9, "too_deep"), ("grounding", "[" + " " * 20_000 + "]", "too_long")])
+    ("vqa", "", "empty"), ("math", " \n", "empty"), ("grounding", "", "empty"), ("grounding", "[{", "not JSON"),
+    ("grounding", json.dumps(CAT), "no list"), ("grounding", "null", "no list"),
+    ("grounding", "[1]", "item 1: it is 1, not an object"), ("grounding", "[{}]", "item 1: bbox_2d is missing"),
+    ("grounding", '[{"bbox_2d": [1, 2, 3, 4]}]', "item 1: point_2d is missing"),
+    ("grounding", '[{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]', "item 1: bbox_2d must be 4 numbers, it is [1, 2, 3]"),
+    ("grounding", '[{"bbox_2d": [1, 2, 3, NaN], "point_2d": [1, 2]}]', "bbox_2d must be 4 numbers, it is [1, 2, 3, nan]"),
+    ("scene_grounding", '[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, true]}]', "point_2d must be 2 numbers"),
+    ("grounding", json.dumps([CAT, {**DOG, "point_2d": None}]), "item 2: point_2d must be 2 numbers, it is None"),
+    ("grounding", "[" * 9 + "]" * 9, "nested more than 8"),
+    ("grounding", "[" + " " * 20_000 + "]", "more than 20,000")])
 def test_bad_labels(task, stored, reason):
     assert reason in label_error(task, stored)
 

@@ -1,0 +1,41 @@
+"""Several runs beside each other: their curves in one picture, their last evaluations in one table.
+
+    python experiments/compare.py runs/A runs/B … [--out compare.png]
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.curves import draw_curves, read_metrics  # noqa: E402
+from support.mistakes import plainly  # noqa: E402
+
+
+def compare(runs: list[Path]) -> str:
+    """One line a metric, one column a run: steps, seconds of all steps, the numbers of the last evaluation."""
+    series = {run.name: read_metrics(run) for run in runs}
+    rows = {"steps": {name: str(max(s.get("loss", ([0], []))[0])) for name, s in series.items()},
+            "seconds": {name: f"{sum(s.get('seconds', ([], []))[1]):.0f}" for name, s in series.items()}}
+    for name, metrics in series.items():
+        for metric, (_, values) in metrics.items():
+            if metric.startswith("EVAL "):
+                rows.setdefault(metric.removeprefix("EVAL "), {})[name] = f"{values[-1]:.3f}"
+    widths = {name: max(len(name), 8) for name in series}
+    lines = [" " * 24 + "  ".join(f"{name:>{w}}" for name, w in widths.items())]
+    lines += [f"{metric:<24}" + "  ".join(f"{row.get(name, '–'):>{w}}" for name, w in widths.items())
+              for metric, row in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", default="compare.png", help="the picture")
+    args = parser.parse_args()
+    print(compare(args.runs))
+    draw_curves(args.runs, Path(args.out))
+    print(f"curves: {args.out}")
+
+
+if __name__ == "__main__":
+    plainly(main)

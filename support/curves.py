@@ -1,0 +1,99 @@
+"""runs/NAME/curves.png: what metrics.jsonl holds, drawn; and the same of several runs, one over the other."""
+import json
+from pathlib import Path
+
+from support.mistakes import Mistake
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PANELS = {   # title → names of metrics.jsonl (EVAL: of its evaluations), with the label of each
+    "rewards": {"r_rollouts": "r(o)", "r_y": "r(y)", "rollouts/accuracy": "accuracy of o",
+                "rollouts/answer_format": "format of o", "rollouts/thinking": "thinking of o"},
+    "advantage of y, shares of groups": {"advantage_y": "Â_y", "smoothed": "smoothed", "tied": "tied"},
+    "the two terms of Eq. 9": {"rlvr_weight": "RLVR", "sft_weight": "SFT (y)"},
+    "entropy": {"entropy": "entropy, nats"},
+    "log π(y), y trained on": {"logp_y": "log π(y)"},
+    "tokens of a rollout": {"response_length": "tokens"},
+    "evaluations": {"EVAL N-acc strict": "N-acc strict", "EVAL T-acc": "T-acc", "EVAL bbox accuracy": "boxes, present",
+                    "EVAL thinks, present": "thinks, present", "EVAL thinks, absent": "thinks, absent",
+                    "EVAL answers": "short answers"},
+}
+
+
+def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """name → (steps, values) of a run's metrics.jsonl; those of evaluations as "EVAL name". Mistake: it is no run."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        raise Mistake(f"{run} is no run of train.py: it has no metrics.jsonl")
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        values = {f"EVAL {k}": v for k, v in line["eval"].items()} if "eval" in line else line
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                steps, seen = series.setdefault(name, ([], []))
+                steps.append(line["step"])
+                seen.append(value)
+    return series
+
+
+def smooth_line(values: list[float], width: int = 15) -> list[float]:
+    """Each value's mean with up to `width` before it: what the eye follows over the scatter of single steps."""
+    return [sum(values[max(0, i - width):i + 1]) / len(values[max(0, i - width):i + 1]) for i in range(len(values))]
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """One run: a line a metric. Several: a colour a run, a line style a metric. Panels without a number are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    series = {Path(run).name: read_metrics(run) for run in runs}
+    panels = {title: names for title, names in PANELS.items() if any(n in s for s in series.values() for n in names)}
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for at, (title, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, at + 1, title=title, xlabel="step")
+        for r, (run, metrics) in enumerate(series.items()):
+            for k, (name, label) in enumerate((n, l) for n, l in names.items() if n in metrics):
+                steps, values = metrics[name]
+                colour = COLOURS[(r if len(runs) > 1 else k) % len(COLOURS)]
+                style = ("-", "--", ":", "-.")[k % 4] if len(runs) > 1 else "-"
+                label = f"{run}: {label}" if len(runs) > 1 else label
+                if name.startswith("EVAL"):
+                    axes.plot(steps, values, style, color=colour, marker="o", markersize=4, label=label)
+                else:
+                    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
+                    axes.plot(steps, smooth_line(values), style, color=colour, label=label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6 if len(runs) > 1 else 8)
+    figure.savefig(path, dpi=110)
+
+
+def write_line(run: Path, line: dict, tensorboard: bool) -> None:
+    """Adds a line to metrics.jsonl, and to the event files; after an evaluation the curves are drawn anew."""
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    if tensorboard:
+        write_events(run, line)
+    if "eval" in line:
+        draw_curves([run], run / "curves.png")
+
+
+def write_events(run: Path, line: dict) -> None:
+    """The numbers of a line of metrics.jsonl as TensorBoard's event files in runs/NAME/tensorboard."""
+    writer = tensorboard_writer()(str(run / "tensorboard"))
+    values = {f"eval/{k}": v for k, v in line["eval"].items()} if "eval" in line else line
+    for name, value in values.items():
+        if isinstance(value, (int, float)):
+            writer.add_scalar(name, value, line["step"])
+    writer.close()
+
+
+def tensorboard_writer():
+    """Mistake: the package is not there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise Mistake("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter

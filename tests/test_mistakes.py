@@ -1,0 +1,159 @@
+"""A newcomer's mistakes: one sentence each, as the last thing on the screen."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from PIL import Image
+
+import eval as evaluation
+import train
+from data import load
+from support.mistakes import Mistake
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty current folder with some things that are not what they seem."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "problem": "x", "task": "grounding"}
+    for name, solution in (("three", [{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]), ("none", None),
+                           ("outside", [{"bbox_2d": [1, 2, 60, 20], "point_2d": [5, 5]}])):
+        line = row if solution is None else row | {"solution": json.dumps(solution)}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    yield tmp_path
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+MISTAKES = [
+    ("train", "--stepz 3", r"--stepz: did you mean --steps\?"), ("train", "--method vsurf", "invalid choice: 'vsurf'"),
+    ("train", "--steps x", "--steps: invalid int value: 'x'"), ("train", "--steps 0", "--steps 0: must be at least 1"),
+    ("train", "--max-new-tokens 0", "--max-new-tokens 0: must be at least 1"), ("train", "--lr -1", "--lr -1.0: .*above 0"),
+    ("train", "--log-every 0", "--log-every 0: must be at least 1"), ("train", "--lr inf", "--lr inf: .* finite"),
+    ("train", "--prompts-per-step 0", "--prompts-per-step 0: must be at least 1"),
+    ("train", "--temperature nan", "--temperature nan: must be a finite number"),
+    ("train", "--eval-examples -3", "--eval-examples -3: must be at least 0"),
+    ("train", "--cooldown 1.5", "--cooldown 1.5: must be at most 1"),
+    ("train", "--name ../../x", "--name ../../x: must be a folder's name"), ("train", "--name ..", "--name"),
+    ("train", "--preset papr", "invalid choice: 'papr'"), ("train", "--resume runs/x", "--resume runs/x: there is no "),
+    ("train", "--model nowhere", "--model nowhere: there is no such folder, and it is no hub id"),
+    ("train", "--model own/er", "--model own/er: there is no such folder, and the hub does not give it"),
+    ("train", "--model empty", "--model empty: empty has no config.json"),
+    ("train", "--model broken", "broken/config.json is not JSON"), ("train", "--model begun", "begun holds no checkpoint yet"),
+    ("train", "--data nowhere.jsonl", "--data nowhere.jsonl: there is no such file"),
+    ("train", "--data nowhere", "--data nowhere: give scenes:SPLIT"), ("train", "--data scenes:x", "scenes:x does not exist"),
+    ("train", "--data three.jsonl", r"three.jsonl, row 1: bad label: item 1: bbox_2d must be 4 numbers, it is \[1, 2, 3\]"),
+    ("train", "--data none.jsonl", "none.jsonl, row 1: no answer: none of the columns"),
+    ("train", "--data outside.jsonl", r"outside.jsonl, row 1: the box \[1, 2, 60, 20\] leaves the picture of 40×30"),
+    ("train", "--cuda-graphs", "--cuda-graphs: there is no CUDA device"),
+    ("eval", "--model empty", "empty has no config.json"), ("eval", "--modle x", "did you mean --model"),
+    ("eval", "--model assets/tiny --limit -1", "--limit -1: must be at least 0"),
+    ("eval", "--model assets/tiny --image b.png", "--image b.png: the image cannot be read"),
+    ("eval", "--model assets/tiny --question x", "--question needs the picture"),
+]
+
+
+@pytest.mark.parametrize("script, flags, sentence", MISTAKES, ids=[f"{m[0]} {m[1]}" for m in MISTAKES])
+def test_one_sentence(place, monkeypatch, script, flags, sentence):
+    before = sorted(place.rglob("*"))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    with pytest.raises(Mistake, match=sentence) as mistake:
+        (train if script == "train" else evaluation).main()
+    assert "\n" not in str(mistake.value) and len(str(mistake.value)) < 500
+    assert sorted(place.rglob("*")) == before, "a mistake left something behind"
+
+
+@pytest.mark.parametrize("make", [lambda: Path("runs").write_text(""), lambda: Path("runs").mkdir(mode=0o500)])
+def test_runs_that_cannot_be_written(place, monkeypatch, make):
+    make()
+    if os.access("runs", os.W_OK) and Path("runs").is_dir():
+        pytest.skip("this user may write anywhere")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--eval-data", ""])
+    with pytest.raises(Mistake, match="runs/.* cannot be made: "):
+        train.main()
+
+
+def test_resume_takes_what_does_not_change_the_run(place):
+    run = place / "runs/a"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"config": {"lr": 1e-4, "steps": 7, "no_thinking_reward": False,
+                                                            "cooldown_steps": 3}}))
+    options = train.parse_config(["--resume", str(run), "--steps", "9", "--eval-every", "5", "--lr", "1e-4"])
+    assert (options.steps, options.lr, options.reward_label_thinking) == (9, 1e-4, True)     # of an earlier version, too
+    assert options.cooldown == pytest.approx(3 / 7)
+    with pytest.raises(Mistake, match="--lr 0.01 would make another run of it.* train.py --model .*runs/a --lr 0.01"):
+        train.parse_config(["--resume", str(run), "--lr", "0.01"])
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    for preset, shown in (("laptop", "learning rate [recipe 1e-6, constant, for 7B] (default: 0.001)"),
+                          ("paper", "learning rate [recipe 1e-6, constant, for 7B] (default: 1e-06)")):
+        with pytest.raises(SystemExit) as left:
+            train.parse_config(["--preset", preset, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert left.value.code == 0 and shown in printed
+    for group in ("method:", "controls:", "data:", "sampling:", "optimisation:", "output:"):
+        assert group in printed
+    assert "--no-no-" not in printed
+
+
+def test_rows_are_judged_when_the_data_is_opened(place):
+    lines = [(place / name).read_text() for name in ("outside.jsonl", "none.jsonl", "three.jsonl")]
+    good = json.dumps({"image": "a.png", "problem": "x", "task": "grounding", "solution": "[]"}) + "\n"
+    (place / "all.jsonl").write_text("".join([lines[0], good, *lines[1:]]))
+    source = load("all.jsonl", skip_bad_rows=True)
+    assert len(source) == 1 and [reason.split(": ")[0] for reason in source.bad] == [
+        f"all.jsonl, row {n}" for n in (1, 3, 4)]
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    """train.py under torchrun, as everyone runs it, in a session of its own, like a terminal's."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--master-port", port, str(ROOT / "train.py"),
+                             *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
+
+
+def test_under_torchrun_the_sentence_is_nearly_the_last_thing(tmp_path):
+    process = start(tmp_path, "--steps", "0")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and not list(tmp_path.iterdir())
+    assert "--steps 0: must be at least 1" in "\n".join(output.strip().splitlines()[-3:])
+    assert "train.py\", line" not in output      # no traceback of ours
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, "--random-weights", "--prompts-per-step", "2", "--rollouts", "2", "--max-new-tokens", "8",
+                    "--eval-data", "", "--name", "a")
+    metrics = tmp_path / "runs/a/metrics.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or metrics.exists() and metrics.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)        # as a terminal does: to torchrun and to the worker
+    output, _ = process.communicate(timeout=120)
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert f"stopped at step {step}; go on with torchrun train.py --resume runs/a" in output, output
+    assert (tmp_path / f"runs/a/checkpoints/step_{step}/state.json").exists()
