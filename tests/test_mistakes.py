@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from PIL import Image
 
@@ -41,6 +42,7 @@ def place(tmp_path, monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     yield tmp_path
+    torch.set_grad_enabled(True)        # eval.py needs none, for the whole of its process
     if dist.is_initialized():
         dist.destroy_process_group()
 

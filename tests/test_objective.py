@@ -145,7 +145,7 @@ def test_unknown_names_raise():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What follows from the reward controls (paper.md, section 2)
+# What follows from the reward controls (docs/paper.md, section 2)
 
 @pytest.mark.parametrize("std", ["sample", "population", "none"])
 def test_after_smoothing_y_is_neutral_and_the_rollouts_grow(std):
