@@ -88,8 +88,8 @@ class Record:
 
 def official_reading(response: str, scale: tuple[float, float]) -> tuple[list, list]:
     """The boxes [x1, y1, x2, y2] and points [x, y] that the authors' scripts read (visurf_model.py), times scale =
-    (original / seen) of width and height. Boxes are read first: if one item has none, there are neither boxes nor points.
-    Then the points: if one item has none, the boxes stay, but there are no points."""
+    (original / seen) of width and height. Boxes are read first: if one item has none, there are neither boxes nor
+    points. Then the points: if one item has none, the boxes stay, but there are no points."""
     text = answer_text(response)
     items = parse_json(text, list_only=False)[0] if text is not None else []
 

@@ -261,7 +261,8 @@ class KVCache:
         suffix_k.index_copy_(3, self.slot, rearrange(k.to(prompt_k.dtype), "(b g) k 1 d -> b k g 1 d", g=self.G))
         suffix_v.index_copy_(3, self.slot, rearrange(v, "(b g) k 1 d -> b k g 1 d", g=self.G))
         own_k, own_v = suffix_k[:, :, :, :self.window], suffix_v[:, :, :, :self.window]     # [B, K, G, r, d]
-        q = rearrange(q.to(prompt_k.dtype) * q.shape[-1] ** -0.5, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
+        q = q.to(prompt_k.dtype) * q.shape[-1] ** -0.5
+        q = rearrange(q, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
         shared = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, q.shape[2:4])                 # [B, K, G, H/K, P]
         scores = torch.cat((shared.masked_fill(self.padding, -torch.inf),
                             (q @ own_k.mT).masked_fill(self.unwritten, -torch.inf)), -1)    # [B, K, G, H/K, P+r]

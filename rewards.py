@@ -217,8 +217,8 @@ def final_text(response: str) -> str:
 
 
 def plain_value(text: str) -> str:
-    r"""A math answer without what says nothing of its value: blanks, a final full stop, a leading \approx, a degree sign
-    at the end, \text{…} around it.
+    r"""A math answer without what says nothing of its value: blanks, a final full stop, a leading \approx, a degree
+    sign at the end, \text{…} around it.
 
     >>> plain_value("41.2."), plain_value("8.4°"), plain_value(r"\approx 4.81"), plain_value(r"\text{ Yes }")
     ('41.2', '8.4', '4.81', 'Yes')
@@ -230,8 +230,8 @@ def plain_value(text: str) -> str:
 
 
 def math_equal(answer: str, truth: str, choices: list[str] = ()) -> bool:
-    """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text: B,
-    (B), B., B: and "B. 4 cm" for choices[1]. Words are compared as words, up to case: as LaTeX each is a product of its
+    """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text:
+    B, (B), B., B: and "B. 4 cm" for choices[1]. Words are compared as words, up to case: as LaTeX each is a product of its
     letters, which commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here)."""
     if answer.strip() not in choices and (letter := re.match(r"\(?([A-Za-z])\s*(?:[).:]|$)", answer.strip())):
         if (at := ord(letter[1].upper()) - ord("A")) < len(choices):
@@ -298,8 +298,8 @@ def edit_distance(a: str, b: str) -> int:
 
 def anls(answer: str, truths: list[str]) -> float:
     """DocVQA's average normalised Levenshtein similarity of one question: best over the accepted answers of
-    1 − distance / longer length, 0 where that is not above 0.5: at exactly 0.5 the formula (arXiv 1907.00490) gives 0 as
-    well, while lmms-eval gives 0.5. Case and runs of blanks do not count."""
+    1 − distance / longer length, 0 where that is not above 0.5: at exactly 0.5 the formula (arXiv 1907.00490) gives 0,
+    while lmms-eval gives 0.5. Case and runs of blanks do not count."""
     def similarity(truth: str) -> float:
         a, b = (" ".join(text.lower().split())[:1000] for text in (answer, truth))
         s = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
@@ -327,7 +327,7 @@ class Task:
     metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: the box metrics of eval.py
     boxes: bool = False                           # answers are JSON boxes, converted when the image is resized
     frame: tuple[int, int] | None = None          # (width, height) that every image is resized to, aspect ignored
-    strip: str | None = None                      # marks cut off the question, which is lower-cased first; None: as it is
+    strip: str | None = None                      # marks cut off the lower-cased question; None: it stays as it is
 
 
 GROUNDING_PROMPT = (  # the authors' evaluation prompt, to the letter

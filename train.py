@@ -46,8 +46,8 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
 # Options
 
 # Named sets of options; what is given on the command line wins. The paper leaves learning rate, batch and lengths open:
-# `paper` is the authors' earlier public recipe (docs/paper.md, section 1), 8 GPUs of 80 GB for 7B. Left out of it are its
-# KL, which ViSurf drops, its entropy bonus of 1e-3, and its token mean per device: there a token weighs 0.8 to 1.3 of
+# `paper` is the authors' earlier public recipe (docs/paper.md, section 1), 8 GPUs of 80 GB for 7B. Left out of it are
+# its KL, which ViSurf drops, its entropy bonus of 1e-3, and its token mean per device: there a token weighs 0.8 to 1.3 of
 # what it weighs here, where the mean is over all devices.
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
            "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0, "micro_rows": 1,
@@ -352,7 +352,7 @@ def set_up() -> Job:
     if cfg.tensorboard:
         tensorboard_writer()
     checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else {"step": 0, "cursor": 0, "bad_steps": 0}
+    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else dict(step=0, cursor=0, bad_steps=0)
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, dtype, device,
@@ -398,9 +398,9 @@ def train_step(job: Job) -> dict:
                  bad_steps=0 if finite else state["bad_steps"] + 1)
     line = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite,
             "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
-    sampled_tokens, tokens = add_over_ranks([sum(len(o.tokens) for g in groups for o in g.rollouts), tokens], job.device)
-    if sampled_tokens:
-        line["sampling_tokens_per_s"] = sampled_tokens / (sampled - loaded)
+    drawn, tokens = add_over_ranks([sum(len(o.tokens) for g in groups for o in g.rollouts), tokens], job.device)
+    if drawn:
+        line["sampling_tokens_per_s"] = drawn / (sampled - loaded)
     return {**line, "training_tokens_per_s": tokens / (ended - sampled), "peak_memory_gb": peak_memory_gb(job.device),
             "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded}
 

@@ -358,7 +358,8 @@ def parts(table: Table, steps: int) -> None:
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(options, model)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
-    job = train.Job(options, 0, 1, torch.device("cpu"), ddp, None, Processor(TINY), optimizers, state, load(options.data))
+    job = train.Job(options, 0, 1, torch.device("cpu"), ddp, None, Processor(TINY), optimizers, state,
+                    load(options.data))
     train.train_step(job)
     seconds: dict[str, float] = {}
     places = [(train, "take", "data"), (job.processor, "prompt", "data"), (train, "generate", "sampling, rest"),

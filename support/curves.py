@@ -43,7 +43,7 @@ def smooth_line(values: list[float], width: int = 15) -> list[float]:
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:
-    """One run: a line a metric. Several: a colour a run, a line style a metric. Panels without a number are left out."""
+    """One run: a line a metric. Several: a colour a run, a line style a metric. Panels without numbers are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     series = {Path(run).name: read_metrics(run) for run in runs}

@@ -75,8 +75,8 @@ def memory_line(parameters: int, precision: str, world: int) -> str:
 def progress_line(m: dict) -> str:
     """A line of metrics.jsonl in at most 120 columns."""
     shown = (("lr", "lr", ".0e"), ("r_rollouts", "r(o)", ".2f"),
-             ("rollouts/accuracy", "accuracy", ".2f"), ("rollouts/thinking", "thinks", ".2f"),
-             ("advantage_y", "Â_y", "+.2f"), ("smoothed", "smoothed", ".2f"), ("tied", "tied", ".2f"),
-             ("logp_y", "log π(y)", ".0f"), ("entropy", "entropy", ".2f"), ("response_length", "length", ".0f"))
+             ("rollouts/accuracy", "acc", ".2f"), ("rollouts/thinking", "think", ".2f"),
+             ("advantage_y", "Â_y", "+.2f"), ("smoothed", "smooth", ".2f"), ("tied", "tied", ".2f"),
+             ("logp_y", "logπ(y)", ".0f"), ("entropy", "entropy", ".2f"), ("response_length", "len", ".0f"))
     parts = (f"{label} {m[name]:{form}}" for name, label, form in shown if name in m)
     return f"{m['step']:>4}  " + "  ".join(parts)

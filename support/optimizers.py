@@ -62,8 +62,8 @@ def make_optimizers(cfg, model: nn.Module) -> list:
 
 
 def share_of_lr(cfg, step: int) -> float:
-    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all steps. step
-    from 0."""
+    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all steps.
+    step from 0."""
     up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     down = (cfg.steps - step) / (cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
     return min(1.0, up, down)
@@ -72,8 +72,8 @@ def share_of_lr(cfg, step: int) -> float:
 def short_run(cfg) -> str:
     """What a person should know of a run whose warm-up and cool-down meet."""
     most = max(share_of_lr(cfg, step) for step in range(cfg.steps))
-    return "" if most == 1 else (f"; {cfg.steps} steps are so few that the learning rate reaches {most * cfg.lr:.1e} only, of "
-                                 f"{cfg.lr:.1e} (--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
+    return "" if most == 1 else (f"; {cfg.steps} steps are so few that the learning rate reaches {most * cfg.lr:.1e} "
+                                 f"only, of {cfg.lr:.1e} (--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
 
 
 def set_lr(cfg, optimizers: list, step: int) -> None:

@@ -34,8 +34,8 @@ def check_numbers(options) -> None:
 def parse(kind: type, presets: dict[str, dict], resumable: tuple[str, ...], renamed, description: str,
           arguments: list[str] | None = None):
     """Flags → a `kind`. Defaults are those of --preset or, with --resume RUN, the options saved there, which
-    `renamed(saved)` brings to today's names; then only the `resumable` ones can be given another value. Unknown flags are
-    errors. --help shows the defaults that then hold."""
+    `renamed(saved)` brings to today's names; then only the `resumable` ones can be given another value. Unknown flags
+    are errors. --help shows the defaults that then hold."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
@@ -69,8 +69,8 @@ def parse(kind: type, presets: dict[str, dict], resumable: tuple[str, ...], rena
     changed = [name for name in given if chosen.resume and name not in resumable and given[name] != defaults[name]]
     if changed:
         flags = " ".join(f"--{name.replace('_', '-')} {given[name]}" for name in changed)
-        raise Mistake(f"--resume goes on with the run as it was; {flags} would make another run of it. To start that one "
-                      f"from its weights: torchrun train.py --model {chosen.resume} {flags}")
+        raise Mistake(f"--resume goes on with the run as it was; {flags} would make another run of it. To start that "
+                      f"one from its weights: torchrun train.py --model {chosen.resume} {flags}")
     options = kind(**{**defaults, **given})
     check_numbers(options)
     return options

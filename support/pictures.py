@@ -35,7 +35,8 @@ def draw_sheet(shown: list[tuple], path: Path, columns: int = 4, side: int = 320
         ratio = min(side / image.width, side / image.height)      # the aspect stays
         picture = image.resize((max(1, round(image.width * ratio)), max(1, round(image.height * ratio))))
         if prompt.example.mask is not None:
-            picture.paste(TRUTH, (0, 0), Image.fromarray(prompt.example.mask.astype(np.uint8) * 90).resize(picture.size))
+            veil = Image.fromarray(prompt.example.mask.astype(np.uint8) * 90)
+            picture.paste(TRUTH, (0, 0), veil.resize(picture.size))
         draw_items(picture, record.truth, ratio, TRUTH, 5)
         draw_items(picture, record.predicted, ratio, PREDICTED, 2)
         earned = "  ".join(f"{name} {points:g}" for name, points in terms.items())

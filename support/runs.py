@@ -47,7 +47,7 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Pat
         try:
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Mistake(f"{run} cannot be made: {error.strerror}; start from a folder that can be written to") from None
+            raise Mistake(f"{run} cannot be made: {error.strerror}; start in a folder that can be written to") from None
         record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
                   "versions": versions(), "command": sys.argv,
                   "prompts": prompts}

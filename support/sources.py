@@ -292,8 +292,8 @@ def picture_of(heavy: dict, path: Path) -> bytes | Path | None:
 
 
 def header_size(content: bytes | Path | None) -> tuple:
-    """(width, height) as the header of a picture says, nothing decoded; () where there is none. ValueError: it cannot be
-    read, or the path names no file (to open a pipe would wait for ever)."""
+    """(width, height) as the header of a picture says, nothing decoded; () where there is none. ValueError: it cannot
+    be read, or the path names no file (to open a pipe would wait for ever)."""
     if content is None:
         return ()
     if isinstance(content, Path) and not content.is_file():
@@ -326,7 +326,8 @@ def image_of(value, path: Path) -> bytes | Path | None:
 
 
 def finish(example: Example, image: bytes | Path | None, mask, boxes: bool) -> Example:
-    """Adds picture and mask; boxes: whether the answer is boxes. A label of boxes that the light columns did not hold is the box around the mask."""
+    """Adds picture and mask; boxes: whether the answer is boxes. A label of boxes that the light columns did
+    not hold is the box around the mask."""
     picture = None if image is None else open_image(image)
     mask, answer = read_mask(mask), example.answer
     if mask is not None:
@@ -372,8 +373,8 @@ def choose(folder: Path, splits: list[str], split: str) -> str:
 
 
 def load(data: str, tasks: dict, label_error, task: str = "", skip_bad_rows: bool = False) -> Scenes | Rows:
-    """The source that a --data string names. tasks: name → a record of which `boxes` says whether its answers are boxes;
-    label_error(task, answer): why it cannot be a label, or None; task: of rows that do not say theirs."""
+    """The source that a --data string names. tasks: name → a record of which `boxes` says whether its answers are
+    boxes; label_error(task, answer): why it cannot be a label, or None; task: of rows that do not say theirs."""
     if data.startswith("scenes:"):
         return Scenes(data.removeprefix("scenes:"))
     path, split = Path(data), ""

@@ -35,7 +35,8 @@ def local_folder(name) -> Path:
         raise Mistake(f"--model {name}: there is no such folder, and it is no hub id of the form OWNER/NAME")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
         raise Mistake(f"--model {name}: there is no such folder, and the hub does not give it "
                       f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error
@@ -43,7 +44,8 @@ def local_folder(name) -> Path:
 
 def read_config(path: Path) -> dict:
     """The fields of a Qwen2.5-VL config.json that change the computation, those of the vision tower as vision_NAME.
-    ValueError: what is not supported. Reads both layouts in use: text fields at the top level (the hub's) or under text_config (transformers 5)."""
+    ValueError: what is not supported. Reads both layouts in use: text fields at the top level (the hub's) or under
+    text_config (transformers 5)."""
     try:
         raw = json.loads(Path(path).read_text())
     except ValueError as error:
