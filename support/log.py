@@ -77,6 +77,6 @@ def progress_line(m: dict) -> str:
     shown = (("lr", "lr", ".0e"), ("r_rollouts", "r(o)", ".2f"),
              ("rollouts/accuracy", "acc", ".2f"), ("rollouts/thinking", "think", ".2f"),
              ("advantage_y", "Â_y", "+.2f"), ("smoothed", "smooth", ".2f"), ("tied", "tied", ".2f"),
-             ("logp_y", "logπ(y)", ".0f"), ("entropy", "entropy", ".2f"), ("response_length", "len", ".0f"))
+             ("logp_y", "logπ(y)", ".0f"), ("entropy", "H", ".2f"), ("response_length", "len", ".0f"))
     parts = (f"{label} {m[name]:{form}}" for name, label, form in shown if name in m)
     return f"{m['step']:>4}  " + "  ".join(parts)
