@@ -166,7 +166,7 @@ def make_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype
         torch.set_default_dtype(torch.float32)
         model.to(device).folder = folder
     model.eos_ids = (-1,)
-    return model
+    return onednn.use_onednn(model)
 
 
 def make_prompts(folder: Path, count: int, pixels: int, words: int) -> list[Prompt]:
@@ -354,7 +354,7 @@ def clocked(seconds: dict, places: list[tuple[object, str, str]]):
 def parts(table: Table, steps: int) -> None:
     """The default job's step. Model code: what runs inside Qwen2_5_VL, its backward, and the optimizer."""
     options = Options()
-    model = Qwen2_5_VL.from_pretrained(TINY)
+    model = onednn.use_onednn(Qwen2_5_VL.from_pretrained(TINY))
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(options, model)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
