@@ -9,6 +9,7 @@ Letters: B rows, T tokens of a row, P prompt tokens, S = G+1 responses, N patche
 """
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import TASKS, label_error, user_text
+from rewards import TASKS, earned, label_text, read_label, user_text
 from support import sources
 from support.mistakes import Mistake
 from support.sources import Example
@@ -28,13 +29,65 @@ from support.weights import local_folder, read_eos_ids
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 
 
-def load(data: str, task: str = "", skip_bad_rows: bool = False):
-    """The examples that a --data string names (support/sources.py). task: of rows that do not say theirs."""
-    return sources.load(data, TASKS, label_error, task, skip_bad_rows)
+SPECIAL = re.compile(r"<\|\w+\|>")     # <|im_start|> and its like must never come out of data; <tool_call> is text
+
+
+def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None):
+    """The examples that a --data string names (support/sources.py), each checked. task: of rows that do not say theirs.
+    fits(example, size): raises ValueError where an example is too long (`Processor.check_length`)."""
+    def check(example: Example, size: tuple[int, int] | None) -> tuple[str, str] | None:
+        noticed = check_example(example, size)
+        if fits is not None:
+            fits(example, size)
+        return noticed
+    return sources.load(data, sources.Rules(TASKS, read_label, check), task, skip_bad_rows, columns)
+
+
+def check_text(what: str, text: str) -> None:
+    """ValueError: text that no tokenizer may be given."""
+    if found := SPECIAL.search(text):
+        raise ValueError(f"the {what} holds a special token of the model, {found[0]}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {what} cannot be encoded: {text[error.start]!a} is half a character") from None
+
+
+def check_example(example: Example, size: tuple[int, int] | None) -> tuple[str, str] | None:
+    """ValueError: why an example cannot be trained or evaluated on. Returns what is odd, and what it is in this
+    example: y earns less than full accuracy. size: (width, height) of the picture, or None; an empty answer is not
+    known yet (it will be the box around a mask)."""
+    check_text("id", example.id)
+    check_text("question", example.question)
+    check_text("thought", example.thought)
+    if size is not None:
+        check_aspect(*size)
+    if not example.answer:
+        return None
+    y = label_text(example.task, example.answer, "spaced", example.thought)
+    check_text("label", y)
+    try:
+        reward, share = earned(example.task, y, example.answer)
+    except Mistake:
+        raise
+    except Exception as error:
+        raise ValueError(f"the reward of task {example.task} fails on its own label {y[:200]!r}: "
+                         f"{type(error).__name__}: {error}") from None
+    terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
+    if share <= 0 or reward.total <= 0:
+        raise ValueError(f"the label {y[:200]!r} has no accuracy by the reward of its own task {example.task}: {terms}")
+    if share < 1:
+        return "labels earn less than full accuracy by their own reward", f"{y[:200]} earns {terms}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
+
+def check_aspect(width: int, height: int) -> None:
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width}×{height} pixels is more than 200 times as long as it is wide")
+
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Qwen2.5-VL's size rule: each side to a multiple of `factor` (round half to even), then both scaled by one ratio
@@ -43,8 +96,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     >>> smart_resize(112, 112, 28, 3136, 12845056), smart_resize(30, 100, 28, 3136, 12845056)
     ((112, 112), (28, 112))
     """
-    if max(height, width) > 200 * min(height, width):
-        raise Mistake(f"an image of {width}×{height} pixels is more than 200 times as long as it is wide")
+    check_aspect(width, height)
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -126,6 +178,29 @@ def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
     return tokenizer
 
 
+def end_of_turn(folder: Path, tokenizer, eos_ids: tuple[int, ...]) -> int:
+    """The token that ends a turn of the model, and so ends y: what the chat template writes behind an answer, whatever
+    the order of eos_ids. Mistake: the template leaves out the picture, the question or the answer, or ends by a token
+    that does not end sampling."""
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A question"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "An answer"}]}
+    try:
+        asked = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    except Exception as error:
+        raise Mistake(f"{folder}: its chat template cannot write a question about a picture "
+                      f"({type(error).__name__}: {str(error)[:200]}); take the one of Qwen2.5-VL") from None
+    image = f"<|vision_start|>{IMAGE_PLACEHOLDER}<|vision_end|>"
+    if asked.count(image) != 1 or asked.count("A question") != 1 or "'type'" in asked:
+        raise Mistake(f"{folder}: its chat template makes {asked[:200]!r} of a question about a picture, without one "
+                      f"{image} and the question; is it for text only? Take the one of Qwen2.5-VL")
+    ends = tokenizer(answered.rpartition("An answer")[2], add_special_tokens=False).input_ids
+    if not ends or ends[0] not in eos_ids:
+        raise Mistake(f"{folder}: its chat template ends an answer by {tokenizer.decode(ends[:1])!r}, which is not "
+                      f"among the tokens {eos_ids} that end a response (eos_token_id in generation_config.json)")
+    return ends[0]
+
+
 class Processor:
     """Tokenizer, chat template and image preprocessing of a model folder: one object for every method and for eval."""
     def __init__(self, folder):
@@ -137,8 +212,7 @@ class Processor:
         self.min_pixels, self.max_pixels = settings["min_pixels"], settings["max_pixels"]
         mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
         self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
-        # <|im_start|> and its like must never come out of data; <tool_call>, which Qwen2.5 adds too, is harmless text.
-        self.special = [token for token in self.tokenizer.get_added_vocab() if token.startswith("<|")]
+        self.end_of_turn = end_of_turn(folder, self.tokenizer, self.eos_ids)
 
     def patches(self, image: Image.Image, frame: tuple[int, int] | None = None
                 ) -> tuple[Tensor, tuple[int, int], Image.Image]:
@@ -155,34 +229,49 @@ class Processor:
         patches = rearrange(pixels, "(h a y) (w b x) c -> (h w a b) c y x", a=merge, b=merge, y=p, x=p)
         return repeat(patches, "n c y x -> n (c t y x)", t=t), (height // p, width // p), image
 
+    def chat(self, text: str, with_image: bool) -> str:
+        """The prompt as text: the user's turn, the image first, and the beginning of the model's."""
+        content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                  add_generation_prompt=True)
+
     def prompt(self, example: Example) -> Prompt:
         text = user_text(example.task, example.question)
-        if any(token in text for token in self.special):
-            raise Mistake(f"example {example.id}: the question holds a special token of the model")
+        check_text("question", text)
         original, image, patches, grids, answer = example.image, None, torch.empty(0, 0), [], example.answer
-        content = [{"type": "text", "text": text}]
         if original is not None:
             patches, grid, image = self.patches(original, TASKS[example.task].frame)
-            grids, content = [grid], [{"type": "image"}, *content]
+            grids = [grid]
             if TASKS[example.task].boxes:
                 answer = convert_boxes(answer, original.size, image.size)
-        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                  add_generation_prompt=True)
         merge = self.config.vision_spatial_merge_size
         image_tokens = [gh * gw // merge ** 2 for gh, gw in grids]
         tokens = []
-        for piece, count in zip(chat.split(IMAGE_PLACEHOLDER), [*image_tokens, 0], strict=True):
+        for piece, count in zip(self.chat(text, bool(grids)).split(IMAGE_PLACEHOLDER), [*image_tokens, 0], strict=True):
             tokens += self.tokenizer(piece, add_special_tokens=False).input_ids + [self.config.image_token_id] * count
         position = mrope_positions(tokens, grids, self.config.image_token_id, merge)
         sizes = (image.size, original.size) if image else ((0, 0), (0, 0))
         return Prompt(example, tokens, position, patches, grids, answer, *sizes, image)
 
+    def check_length(self, example: Example, size: tuple[int, int] | None, max_row_tokens: int, longest: int) -> None:
+        """ValueError: the prompt, and y or a rollout of `longest` tokens, exceed max_row_tokens. size: (width, height)
+        of the picture, which is not decoded for this."""
+        pieces = self.chat(user_text(example.task, example.question), size is not None)
+        count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)
+        if size is not None:
+            side = self.config.vision_patch_size * self.config.vision_spatial_merge_size
+            width, height = TASKS[example.task].frame or size
+            h, w = smart_resize(height, width, side, self.min_pixels, self.max_pixels)
+            count += h * w // side ** 2 - 1
+        label = len(self.encode(label_text(example.task, example.answer, "spaced", example.thought)))
+        if count + max(label, longest) > max_row_tokens:
+            raise ValueError(f"its prompt of {count} tokens, and a response of {max(label, longest)}, exceed "
+                             f"--max-row-tokens {max_row_tokens}")
+
     def encode(self, response: str) -> list[int]:
-        """A label's text → its tokens and one EOS, the ids that carry r(y)."""
-        tokens = self.tokenizer(response, add_special_tokens=False).input_ids
-        if any(token in response for token in self.special):
-            raise Mistake(f"a label holds a special token of the model: {response[:200]!r}")
-        return tokens + [self.eos_ids[0]]
+        """A label's text → its tokens and the one that ends a turn, the ids that carry r(y)."""
+        check_text("label", response)
+        return self.tokenizer(response, add_special_tokens=False).input_ids + [self.end_of_turn]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of a response, without the EOS that ends it. Other special tokens stay visible."""

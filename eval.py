@@ -12,6 +12,7 @@ Boxes are lists of {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, corners in
 width].
 """
 import argparse
+import hashlib
 import itertools
 import json
 import re
@@ -25,24 +26,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Processor, Prompt, convert_boxes, load
+from data import Processor, Prompt, check_aspect, check_text, convert_boxes, load
 from model import Qwen2_5_VL
 from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes, parse_json,
                      parse_points, score)
 from rollout import generate
+from support.images import open_image, picture_file
 from support.masks import Segmenter
 from support.mistakes import Mistake, plainly
 from support.onednn import use_onednn
 from support.options import refuse
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
-from support.sources import BadRow, Example, open_image
+from support.sources import Example, noticed, read, stat_of
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
 # the mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
 SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc", "bbox accuracy", "targets IoU>0.5",
          "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "length", "examples")
+JUDGES = ("rewards.py", "data.py", "eval.py", "support/verify_math.py", "support/masks.py")     # what makes a score
 BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
 BENCHMARKS = {
     "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc strict", "unreadable", "T-acc",
@@ -306,10 +309,15 @@ def predict(model: Qwen2_5_VL, processor: Processor, args) -> None:
     if task not in TASKS:
         raise Mistake(f"--task {task}: must be one of {', '.join(TASKS)}")
     try:
-        image = open_image(Path(args.image))
+        image = open_image(picture_file(args.image, Path()), turn=True)
+        check_aspect(*image.size)
     except ValueError as error:
         raise Mistake(f"--image {args.image}: {error}") from None
     for question in [args.question] if args.question else map(str.strip, sys.stdin):
+        try:
+            check_text("question", question)
+        except ValueError as error:
+            raise Mistake(f"--question: {error}") from None
         prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
         [[answer]] = generate(model, [prompt], 1, args.max_new_tokens, temperature=0,
                               repetition_penalty=args.repetition_penalty)
@@ -327,13 +335,44 @@ def predict(model: Qwen2_5_VL, processor: Processor, args) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The evaluation as a resumable job
 
-def open_folder(out: Path, settings: dict) -> dict[int, dict]:
-    """The lines that an interrupted evaluation with the same settings left in `out`, by example number."""
-    path = out / "settings.json"
-    if path.exists() and (old := json.loads(path.read_text())) != settings:
-        different = [f"{name}: {old.get(name)!r} → {new!r}" for name, new in settings.items() if old.get(name) != new]
-        raise Mistake(f"{out} holds an evaluation with other settings ({'; '.join(different)}): "
-                         "give another --out, or remove it")
+def what_matters(args, task: str, model: Qwen2_5_VL, source) -> dict:
+    """All that an answer and its score depend on. Finished records count only where every one of these is the same."""
+    def digest(*parts: bytes) -> str:
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+
+    def weights(folder: Path) -> str:
+        return digest(*(repr((p.name, stat_of(p))).encode() for p in sorted(folder.glob("*.safetensors"))))
+    companions = [p for p in sorted(model.folder.iterdir()) if p.suffix in (".json", ".jinja", ".txt")]
+    return {"format": RECORD_FORMAT, "model": f"{args.model} ({weights(model.folder)})",
+            "processor": digest(*(p.read_bytes() for p in companions)),
+            "data": f"{args.data} ({source.fingerprint})", "columns": args.columns, "task": args.task or task,
+            "masks": args.masks and f"{args.masks} ({weights(Path(args.masks))})",
+            "code of the rewards": digest(*((Path(__file__).parent / name).read_bytes() for name in JUDGES)),
+            "precision": str(model.lm_head.weight.dtype), "max_new_tokens": args.max_new_tokens,
+            "repetition_penalty": args.repetition_penalty}
+
+
+def results_folder(args, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:
+    """The folder for the results, and what to say of it: without --out, where the usual one holds results of something
+    else, the next that does not. Mistake: --out holds such."""
+    usual = out = Path(args.out) if args.out else default_folder(args, model)
+    said = ""
+    for attempt in itertools.count(2):
+        path = out / "settings.json"
+        old = json.loads(path.read_text()) if path.exists() else settings
+        if old == settings:
+            return out, said and f"{said}; writing to {out}\n"
+        different = [name for name in settings if old.get(name) != settings[name]]
+        if args.out:
+            changes = "; ".join(f"{name}: {old.get(name)!r} → {settings[name]!r}" for name in different)
+            raise Mistake(f"{out} holds the results of an evaluation with other settings ({changes}): give another "
+                          f"--out, or remove {out}")
+        said = said or f"{usual} holds results of another {' and '.join(different)}"
+        out = usual.with_name(f"{usual.name}-{attempt}")
+
+
+def finished(out: Path) -> dict[int, dict]:
+    """The lines that an interrupted evaluation left in `out`, by example number."""
     done = {}
     for part in out.glob("records*.jsonl"):
         for line in part.read_text().splitlines():
@@ -345,30 +384,15 @@ def open_folder(out: Path, settings: dict) -> dict[int, dict]:
     return done
 
 
-def default_folder(args) -> Path:
-    """In a run of ours, else in the current folder: a model folder is never written into. Another --limit is another
-    evaluation."""
+def default_folder(args, model: Qwen2_5_VL) -> Path:
+    """In a run of ours, with the checkpoint's step, else in the current folder: a model folder is never written into.
+    Another --limit is another evaluation."""
     def plain(name: str) -> str:
         return re.sub(r"[^\w.-]+", "-", name).strip("-.")
     data = plain(args.data) + (f"-first{args.limit}" if args.limit else "")
     if (Path(args.model) / "metrics.jsonl").exists():
-        return Path(args.model) / "evaluations" / data
+        return Path(args.model) / "evaluations" / f"{model.folder.name}-{data}"
     return Path("evaluations") / f"{plain(args.model)}-{data}"
-
-
-def weights_of(folder: Path) -> list:
-    """What tells whether a folder holds other weights than before."""
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))]
-
-
-def read_examples(source, numbers: list[int], bad: list[str], skip: bool) -> Iterator:
-    for number in numbers:
-        try:
-            yield number, source[number]
-        except BadRow as error:
-            if not skip:
-                raise
-            bad.append(str(error))
 
 
 def main() -> None:
@@ -383,13 +407,14 @@ def main() -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0,
                         help="the authors' scripts inherit 1.05 from the model's generation_config")
     parser.add_argument("--batch", type=int, default=64, help="prompts decoded together")
+    parser.add_argument("--columns", default="", help="as in train.py: question=NAME,answer=NAME,image=NAME")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and list rows that cannot be used")
     parser.add_argument("--image", default="", help="answer --question about this picture instead of evaluating")
     parser.add_argument("--question", default="", help="about --image; without it, one question a line is read")
     parser.add_argument("--onednn", action=argparse.BooleanOptionalAction, default=True,
                         help="on a CPU, large float32 products by oneDNN")
     parser.add_argument("--out", default="", help="folder for metrics.json, records.jsonl, overlay.png (default: "
-                        "evaluations/MODEL-DATA, or RUN/evaluations/DATA); with --image the picture")
+                        "evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); with --image the picture")
     parser.error = lambda text: refuse(text, parser, sys.argv[1:])
     args = parser.parse_args()
     for flag, least in (("limit", 0), ("max_new_tokens", 1), ("batch", 1)):
@@ -400,7 +425,7 @@ def main() -> None:
     rank, world, device = start_ranks()
     torch.set_grad_enabled(False)
     task, shown = BENCHMARKS.get(args.benchmark, ("", SHOWN))
-    source = None if args.image else load(args.data, args.task or task, args.skip_bad_rows)
+    source = None if args.image else load(args.data, args.task or task, args.skip_bad_rows, args.columns)
     model = Qwen2_5_VL.from_pretrained(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     if args.onednn:
         use_onednn(model)
@@ -408,26 +433,24 @@ def main() -> None:
         predict(model, Processor(model.folder), args)
         return leave_ranks()
     segmenter = Segmenter(args.masks, device) if args.masks else None
-    out = Path(args.out) if args.out else default_folder(args)
-    settings = {"format": RECORD_FORMAT, "model": str(args.model), "weights": weights_of(model.folder),
-                "data": args.data, "masks": args.masks,
-                "task": args.task or task, "max_new_tokens": args.max_new_tokens,
-                "repetition_penalty": args.repetition_penalty}
+    settings = what_matters(args, task, model, source)
+    out, elsewhere = results_folder(args, model, settings)
     out.mkdir(parents=True, exist_ok=True)
-    done = open_folder(out, settings)
+    done = finished(out)
     gather_json(None, device)          # every rank has read the folder before rank 0 writes to it
     if rank == 0:
         (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     numbers = range(min(args.limit or len(source), len(source)))
     missing = [n for n in numbers if n not in done][rank::world]
     if rank == 0:
-        print(f"{args.model} on {args.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
+        print("".join(f"{line}\n" for line in noticed(source)) + elsewhere +
+              f"{args.model} on {args.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
               f"before; greedy, repetition penalty {args.repetition_penalty}, "
               + (f"masks by {args.masks}" if args.masks else "filled boxes stand in for masks"))
-    drawn, bad, order = [], list(source.bad), []
+    drawn, opened, order = [], len(source.bad), []
 
     def examples():
-        for number, example in read_examples(source, missing, bad, args.skip_bad_rows):
+        for number, example in read(source, missing):
             order.append(number)
             yield example
 
@@ -444,7 +467,7 @@ def main() -> None:
             file.flush()
             if len(drawn) < 12:
                 drawn.append((record, prompt))
-    bad = sum(gather_json(bad if rank == 0 else bad[len(source.bad):], device), [])
+    bad = sum(gather_json(list(source.bad if rank == 0 else source.bad[opened:]), device), [])
     if rank == 0:
         finish(out, args, settings, numbers, bad, shown, drawn)
     leave_ranks()
@@ -452,7 +475,7 @@ def main() -> None:
 
 def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], shown: tuple, drawn: list) -> None:
     """Joins what the ranks wrote, prints the table, writes metrics.json and the picture."""
-    lines = open_folder(out, settings)
+    lines = finished(out)
     if len(lines) < len(numbers) - len(bad):
         raise Mistake(f"{out} holds {len(lines)} of {len(numbers)} examples; do all ranks write to the same disk?")
     with open(out / "all.tmp", "w") as file:
@@ -464,8 +487,8 @@ def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], show
     records = [Record(**{k: v for k, v in lines[n].items() if k in names}) for n in numbers if n in lines]
     metrics = summarise(records)
     print(table({f"{args.model} on {args.data}": metrics}, shown))
-    for line in bad:
-        print(f"left out: {line}")
+    if bad:
+        print(f"left out: {len(bad)} rows, listed in metrics.json")
     (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": metrics}, indent=2) + "\n")
     pictures = ""
     if drawn:

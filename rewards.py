@@ -12,12 +12,14 @@ Departure 2: the released limits of 10 and 30 px belong to 840×840 pictures. In
 Departure 3: the released code splits sentences at every '.', and so takes the decimals of "10.5, 20.5, 30.5" for
     sentences that repeat each other. Here a '.' between two digits ends no sentence.
 """
+import ast
 import functools
 import itertools
 import json
 import math
 import re
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +31,7 @@ from support.mistakes import Mistake
 from support.verify_math import same_value
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
+FULL_ACCURACY = 3.0     # of boxes
 LABEL_STYLES = {"spaced": (", ", ": "), "compact": (",", ":")}  # what stands after an item and after a key
 
 
@@ -210,10 +213,14 @@ def boxed(response: str) -> str | None:
 
 
 def final_text(response: str) -> str:
-    """What a response answers: the text in <answer>, else what follows </think>, else all of it."""
-    response = response[:MAX_CHARACTERS]
-    text = answer_text(response)
-    return text if text is not None else response.rpartition("</think>")[2].strip()
+    """What a response answers, of short tasks: without the thought, the text in the last <answer> … </answer>, else all
+    of it. A thought, or a sentence before the answer, may mention the tags."""
+    text = response[:MAX_CHARACTERS].rpartition("</think>")[2]
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    return text.strip() if start < 0 else answer_text(text[start:])
+
+
+WRAPPED = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol)\s*\{([^{}]*)\}"
 
 
 def plain_value(text: str) -> str:
@@ -223,25 +230,44 @@ def plain_value(text: str) -> str:
     >>> plain_value("41.2."), plain_value("8.4°"), plain_value(r"\approx 4.81"), plain_value(r"\text{ Yes }")
     ('41.2', '8.4', '4.81', 'Yes')
     """
-    text = re.sub(r"^(\\approx|≈)", "", text.strip()).strip()
+    text = re.sub(r"^(\\approx|≈)", "", text.strip().replace("−", "-")).strip()
     text = re.sub(r"(°|\^\{?\\circ\}?)$", "", text.removesuffix(".").strip()).strip()
-    words = re.fullmatch(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", text)
+    words = re.fullmatch(WRAPPED, text)
     return words[1].strip() if words else text
 
 
+def letter_of(text: str) -> int | None:
+    r"""The number, from 0, of the choice whose letter a text names, or None: B, (B), B., B: or "B. 4 cm", in LaTeX too
+    (\text{B}, \textbf{(B)}, $B$).
+
+    >>> letter_of("B"), letter_of(r"\textbf{(c)} 4 cm"), letter_of("Bees")
+    (1, 2, None)
+    """
+    inner, text = None, text.replace("$", "").replace("**", "")
+    while inner != text:                # a wrapping may hold another
+        inner, text = text, re.sub(WRAPPED, r"\1", text)
+    letter = re.match(r"\s*\(?\s*([A-Za-z])\s*(?:[).:]|$)", text)
+    return ord(letter[1].upper()) - ord("A") if letter else None
+
+
+def is_words(text: str) -> bool:
+    """Letters, blanks and hyphens. A minus between blanks, or between single letters (a-b), is no hyphen."""
+    return re.fullmatch(r"[A-Za-z][A-Za-z' -]*[A-Za-z]", text) is not None and not re.search(
+        r"\s-|-\s|\b[A-Za-z]-[A-Za-z]\b", text)
+
+
 def math_equal(answer: str, truth: str, choices: list[str] = ()) -> bool:
-    """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text:
-    B, (B), B., B: and "B. 4 cm" for choices[1]. Words are compared as words, up to case: as LaTeX each is a product of its
-    letters, which commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here)."""
-    if answer.strip() not in choices and (letter := re.match(r"\(?([A-Za-z])\s*(?:[).:]|$)", answer.strip())):
-        if (at := ord(letter[1].upper()) - ord("A")) < len(choices):
-            answer = choices[at]
+    """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text
+    (`letter_of`). Words are compared as words, up to case: as LaTeX each is a product of its letters, which commute, so
+    that "seY" would be "Yes" (and for that "ba" is not "ab" here)."""
+    if answer.strip() not in choices and (at := letter_of(answer)) is not None and at < len(choices):
+        answer = choices[at]
     if answer.strip() == truth.strip():
         return True
     if answer.strip() in choices:
         return False
     a, b = plain_value(answer), plain_value(truth)
-    if any(re.fullmatch(r"[A-Za-z][A-Za-z' -]*[A-Za-z]", text) for text in (a, b)):
+    if is_words(a) or is_words(b):
         return a.casefold() == b.casefold()
     return a == b or same_value(a, b)
 
@@ -316,6 +342,185 @@ def document_reward(response: str, truth: str) -> Reward:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Labels: a cell of a data set → the answer, as text that the functions above take. ValueError: why it cannot be one.
+
+def scalar_text(value, what: str = "answer") -> str:
+    """Text or a number, as text."""
+    if isinstance(value, list) and len(value) == 1:
+        return scalar_text(value[0], what)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        kind = "null" if value is None else f"a {type(value).__name__}: {value!r:.100}"
+        raise ValueError(f"the {what} is {kind}; it must be text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"the {what} is {value}")
+    text = value.strip() if isinstance(value, str) else repr(int(value) if value == int(value) else value)
+    if not text:
+        raise ValueError(f"the {what} is empty")
+    return text
+
+
+def bare(text: str) -> str:
+    """The text of a label without a thought in front of it and <answer> tags around it."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the solution has more than {MAX_CHARACTERS:,} characters")
+    text = final_text(text)
+    if re.search("</?(answer|think)>", text):
+        raise ValueError(f"a tag without its other half: {text[:100]!r}")
+    return text
+
+
+def listed(text: str) -> list | str:
+    """The list of which this is the text, as JSON or as Python writes it; else the text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    if re.search(r"""['"]\s+['"]""", text):
+        raise ValueError(f"a list without commas: {text[:100]!r}")
+    for read in (json.loads, ast.literal_eval):
+        try:
+            if isinstance(value := read(text), list):
+                return value
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return text
+
+
+def read_plain(value, choices) -> str:
+    """Text as it is, anything else as JSON: of a task that says nothing of its labels."""
+    if choices:
+        raise ValueError("the task knows no choices; the task math does")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def read_boxes(value, choices) -> str:
+    """A list of {"bbox_2d": …, "point_2d": …}, as such or as JSON text; or [x1, y1, x2, y2], or a list of these, whose
+    points are their centres."""
+    if choices:
+        raise ValueError("the answers are boxes; only the task math knows choices")
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("the solution is empty")
+        value, error = parse_json(bare(value))
+        if error:
+            raise ValueError({"bad_json": "the solution is not JSON",
+                              "not_a_list": "the solution is JSON, but no list of objects",
+                              "too_deep": f"the solution is nested more than {MAX_DEPTH} deep"}[error])
+    if not isinstance(value, list):
+        raise ValueError(f"the solution is a {type(value).__name__}, no list of objects")
+    if len(value) > 1 and not isinstance(value[0], (list, dict)):
+        value = [value]
+    items = []
+    for number, item in enumerate(value, 1):
+        if isinstance(item, list):
+            if not numbers(item, 4):
+                raise ValueError(f"item {number}: a box must be 4 numbers, [x1, y1, x2, y2]; it is {item!r:.100}")
+            item = {"bbox_2d": item, "point_2d": [(item[0] + item[2]) / 2, (item[1] + item[3]) / 2]}
+        if not isinstance(item, dict):
+            raise ValueError(f"item {number}: it is {item!r:.100}, not an object with bbox_2d and point_2d")
+        for key, count in (("bbox_2d", 4), ("point_2d", 2)):
+            if item.get(key) is None:
+                raise ValueError(f"item {number}: {key} is missing")
+            if not numbers(item[key], count):
+                raise ValueError(f"item {number}: {key} must be {count} numbers, it is {item[key]!r:.100}")
+        box = item["bbox_2d"]
+        if box[0] > box[2] or box[1] > box[3]:
+            raise ValueError(f"the box {box} is inverted; it must be [x1, y1, x2, y2] with x1 ≤ x2 and y1 ≤ y2")
+        items.append(item)
+    if items and all(0 <= c <= 1 for item in items for c in item["bbox_2d"]):
+        raise ValueError(f"relative coordinates: all lie in 0 … 1, as in {items[0]['bbox_2d']}; boxes must be in the "
+                         "picture's own pixels")
+    return json.dumps(items)
+
+
+def choice_texts(choices) -> list[str]:
+    """The texts of a multiple choice, without the letters in front of them."""
+    if isinstance(choices, str):
+        choices = listed(choices.strip())
+    if isinstance(choices, dict) and choices.keys() == {"text", "label"}:       # as in ARC
+        choices = dict(zip(choices["label"], choices["text"]))
+    if isinstance(choices, dict):
+        while choices and list(choices.values())[-1] is None:       # Parquet gives all rows the letters of the longest
+            choices.popitem()
+        if list(choices) != [chr(ord("A") + i) for i in range(len(choices))]:
+            raise ValueError(f"the choices are a record of {', '.join(map(str, choices))}; it must be of A, B, C, …")
+        choices = list(choices.values())
+    if not isinstance(choices, list) or not 1 <= len(choices) <= 26:
+        raise ValueError(f"the choices must be a list of at most 26, they are {choices!r:.100}")
+    texts = [scalar_text(choice, f"choice {chr(ord('A') + i)}") for i, choice in enumerate(choices)]
+    lettered = [re.fullmatch(rf"\(?{chr(ord('A') + i)}\s*[).:]\s*(.+)", text, re.DOTALL)
+                for i, text in enumerate(texts)]
+    return [match[1] for match in lettered] if all(lettered) else texts
+
+
+def choice_of(value, texts: list[str], are_text: bool) -> str:
+    """Which of the choices an answer means: its text; its letter, with or without the text; a whole number that is none
+    of the choices counts them from 0, as ClassLabel does."""
+    answer = scalar_text(value)
+    if isinstance(value, (int, float)) and answer.lstrip("-").isdecimal():
+        index = int(answer)
+        if answer in texts and are_text and 0 <= index < len(texts) and texts[index] != answer:
+            raise ValueError(f"the answer {answer} is one of the choices, and the number of another, {texts[index]!r}; "
+                             "write it as text")
+        if answer not in texts and not 0 <= index < len(texts):
+            raise ValueError(f"the answer {answer} is none of the {len(texts)} choices, counted from 0: {texts}")
+        return answer if answer in texts else texts[index]
+    answer = unboxed(bare(answer))
+    same = [text for text in texts if text == answer]
+    same = same or [text for text in texts if text.casefold() == answer.casefold()]
+    at = letter_of(answer)
+    if not same and at is not None and at < len(texts):
+        rest = re.sub(r"^\(?[A-Za-z]\s*[).:]?\s*", "", answer)
+        if not rest or rest.casefold() == texts[at].casefold() or not re.match(r"\(?[A-Za-z]", answer):
+            same = [texts[at]]
+    if not same:
+        raise ValueError(f"the answer {answer!r:.100} is none of the choices {texts!r:.200}, nor the letter of one")
+    return same[0]
+
+
+def unboxed(text: str) -> str:
+    r"""A math label without \boxed{…} or $…$ around it; of a worked solution what it boxes last.
+
+    >>> unboxed(r"so \boxed{\frac12}"), unboxed("$x$")
+    ('\\frac12', 'x')
+    """
+    text = boxed(text) or text
+    whole = re.fullmatch(r"\$([^$]+)\$|\\\((.+)\\\)", text)
+    return (whole[1] or whole[2]).strip() if whole else text
+
+
+def read_math(value, choices) -> str:
+    """Text or a number; with choices JSON {"answer": text, "choices": [text, …]}."""
+    if isinstance(value, str) and value.startswith('{"answer"'):
+        value = json.loads(value)
+    if isinstance(value, dict):
+        value, choices = value.get("answer"), choices or value.get("choices")
+    if not choices:
+        return unboxed(bare(scalar_text(value)))
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    texts = choice_texts(choices)
+    are_text = not isinstance(choices, list) or all(isinstance(choice, str) for choice in choices)
+    return json.dumps({"answer": choice_of(value, texts, are_text), "choices": texts}, ensure_ascii=False)
+
+
+def read_accepted(value, choices) -> str:
+    """Text or a number; a list of accepted ones (also as text, also of {"answer": …}) becomes a JSON list, the most
+    frequent first: that one is y."""
+    if choices:
+        raise ValueError("the task knows no choices; the task math does")
+    if isinstance(value, str):
+        value = listed(bare(value))
+    texts, many = [], isinstance(value, list)
+    for one in value if many else [value]:
+        if isinstance(one, dict) and len(keys := one.keys() & {"answer", "text"}) == 1:
+            one = one[keys.pop()]
+        texts += [scalar_text(each, "solution") for each in (one if isinstance(one, list) and not many else [one])]
+    if not texts:
+        raise ValueError("the list of accepted answers is empty")
+    texts = [text for text, _ in Counter(texts).most_common()]
+    return json.dumps(texts, ensure_ascii=False) if many or texts[1:] or texts[0].startswith('["') else texts[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tasks
 
 @dataclass(frozen=True)
@@ -328,6 +533,7 @@ class Task:
     boxes: bool = False                           # answers are JSON boxes, converted when the image is resized
     frame: tuple[int, int] | None = None          # (width, height) that every image is resized to, aspect ignored
     strip: str | None = None                      # marks cut off the lower-cased question; None: it stays as it is
+    read: Callable[[object, object], str] = read_plain    # (cell of a data set, its choices) → the answer
 
 
 GROUNDING_PROMPT = (  # the authors' evaluation prompt, to the letter
@@ -366,16 +572,19 @@ def math_metric(response: str, answer: str) -> float:
 
 
 TASKS = {
-    "grounding": Task(GROUNDING_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), '."?!'),
-    "grounding_train": Task(GROUNDING_TRAIN_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), "."),
-    "math": Task(MATH_PROMPT, render_boxed, math_reward, math_metric, strip='"!'),
-    "chartqa": Task(SHORT_PROMPT, render_short, chart_reward, accuracy_of(chart_reward)),
-    "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward)),
-    "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward)),
+    "grounding": Task(GROUNDING_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), '."?!',
+                      read_boxes),
+    "grounding_train": Task(GROUNDING_TRAIN_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), ".",
+                            read_boxes),
+    "math": Task(MATH_PROMPT, render_boxed, math_reward, math_metric, strip='"!', read=read_math),
+    "chartqa": Task(SHORT_PROMPT, render_short, chart_reward, accuracy_of(chart_reward), read=read_accepted),
+    "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward), read=read_accepted),
+    "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward), read=read_accepted),
     # The built-in world asks in fewer words, for speed; answers and rewards are the same, in pictures of 112 pixels.
     "scene_grounding": Task(scenes.PROMPT, render_grounding,
-                            functools.partial(grounding_reward, side=112), None, True, None, '."?!'),
-    "scene_math": Task("{question}", render_boxed, math_reward, math_metric),
+                            functools.partial(grounding_reward, side=112), None, True, None, '."?!',
+                            read_boxes),
+    "scene_math": Task("{question}", render_boxed, math_reward, math_metric, read=read_math),
 }
 
 
@@ -411,36 +620,12 @@ def score(task: str, response: str, answer: str) -> Reward:
     return reward or Reward({}, failure)
 
 
-def label_error(task: str, answer: str) -> str | None:
-    """Why `answer` cannot be a label of `task`, or None: what data.py checks of every row before anything runs."""
-    if task not in TASKS:
-        return f"task {task!r} is not one of {sorted(TASKS)}"
-    if not isinstance(answer, str):
-        return f"the solution is {type(answer).__name__}, not text"
-    if not answer.strip():
-        return "the solution is empty"
-    if not TASKS[task].boxes:
-        try:
-            return None if TASKS[task].render(answer, "spaced").strip() else "the solution is empty"
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            return f"the solution cannot be read: {error!r}"
-    items, error = parse_json(answer)
-    if error:
-        return {"bad_json": "the solution is not JSON", "not_a_list": "the solution is JSON, but no list of objects",
-                "too_long": f"the solution has more than {MAX_CHARACTERS:,} characters",
-                "too_deep": f"the solution is nested more than {MAX_DEPTH} deep"}[error]
-    for number, item in enumerate(items, 1):
-        if not isinstance(item, dict):
-            return f"item {number}: it is {item!r}, not an object with bbox_2d and point_2d"
-        for key, count in (("bbox_2d", 4), ("point_2d", 2)):
-            if key not in item:
-                return f"item {number}: {key} is missing"
-            if not numbers(item[key], count):
-                return f"item {number}: {key} must be {count} numbers, it is {item[key]!r}"
-        box = item["bbox_2d"]
-        if box[0] > box[2] or box[1] > box[3]:
-            return f"the box {box} is inverted; it must be [x1, y1, x2, y2] with x1 ≤ x2 and y1 ≤ y2"
-    return None
+def read_label(task: str, value, choices=None) -> str:
+    """A cell of a data set → the answer, as `task` takes it. ValueError: why it cannot be a label of it."""
+    answer = TASKS[task].read(value, choices)
+    if not answer.strip() or not TASKS[task].render(answer, "spaced").strip():
+        raise ValueError("the solution is empty")
+    return answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,6 +644,14 @@ def label_reward(task: str, y: str, answer: str, no_thinking_reward: bool = True
     if "thinking" not in reward.terms:
         return reward
     return Reward({**reward.terms, "thinking": 0.0 if no_thinking_reward else 1.0}, reward.error)
+
+
+def earned(task: str, y: str, answer: str) -> tuple[Reward, float]:
+    """What y earns by the reward of its task, after control 2, and its share of full accuracy, 0 … 1. Errors of the
+    reward are not caught: data.check_example tells them of the row."""
+    reward = label_reward(task, y, answer)
+    metric = TASKS[task].metric
+    return reward, metric(y, answer) if metric else reward.terms["accuracy"] / FULL_ACCURACY
 
 
 def smooth(r_y: float, r_o: list[float]) -> tuple[float, bool]:

@@ -4,11 +4,13 @@
     sample            one token for each rollout from softmax(logits / T), or the likeliest at T = 0
     decode_one_token  one step of all rollouts
 
-Each prompt has its own stream of uniform numbers, seeded by (seed, step, example id): its rollouts are the same in any
-batch, on any rank. Only a temperature shapes the distribution (no top-k, no top-p), so the log-probs returned are those
-of the training forward. Prompts whose rollouts have all ended leave the batch.
+Each prompt has its own stream of uniform numbers, seeded by (seed, its place in the endless sequence of examples): its
+rollouts are the same in any batch, on any rank, and other ones when it comes again, in the same step too. Only a
+temperature shapes the distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.
+Prompts whose rollouts have all ended leave the batch.
 """
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,9 +34,9 @@ class Response:
     entropy: list[float] = field(default_factory=list)
 
 
-def uniforms(seed: int, step: int, example_id: str, G: int, R: int) -> Tensor:
+def uniforms(seed: int, place: int, G: int, R: int) -> Tensor:
     """The numbers in [0, 1) that drive a prompt's rollouts, [G, R], float64. One per token."""
-    digest = hashlib.sha256(f"{seed}/{step}/{example_id}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(G, R, dtype=torch.float64, generator=generator)
 
@@ -111,18 +113,20 @@ class GraphedStep:
 
 @torch.no_grad()
 def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-             seed: int = 0, step: int = 0, repetition_penalty: float = 1.0, graphs: bool = False
+             seed: int = 0, places: Sequence[int] | None = None, repetition_penalty: float = 1.0, graphs: bool = False
              ) -> list[list[Response]]:
     """G responses to each prompt. temperature 0 is greedy decoding (then use G = 1). Runs the raw module, never a
-    DDP wrapper. repetition_penalty, of evaluations only: training does not score with it. graphs: GraphedStep."""
+    DDP wrapper. places: of the prompts in the endless sequence of examples (None: 0, 1, 2 …). repetition_penalty, of
+    evaluations only: training does not score with it. graphs: GraphedStep."""
     if not prompts:
         raise ValueError("generate: the list of prompts is empty")
     take_step = GraphedStep() if graphs else decode_one_token
     greedy = temperature == 0
     device = model.lm_head.weight.device
     eos = torch.tensor(model.eos_ids, device=device)
+    places = range(len(prompts)) if places is None else places
     u = None if greedy else torch.stack(
-        [uniforms(seed, step, p.example.id, G, max_new_tokens) for p in prompts]).to(device)    # [B, G, R]
+        [uniforms(seed, place, G, max_new_tokens) for place in places]).to(device)              # [B, G, R]
     start = torch.tensor([p.next_position for p in prompts], device=device)                     # [B]
     alive = torch.arange(len(prompts), device=device)      # prompts still in the batch
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)

@@ -37,7 +37,7 @@ from support.optimizers import make_optimizers, set_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
 from support.runs import load_optimizer, newest_checkpoint, open_run, renamed_options, save_checkpoint
-from support.sources import take
+from support.sources import noticed, read, take
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
 
@@ -81,7 +81,9 @@ class Config:
     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
 
     data: str = option("scenes:train", "data", "scenes:SPLIT, .jsonl or .parquet file, folder, or hub id")
-    task: str = option("", "data", "task of rows without a column task (rewards.py)", ("", *TASKS))
+    task: str = option("", "data", "task of rows without a column task (rewards.py), of --eval-data too", ("", *TASKS))
+    columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, choices, "
+                          "id")
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
     seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights")
 
@@ -171,13 +173,14 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
     return texts[best], ids[best]
 
 
-def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], step: int) -> list[Group]:
-    """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7)."""
+def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int) -> list[Group]:
+    """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
+    place of the first prompt in the endless sequence of examples."""
     if cfg.method == "sft":
         return [Group(p, [label_tokens(cfg, model, processor, p)[1]], [], [1.0]) for p in prompts]
     groups = []
-    sampled = generate(model, prompts, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed, step,
-                       graphs=cfg.cuda_graphs)
+    sampled = generate(model, prompts, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed,
+                       range(first, first + len(prompts)), graphs=cfg.cuda_graphs)
     for prompt, rollouts in zip(prompts, sampled):
         task = prompt.example.task
         rewards = [score(task, processor.decode(o.tokens), prompt.answer) for o in rollouts]
@@ -330,6 +333,7 @@ class Job:
     state: dict                           # step, cursor, bad_steps: with the weights and optimizers, a checkpoint
     source: object                        # of examples, to train on
     held_out: list = field(default_factory=list)          # examples to evaluate on
+    left_out: list = field(default_factory=list)          # rows of either that cannot be used, when they were opened
     run: Path = Path()
 
     def say(self, text: str) -> None:
@@ -341,17 +345,27 @@ class Job:
             write_line(self.run, line, self.cfg.tensorboard)
 
 
+def open_data(cfg: Config, processor: Processor, data: str):
+    """The source of --data or --eval-data, by the same options."""
+    longest = 1 if cfg.method == "sft" else cfg.max_new_tokens
+
+    def fits(example, size) -> None:
+        processor.check_length(example, size, cfg.max_row_tokens, longest)
+    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits if cfg.max_row_tokens else None)
+
+
 def set_up() -> Job:
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
-    source = load(cfg.data, cfg.task, cfg.skip_bad_rows)      # before the model: a bad row is sooner found
-    held_out = load(cfg.eval_data) if cfg.eval_data else []
+    checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
+    processor = Processor(checkpoint or cfg.model)
+    # Before the model: a bad row is sooner found.
+    sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
     rank, world, device = start_ranks()
     if cfg.cuda_graphs and device.type != "cuda":
         raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
     if cfg.tensorboard:
         tensorboard_writer()
-    checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else dict(step=0, cursor=0, bad_steps=0)
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
@@ -371,13 +385,31 @@ def set_up() -> Job:
         for k, optimizer in enumerate(optimizers):
             load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    job = Job(cfg, rank, world, device, ddp, reference, Processor(model.folder), optimizers, state,
-              source, [held_out[i] for i in range(min(cfg.eval_examples, len(held_out)))])
+    job = Job(cfg, rank, world, device, ddp, reference, processor, optimizers, state, sources[0])
     changed = "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset])
     size = sum(p.numel() for p in model.parameters())
     job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on "
             f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n{memory_line(size, cfg.precision, world)}")
+    for source in sources:
+        for line in noticed(source):
+            job.say(line)
+    for source in sources[1:]:
+        job.held_out = [e for _, e in read(source, range(min(cfg.eval_examples, len(source))), aloud=rank == 0)]
+    show_example(job)
     return job
+
+
+def show_example(job: Job) -> None:
+    """One example as it is trained on: whether the data is what it was taken for shows here first."""
+    cfg, (example,) = job.cfg, take(job.source, range(job.state["cursor"], job.state["cursor"] + 1), job.cfg.seed)
+    prompt = job.processor.prompt(example)
+    style = "compact" if cfg.label_style == "compact" else "spaced"      # auto: either, as the policy finds likelier
+    y = label_text(example.task, prompt.answer, style, example.thought)
+    reward = label_reward(example.task, y, prompt.answer, not cfg.reward_label_thinking)
+    terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
+    seen = f"picture of {prompt.size[0]}×{prompt.size[1]}" if prompt.grids else "no picture"
+    job.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
+            f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
 
 
 def train_step(job: Job) -> dict:
@@ -385,10 +417,12 @@ def train_step(job: Job) -> dict:
     cfg, state, meter, began = job.cfg, job.state, Meter(), time.time()
     set_lr(cfg, job.optimizers, state["step"])
     share = cfg.prompts_per_step // job.world
-    first = state["cursor"] + job.rank * share
+    first, bad = state["cursor"] + job.rank * share, len(job.source.bad)
     prompts = [job.processor.prompt(e) for e in take(job.source, range(first, first + share), cfg.seed)]
     loaded = time.time()
-    groups = make_groups(cfg, job.ddp.module, job.processor, prompts, state["step"])
+    if len(job.source.bad) > bad:
+        meter.total("left_out", len(job.source.bad) - bad)
+    groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first)
     measure_groups(cfg.method, groups, meter)
     sampled = time.time()
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter)
@@ -423,15 +457,18 @@ def dry_run(job: Job) -> None:
     """One step as expensive as any can be: the longest prompt among 256 examples, every response max_new_tokens long.
     Nothing is written; the learning rate is 0."""
     cfg, source = job.cfg, job.source
-    read = (job.processor.prompt(source[n]) for n in sorted({i * len(source) // 256 for i in range(256)}))
-    prompt = max(read, key=lambda p: len(p.tokens))
+    few = sorted({i * len(source) // 256 for i in range(256)})
+    prompts = [job.processor.prompt(example) for _, example in read(source, few, aloud=job.rank == 0)]
+    if not prompts:
+        raise Mistake(f"--data {cfg.data}: all of the {len(few)} rows read are bad; the last: {source.bad[-1]}")
+    prompt = max(prompts, key=lambda p: len(p.tokens))
     S = {"sft": 1, "rlvr": cfg.rollouts, "visurf": cfg.rollouts + 1}[cfg.method]
     share, few = cfg.prompts_per_step // job.world, min(32, cfg.max_new_tokens)
     groups = min(share, cfg.micro_rows)
     fake = Group(prompt, [[prompt.tokens[0]] * cfg.max_new_tokens] * S, [], [1.0] * S)
     rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
-    job.say(f"longest prompt of 256 read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most {len(rows)} "
-            f"row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
+    job.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
+            f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
     for group in (g for optimizer in job.optimizers for g in optimizer.param_groups):
         group["lr"] = 0.0
     seconds = {}
@@ -454,8 +491,6 @@ def dry_run(job: Job) -> None:
 def main() -> None:
     job = set_up()
     cfg, state = job.cfg, job.state
-    for reason in job.source.bad:
-        job.say(f"left out: {reason}")
     if cfg.dry_run:
         dry_run(job)
         return leave_ranks()
@@ -500,7 +535,9 @@ def loop(job: Job, stopped: list) -> None:
             if stopping and not done:
                 return job.say(f"stopped at step {state['step']}; go on with torchrun train.py --resume {job.run}")
     pictures = f"   curves: {job.run}/curves.png   pictures: {job.run}/samples/" if history else ""
-    job.say(f"metrics: {job.run}/metrics.jsonl{pictures}   model: {newest_checkpoint(job.run)}")
+    bad = {reason for rank in gather_json(list(job.source.bad), job.device) for reason in rank}
+    left_out = f"   left out: {len(bad)} rows of {cfg.data}" if bad else ""
+    job.say(f"metrics: {job.run}/metrics.jsonl{pictures}   model: {newest_checkpoint(job.run)}{left_out}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,15 @@
     FOLDER/train/         Parquet as the authors' training set: id, problem, solution, image, img_height, img_width
     FOLDER/NAME.parquet   as the test sets: grefcoco, reasonseg, isic, realiad, omniact, mathvista, chartqa, docvqa
     FOLDER/sam2/          a SAM 2 with random weights
+
+and the built-in world's own pictures in the layouts that other people's data comes in (docs/data.md):
+
+    FOLDER/lines/         JSON lines and a folder of pictures
+    FOLDER/easyr1/        Parquet as EasyR1 reads it: images, problem, answer
+    FOLDER/verl.parquet   as verl reads it: prompt (messages), images, reward_model
+    FOLDER/trl/           as TRL reads it: prompt (messages), image, solution
+    FOLDER/saved/         written by datasets' save_to_disk, two splits
+    FOLDER/hub/           a cache of the hub with the data set made/shapes, of two configurations
 """
 import io
 import json
@@ -53,6 +62,42 @@ def write(path: Path, rows: list[dict]) -> None:
     print(f"{path}: {len(rows)} rows of {', '.join(rows[0])}")
 
 
+def write_layouts(folder: Path) -> None:
+    import datasets
+    shapes = [row for _, (_, row) in zip(range(ROWS), examples("train"))]
+    sums = [scenes.make("sums-test", i) for i in range(ROWS)]
+    (folder / "lines" / "pictures").mkdir(parents=True, exist_ok=True)
+    with open(folder / "lines" / "train.jsonl", "w") as file:
+        for i, row in enumerate(shapes):
+            row["image"].save(folder / "lines" / "pictures" / f"{i}.png")
+            file.write(json.dumps({"image": f"pictures/{i}.png", "problem": row["question"],
+                                   "solution": json.loads(row["answer"])}) + "\n")
+    print(f"{folder / 'lines' / 'train.jsonl'}: {ROWS} lines")
+    easyr1 = [{"images": [image_cell(row["image"])], "problem": f"<image>{row['question']}", "answer": row["answer"]}
+              for row in shapes]
+    write(folder / "easyr1" / "train-00000-of-00001.parquet", easyr1)
+    write(folder / "easyr1" / "test-00000-of-00001.parquet", easyr1[:4])
+    write(folder / "verl.parquet", [
+        {"data_source": "made/sums", "prompt": [{"role": "user", "content": f"<image>\n{row['question']}"}],
+         "images": [image_cell(row["image"])], "reward_model": {"style": "rule", "ground_truth": row["answer"]}}
+        for row in sums])
+    write(folder / "trl" / "train-00000-of-00001.parquet", [
+        {"prompt": [{"role": "user", "content": row["question"]}], "image": image_cell(row["image"]),
+         "solution": f"<think>I add them.</think> <answer>{row['answer']}</answer>"} for row in sums])
+    rows = datasets.Dataset.from_list([{"image": image_cell(row["image"]), "problem": row["question"],
+                                        "solution": row["answer"]} for row in shapes])
+    rows = rows.cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(4))}).save_to_disk(folder / "saved")
+    cache = folder / "hub" / "datasets--made--shapes"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    for config, part in (("few", range(4)), ("all", range(ROWS))):
+        (snapshot / config).mkdir(parents=True, exist_ok=True)
+        rows.select(part).to_parquet(snapshot / config / "train-00000-of-00001.parquet")
+    (cache / "refs").mkdir(exist_ok=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    print(f"{folder / 'saved'}, {folder / 'hub'}: {ROWS} rows")
+
+
 def write_sam2(folder: Path) -> None:
     import torch
     from transformers import Sam2Config, Sam2Model
@@ -80,7 +125,9 @@ def main() -> None:
         answer = [{key: [round(7.5 * c) for c in value] for key, value in item.items()}
                   for item in json.loads(row["answer"])]
         rows.append({"id": f"made_{index}", "problem": row["question"], "solution": json.dumps(answer),
-                     "image": image_cell(row["image"].resize((840, 840))), "img_height": 840, "img_width": 840})
+                     "image": image_cell(row["image"].resize((840, 840))),
+                     # The authors' script stores the size before it brings picture and boxes to 840×840.
+                     "img_height": scenes.SIZE, "img_width": scenes.SIZE})
     write(folder / "train" / "train-00000-of-00001.parquet", rows)
     for name, split in GROUNDING.items():
         write(folder / f"{name}.parquet", [test_row(i, row, name == "omniact")
@@ -96,6 +143,7 @@ def main() -> None:
                                        "question": row["question"], "answers": [row["answer"]]}
                                       for i, row in enumerate(sums)])
     write_sam2(folder / "sam2")
+    write_layouts(folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     runs/NAME/samples/step_N.png     answers of an evaluation
     runs/NAME/checkpoints/step_N/    a complete model folder, optimizer_K.safetensors, state.json (step, cursor)
 
-All randomness of a run is a function of (seed, step, example id), so a step number and a cursor restore it.
+All randomness of a run is a function of (seed, place in the endless sequence of examples), so a step number and a
+cursor restore it.
 """
 import dataclasses
 import json

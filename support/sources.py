@@ -1,39 +1,49 @@
 """Examples, and where they come from: what a --data string may name.
 
     scenes:SPLIT            the built-in world
-    FILE.jsonl              one JSON object a line, images by path
-    FILE.parquet            one file, images inside
-    FOLDER                  of .jsonl or .parquet files, or one written by datasets' save_to_disk (Arrow)
+    FILE.jsonl              one JSON object a line, pictures by path
+    FILE.parquet            one file, pictures inside or by path
+    FOLDER                  of .jsonl or .parquet files, or one written by datasets' save_to_disk
     OWNER/NAME              a data set of the Hugging Face hub, downloaded once (its token and offline mode count)
-    FOLDER:SPLIT, OWNER/NAME:SPLIT     where there is more than one split
+    DATA:SPLIT, DATA:CONFIG:SPLIT     of a folder or hub id that has more than one
 
-Columns: of the authors' training set id, image, problem, solution; of their test sets image, text, mask, image_id,
-ann_id and sometimes bbox; of MathVista pid, decoded_image, question, choices, answer; of ChartQA image, query, label;
-of DocVQA questionId, image, question, answers; besides them task and thought. Boxes are in the picture's own pixels.
-Texts are read and checked when the data is opened; pictures and masks stay on disk until they are wanted, so that
-memory does not grow with the data.
+The library `datasets` finds configurations and splits, and keeps Parquet files as memory-mapped Arrow in its cache.
+JSON lines are read here, for the sake of their line numbers. No code of a data set is run.
+
+Columns that are found by themselves: QUESTION, ANSWER, CHOICES, PICTURES and NAMES below, besides them bbox, mask, task
+and thought; --columns names any other. docs/data.md shows the layouts in use. A picture is as large as its own header
+says; columns like img_width are not read: in the authors' data they hold the size before the picture was resized. Texts
+are read and checked when the data is opened; pictures and masks stay on disk until they are wanted.
 """
-import bisect
+import contextlib
 import functools
+import hashlib
 import io
-import itertools
 import json
+import os
 import re
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from support import scenes
+from support.images import open_image, picture_in, picture_size
 from support.mistakes import Mistake
 
-HEAVY = ("image", "decoded_image", "mask")   # columns that are read only when their row is wanted
-MAX_PIXELS = 100_000_000    # of a picture, before it is decoded
-READ_TOGETHER = 16          # rows of a Parquet file that are decoded at a time
-PATTERNS = ("*.parquet", "*.arrow", "*.jsonl", "*.json", "*.png", "*.jpg", "*.jpeg", "*.webp")
+QUESTION = ("problem", "text", "question", "query", "prompt")     # the first that holds something
+ANSWER = ("solution", "answer", "answers", "label")               # the only one that does
+CHOICES = ("choices", "options")
+PICTURES = ("image", "images")      # "decoded_image" before both (MathVista), else the only column of image type
+NAMES = ("id", "pid", "questionId")
+READ_TOGETHER = 16          # rows
+BAR_AFTER = 1.0             # seconds of opening a file
+MAPPED = 64_000_000         # bytes of a memory map that are read before it is closed and opened anew
+PATTERNS = ("README.md", "*.parquet", "*.arrow", "*.jsonl", "*.json", "*.png", "*.jpg", "*.jpeg", "*.webp")
+MAPPABLE = ("question", "answer", "image", "choices", "id")       # by --columns
 
 
 @dataclass
@@ -53,12 +63,25 @@ class BadRow(Mistake):
     """A row that cannot be used: the message names file, row and reason."""
 
 
+@dataclass
+class Rules:
+    """What a source needs to know of the seven scripts. tasks: name → a record of which `boxes` says whether its
+    answers are boxes. read_label(task, cell, choices) → the answer. check(example, (width, height) or None) → what is
+    odd about it, or None. Both raise ValueError: why the row cannot be used."""
+    tasks: dict
+    read_label: Callable
+    check: Callable
+
+
 class Scenes:
     """The built-in world, `scenes:SPLIT`."""
+    bad, odd = (), {}
+
     def __init__(self, split: str):
         if split not in scenes.SPLITS:
             raise Mistake(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
-        self.split, self.bad = split, []
+        self.split = split
+        self.fingerprint = hashlib.sha256(Path(scenes.__file__).read_bytes() + split.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return scenes.SPLITS[self.split]
@@ -68,243 +91,266 @@ class Scenes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Files: each yields its rows once, the pictures unread, and the pictures and masks of any row on demand
 
-def open_image(content: Path | bytes) -> Image.Image:
-    """A picture as RGB. Grey, palettes, CMYK and opaque alpha become RGB; what would lose or guess something is an
-    error: 16 bits a channel (Pillow would clip them), transparency (over what?), a rotation kept beside the pixels (are
-    the boxes for the turned picture or the stored one?), a truncated file, more than MAX_PIXELS."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # our own limit is below
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
-            if image.getexif().get(0x0112, 1) != 1:
-                raise ValueError("EXIF says that it is to be rotated; store it upright, its boxes too")
-            image.load()
-    except Image.DecompressionBombError:
-        raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError) as error:   # Pillow reports some broken files as SyntaxError
-        raise ValueError(f"the image cannot be read: {error}") from None
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode}: more than 8 bits a channel; store it with 8")
-    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
-        raise ValueError("it is partly transparent; store it over the background it is meant for")
-    return image.convert("RGB")
+def picture_columns(names, typed: list[str], chosen: str | None) -> list[str]:
+    """Which of these columns may hold the picture. typed: those of image type."""
+    if chosen:
+        return [chosen] if chosen in names else []
+    if "decoded_image" in names:
+        return ["decoded_image"]
+    return [name for name in PICTURES if name in names] or (typed if len(typed) == 1 else [])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: each yields the light columns of its rows once, and the heavy ones of any row on demand
 
 class JsonlFile:
-    """One JSON object a line; a picture is a path relative to the file, or null."""
-    columns = ()
-    def __init__(self, path: Path):
-        self.path = path
+    """One JSON object a line."""
+    has_masks = False
 
-    def light(self) -> Iterator[tuple[int, dict | str]]:
-        """Each row's number, as an editor counts lines, and its columns, or why it has none."""
+    def __init__(self, path: Path, columns: dict[str, str]):
+        self.path, self.folder, self.columns = path, path.parent, columns
+        with open(path, "rb") as lines:
+            self.count = sum(1 for _ in lines)
+            lines.seek(0)
+            if next((line for line in lines if line.strip()), b"").lstrip().startswith(b"[{"):
+                raise Mistake(f"{path} is a JSON list, not one object a line: jq -c '.[]' LIST.json > LINES.jsonl")
+
+    def rows(self) -> Iterator[tuple[int, dict | str, list]]:
+        """Each row's number, as an editor counts lines; its columns, or why it has none; its picture cells."""
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                        yield number, row if isinstance(row, dict) else "not a JSON object"
-                    except (ValueError, RecursionError) as error:   # not JSON, or not UTF-8
-                        yield number, f"not JSON ({error})"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:   # not JSON, or not UTF-8
+                    yield number, f"not JSON ({error})", []
+                    continue
+                if not isinstance(row, dict):
+                    yield number, "not a JSON object", []
+                    continue
+                found = picture_columns(row, [], self.columns.get("image"))
+                missing = f"the column {self.columns.get('image', 'image')} is missing; null means that there is none"
+                yield number, row if found else missing, [row[name] for name in found]
 
-    def heavy(self, number: int) -> dict:
-        return {}
+    def heavy(self, number: int) -> tuple[list, object]:
+        return [], None         # a row's path is kept when it is checked
 
 
-class ParquetFile:
-    """Row groups are streamed, READ_TOGETHER rows at a time, and only one such piece is kept, whatever the number of
-    files: reading in order reads a file once; jumping decodes the row group up to the wanted row. A page is read as a
-    whole, and as most writers make one page of a row group's images, that is what memory must hold."""
-    reading: "ParquetFile | None" = None   # the file that keeps a piece
+class ArrowTable:
+    """A Parquet file or a folder of save_to_disk, through the library `datasets`: memory-mapped, nothing decoded."""
+    mapped: "ArrowTable | None" = None      # the one whose memory map is open, whatever the number of files
 
-    def __init__(self, path: Path):
-        import pyarrow.parquet
-        self.path = path
+    def __init__(self, path: Path, columns: dict[str, str]):
+        import datasets
+        self.path, self.folder, self.table, self.touched = path, path if path.is_dir() else path.parent, None, 0
         try:
-            # Read through a small buffer, page by page; the default reads whole row groups into memory.
-            self.file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise Mistake(f"{path}: not a Parquet file ({error})") from None
-        metadata = self.file.metadata
-        self.starts = [0, *itertools.accumulate(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))]
-        self.columns = [name for name in self.file.schema_arrow.names if name in HEAVY]
-        self.piece, self.first, self.rest = None, 0, iter(())   # rows in memory, number of the first, those after them
+            with quiet(datasets):
+                self.files = [str(path / entry["filename"]) for entry in json.loads((path / "state.json").read_text())[
+                    "_data_files"]] if path.is_dir() else parquet_as_arrow(path)
+                table = self.whole()
+        except Exception as error:
+            what = "not Arrow files of save_to_disk" if path.is_dir() else "not a Parquet file"
+            raise Mistake(f"{path}: {what}, or no room in the cache {datasets.config.HF_DATASETS_CACHE} "
+                          f"({said(error)})") from None
+        self.count = len(table)
+        typed = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)
+                 or isinstance(getattr(kind, "feature", None), datasets.Image)]
+        self.pictures = picture_columns(table.column_names, typed, columns.get("image"))
+        for field, name in columns.items():
+            if name not in table.column_names and name.split(".")[0] not in table.column_names:
+                raise Mistake(f"--columns {field}={name}: {path} has no such column; it has "
+                              f"{', '.join(table.column_names)}")
+        if not self.pictures:
+            several = f"several columns of pictures ({', '.join(typed)})" if typed else "no column of pictures"
+            raise Mistake(f"{path} has {several} (its columns: {', '.join(table.column_names)}); name it by --columns "
+                          "image=NAME")
+        wanted = {*QUESTION, *ANSWER, *CHOICES, *NAMES, "bbox", "task", "thought", "image_id", "ann_id",
+                  *columns.values(), *(name.split(".")[0] for name in columns.values())}
+        self.texts = [name for name in table.column_names if name in wanted and name not in self.pictures]
+        self.has_masks = "mask" in table.column_names
+        self.classes = {name: dict(enumerate(kind.names)) for name, kind in table.features.items()
+                        if isinstance(kind, datasets.ClassLabel)}
 
-    def light(self) -> Iterator[tuple[int, dict]]:
-        names = [name for name in self.file.schema_arrow.names if name not in HEAVY]
-        rows = (row for batch in self.file.iter_batches(1024, columns=names) for row in batch.to_pylist())
-        return enumerate(rows, 1)
+    def whole(self):
+        import datasets
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in self.files])
 
-    def heavy(self, number: int) -> dict:
-        index = number - 1
-        if ParquetFile.reading not in (None, self):
-            ParquetFile.reading.piece = ParquetFile.reading.rest = None
-        ParquetFile.reading = self
-        held = self.piece is not None and self.first <= index
-        if not held or self.starts[self.group + 1] <= index:
-            self.group = bisect.bisect_right(self.starts, index) - 1
-            self.first, self.piece, self.rest = self.starts[self.group], None, None   # freed before the next is read
-            self.rest = self.file.iter_batches(READ_TOGETHER, row_groups=[self.group], columns=self.columns,
-                                               use_threads=False)
-            self.piece = next(self.rest)
-        while index >= self.first + self.piece.num_rows:
-            self.first += self.piece.num_rows
-            self.piece = next(self.rest)
-        return {name: self.piece.column(name)[index - self.first] for name in self.columns}
+    def part(self, start: int, stop: int):
+        """Rows as an Arrow table. What a memory map has read counts as this process's memory until it is closed: so it
+        is opened anew after MAPPED bytes."""
+        if ArrowTable.mapped is not self or self.touched > MAPPED:
+            if ArrowTable.mapped is not None:
+                ArrowTable.mapped.table = None
+            ArrowTable.mapped, self.table, self.touched = self, self.whole().with_format("arrow"), 0
+        rows = self.table[start:stop]
+        self.touched += rows.nbytes
+        return rows
+
+    def rows(self) -> Iterator[tuple[int, dict | str, list]]:
+        for start in range(0, self.count, READ_TOGETHER):
+            part = self.part(start, min(start + READ_TOGETHER, self.count))
+            for i in range(part.num_rows):
+                try:
+                    row = {name: in_python(part.column(name)[i]) for name in self.texts}
+                    row |= {name: names.get(row[name]) for name, names in self.classes.items() if name in row}
+                    yield start + i + 1, row, [in_python(part.column(name)[i]) for name in self.pictures]
+                except (ValueError, OverflowError) as error:      # text that is not UTF-8, a date out of range
+                    yield start + i + 1, f"it cannot be read ({said(error)})", []
+
+    def heavy(self, number: int) -> tuple[list, object]:
+        """The picture cells of a row, and its mask."""
+        row = self.part(number - 1, number)
+        return ([in_python(row.column(name)[0]) for name in self.pictures],
+                row.column("mask")[0].as_py() if self.has_masks else None)
 
 
-class ArrowFile:
-    """A file of datasets' save_to_disk, memory-mapped: the pages of a row are read when it is."""
-    def __init__(self, path: Path):
-        import pyarrow
-        self.path = path
-        try:
-            self.table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise Mistake(f"{path}: not an Arrow stream as datasets writes it ({error})") from None
-        self.columns = [name for name in self.table.column_names if name in HEAVY]
+def parquet_as_arrow(path: Path) -> list[str]:
+    """The Arrow files that `datasets` keeps of a Parquet file in its cache, made at the first opening: a few rows at a
+    time, as its default of whole row groups, read ahead, takes gigabytes of memory."""
+    import datasets
+    import pyarrow.dataset
+    streamed = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+    table = datasets.Dataset.from_parquet(str(path), batch_size=READ_TOGETHER, fragment_scan_options=streamed)
+    pyarrow.default_memory_pool().release_unused()
+    return [file["filename"] for file in table.cache_files]
 
-    def light(self) -> Iterator[tuple[int, dict]]:
-        table = self.table.select([name for name in self.table.column_names if name not in HEAVY])
-        return enumerate((row for batch in table.to_batches(1024) for row in batch.to_pylist()), 1)
 
-    def heavy(self, number: int) -> dict:
-        return {name: self.table.column(name)[number - 1] for name in self.columns}
+class Stored(io.RawIOBase):
+    """Bytes of a memory map as a file: only what is read is copied."""
+    def __init__(self, buffer):
+        self.view, self.at = memoryview(buffer).cast("B"), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, len(self.view))[whence]
+        return self.at
+
+    def readinto(self, target) -> int:
+        piece = self.view[self.at:self.at + len(target)]
+        target[:len(piece)] = piece
+        self.at += len(piece)
+        return len(piece)
+
+
+def in_python(cell):
+    """An Arrow cell as Python has it; bytes become an open file."""
+    import pyarrow
+    if not cell.is_valid:
+        return None
+    if isinstance(cell, pyarrow.StructScalar):
+        return {name: in_python(value) for name, value in cell.items()}
+    if isinstance(cell, (pyarrow.ListScalar, pyarrow.LargeListScalar)):
+        return [in_python(value) for value in cell.values]
+    if pyarrow.types.is_binary(cell.type) or pyarrow.types.is_large_binary(cell.type):
+        return io.BufferedReader(Stored(cell.as_buffer()))
+    return cell.as_py()
+
+
+def said(error: Exception) -> str:
+    """An error of a library, short; of a chain of them the first, which says why."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+@contextlib.contextmanager
+def quiet(datasets):
+    """One rank shows the bars of `datasets`; its log repeats what our sentences say."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if os.environ.get("RANK", "0") != "0":
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-def box_items(boxes: list) -> list[dict]:
-    """[x1, y1, x2, y2] or a list of such → the items of a label, each with its centre as point."""
-    boxes = [boxes] if boxes and not isinstance(boxes[0], (list, tuple)) else boxes
-    return [{"bbox_2d": list(b), "point_2d": [(b[0] + b[2]) / 2, (b[1] + b[3]) / 2]} for b in boxes]
-
-
-def light_example(row: dict, number: int, task: str, tasks: dict, label_error) -> Example:
-    """The example of a row's light columns, still without its picture. ValueError: why the row cannot be used. tasks,
-    label_error: as for `load`."""
-    def column(*names: str, kinds: tuple = (str,)):
-        """The first of these columns that is not null, and its type right; None if there is none."""
-        name = next((n for n in names if row.get(n) is not None), None)
-        if name is not None and not isinstance(row[name], kinds):
-            raise ValueError(f"the column {name!r} holds a {type(row[name]).__name__}")
+def lookup(row: dict, name: str):
+    """A column, or with dots a field of a record: reward_model.ground_truth."""
+    if name in row or "." not in name:
         return row.get(name)
+    root, _, rest = name.partition(".")
+    return lookup(row[root], rest) if isinstance(row.get(root), dict) else None
 
-    task, question = column("task") or task, column("problem", "text", "question", "query")
+
+def question_in(value) -> str:
+    """A cell with a question: text, or the messages of a chat, of which it must be the only one."""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        turns = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in value]
+        if [role for role, _ in turns] not in (["user"], ["human"]):
+            raise ValueError(f"the question is a chat of the turns {', '.join(str(role) for role, _ in turns)}; only "
+                             "one turn, of the user, is supported")
+        value = turns[0][1]
+        if isinstance(value, list):         # its parts: texts and pictures
+            value = "".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"the question is a {type(value).__name__}, not text")
+    return value
+
+
+def light_example(row: dict, number: int, task: str, columns: dict[str, str], has_masks: bool, rules: Rules) -> Example:
+    """The example of a row, still without its picture. ValueError: why the row cannot be used."""
+    def held(*names: str) -> list[str]:
+        return [name for name in names if lookup(row, name) not in (None, "")]
+
+    def chosen(field: str, names: tuple[str, ...]) -> list[str]:
+        return held(columns[field]) if field in columns else held(*names)
+
+    def text(name: str, kinds: tuple = (str,)) -> str:
+        if row.get(name) is not None and not isinstance(row[name], kinds):
+            raise ValueError(f"the column {name!r} holds a {type(row[name]).__name__}")
+        return str(row[name]) if row.get(name) is not None else ""
+
+    task = text("task") or task
     if not task:
-        raise ValueError(f"no column task: give it, or --task with one of {', '.join(tasks)}")
-    if task not in tasks:
-        raise ValueError(f"task {task!r} is not one of {', '.join(tasks)}")
-    if not (question or "").strip():
-        raise ValueError("no question: none of the columns problem, text, question, query holds one")
-    answer, boxes = column("solution", "answer", "answers", "label", kinds=(str, list)), column("bbox", kinds=(list,))
-    if answer is None and boxes is not None and tasks[task].boxes:
-        answer = box_items(boxes)
-    if choices := column("choices", kinds=(list,)):
-        answer = {"answer": answer, "choices": choices}
-        question += "\nChoices:" + "".join(f"\n({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices))
-    if answer is not None and not isinstance(answer, str):
-        answer = json.dumps(answer, ensure_ascii=False)
-    if answer is not None and (reason := label_error(task, answer)) is not None:
-        raise ValueError(f"bad label: {reason}")
-    name = column("id", "pid", "questionId", kinds=(str, int))
-    if name is None and (picture := column("image_id", kinds=(str, int))) is not None:
-        name = f"{picture}/{row.get('ann_id', 0)}"
-    return Example(str(number if name is None else name), None, question, answer or "", task, column("thought") or "")
+        raise ValueError(f"no column task: give it, or --task with one of {', '.join(rules.tasks)}")
+    if task not in rules.tasks:
+        raise ValueError(f"task {task!r} is not one of {', '.join(rules.tasks)}")
+    question = question_in(lookup(row, asked[0])) if (asked := chosen("question", QUESTION)) else ""
+    if not question.strip():
+        raise ValueError(f"no question: none of the columns {columns.get('question') or ', '.join(QUESTION)} holds one")
+    answers = chosen("answer", ANSWER)
+    if len(answers) > 1:
+        raise ValueError(f"the columns {' and '.join(answers)} both hold an answer; choose by --columns answer=NAME")
+    if not answers and rules.tasks[task].boxes and "answer" not in columns:
+        # Where there is nothing, the authors' test sets have a box of zeros beside an empty mask.
+        answers = [name for name in held("bbox") if not (has_masks and row[name] == [0, 0, 0, 0])]
+    choices = lookup(row, listed[0]) if (listed := chosen("choices", CHOICES)) else None
+    if not answers and not has_masks:
+        raise ValueError(f"no answer: none of the columns {columns.get('answer') or ', '.join((*ANSWER, 'bbox'))} "
+                         "holds one")
+    try:
+        answer = rules.read_label(task, lookup(row, answers[0]), choices) if answers else ""
+    except ValueError as error:
+        raise ValueError(f"bad label: {error}") from None
+    names = chosen("id", NAMES)
+    name = text(names[0], (str, int)) if names else str(number)
+    if not names and (picture := text("image_id", (str, int))):
+        name = f"{picture}/{row.get('ann_id') or 0}"
+    if choices:
+        question += "\nChoices:" + "".join(f"\n({chr(ord('A') + i)}) {choice}"
+                                           for i, choice in enumerate(json.loads(answer)["choices"]))
+    return Example(name, None, question, answer, task, text("thought"))
 
 
 def read_mask(value) -> np.ndarray | None:
-    """An Arrow list of rows of bool → bool [height, width]."""
-    rows = value.as_py() if value is not None else None
-    if rows is None:
+    """A list of rows of bool → bool [height, width]."""
+    if value is None:
         return None
-    if len({len(row) for row in rows}) > 1:
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        raise ValueError(f"the mask is a {type(value).__name__}; it must be a list of rows of true and false")
+    if len({len(row) for row in value}) > 1:
         raise ValueError("the rows of the mask differ in length")
-    return np.array(rows, bool).reshape(len(rows), -1)
-
-
-class Rows:
-    """The rows of one or more files. `bad`: what was left out under skip_bad_rows, one line each."""
-    def __init__(self, files: list, tasks: dict, label_error, task: str = "", skip_bad_rows: bool = False):
-        self.tasks, self.label_error = tasks, label_error
-        self.skip, self.bad = skip_bad_rows, []
-        self.rows: list[tuple[object, int, Example, object]] = []   # file, number of the row, example, light image
-        for file in files:
-            for number, row in file.light():
-                try:
-                    self.rows.append((file, number, *self.check(file, number, row, task)))
-                except ValueError as error:
-                    bad = BadRow(f"{file.path}, row {number}: {error}")
-                    if not self.skip:
-                        raise bad from None
-                    self.bad.append(str(bad))
-        if not self.rows:
-            raise Mistake(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
-
-    def check(self, file, number: int, row: dict | str, task: str) -> tuple[Example, Path | None]:
-        if isinstance(row, str):
-            raise ValueError(row)
-        example, image = light_example(row, number, task, self.tasks, self.label_error), None
-        boxes = self.tasks[example.task].boxes and example.answer not in ("", "[]")
-        size = tuple(row.get(name) for name in ("img_width", "img_height"))      # of the authors' data
-        if not example.answer and "mask" not in file.columns:
-            raise ValueError("no answer: none of the columns solution, answer, answers, label, bbox holds one")
-        if not isinstance(file, JsonlFile) and boxes and not all(isinstance(n, int) for n in size):
-            size = header_size(picture_of(file.heavy(number), file.path))
-        if isinstance(file, JsonlFile):
-            if "image" not in row:
-                raise ValueError("the column image is missing; null means that there is none")
-            if row["image"] is not None:
-                if not isinstance(row["image"], str):
-                    raise ValueError(f"the column 'image' holds a {type(row['image']).__name__}")
-                image = file.path.parent / row["image"]
-                size = header_size(image)
-        if boxes and all(isinstance(n, int) for n in size):
-            check_boxes(example.answer, size)
-        return example, image
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        """The example with its picture, which is decoded now. BadRow if that fails."""
-        file, number, example, image = self.rows[index]
-        try:
-            heavy = file.heavy(number)
-            if (picture := picture_of(heavy, file.path)) is not None:
-                image = picture
-            return finish(example, image, heavy.get("mask"), self.tasks[example.task].boxes)
-        except ValueError as error:
-            raise BadRow(f"{file.path}, row {number} (id {example.id}): {error}") from None
-
-
-def picture_of(heavy: dict, path: Path) -> bytes | Path | None:
-    column = next((c for c in ("decoded_image", "image") if c in heavy), None)
-    return image_of(heavy[column].as_py(), path) if column else None
-
-
-def header_size(content: bytes | Path | None) -> tuple:
-    """(width, height) as the header of a picture says, nothing decoded; () where there is none. ValueError: it cannot
-    be read, or the path names no file (to open a pipe would wait for ever)."""
-    if content is None:
-        return ()
-    if isinstance(content, Path) and not content.is_file():
-        raise ValueError(f"the image cannot be read: {content} is no file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image cannot be read: {error}") from None
+    return np.array(value, bool).reshape(len(value), -1)
 
 
 def check_boxes(answer: str, size: tuple[int, int]) -> None:
@@ -314,80 +360,194 @@ def check_boxes(answer: str, size: tuple[int, int]) -> None:
             raise ValueError(f"the box {box} leaves the picture of {size[0]}×{size[1]} pixels")
 
 
-def image_of(value, path: Path) -> bytes | Path | None:
-    """A cell of an image column: {"bytes": …, "path": …}, bytes, a path relative to the file, or null."""
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            raise ValueError("the column image holds neither bytes nor a path")
-    if not isinstance(value, (bytes, str, type(None))):
-        raise ValueError(f"the column image holds a {type(value).__name__}")
-    return path.parent / value if isinstance(value, str) else value
+class Rows:
+    """The rows of one or more files, checked when they are opened. bad: what was left out under skip_bad_rows, one line
+    each; odd: what was noticed, and how often; fingerprint: of all rows and of the files that hold their pictures."""
+    def __init__(self, files: list, columns: dict[str, str], rules: Rules, task: str = "", skip_bad_rows: bool = False):
+        self.columns, self.rules, self.skip = columns, rules, skip_bad_rows
+        self.bad: list[str] = []
+        self.odd: dict[str, list] = {}      # what → [how often, the first row]
+        self.rows: list[tuple[object, int, Example, Path | None]] = []   # file, number, example, a path of its picture
+        digest = hashlib.sha256()
+        for file in files:
+            pictures = 0
+            digest.update(repr((file.path.name, stat_of(file.path))).encode())
+            for number, row, cells in tqdm(file.rows(), f"opening {file.path.name}", file.count, unit="row",
+                                           delay=BAR_AFTER, leave=False, disable=os.environ.get("RANK", "0") != "0"):
+                try:
+                    example, content = self.check(file, row, cells, number, task)
+                except Mistake:     # of the installation, not of the row
+                    raise
+                except ValueError as error:
+                    self.leave_out(BadRow(f"{file.path}, row {number}: {error}"), aloud=False)
+                    continue
+                pictures += content is not None
+                path = content if isinstance(content, Path) else None
+                digest.update(repr((number, example, path and stat_of(path))).encode())
+                self.rows.append((file, number, example, path))
+            if not pictures and not isinstance(file, JsonlFile) and self.rows and self.rows[-1][0] is file:
+                raise Mistake(f"{file.path} holds no picture in any row (column {', '.join(file.pictures)}); name its "
+                              "column by --columns image=NAME; text alone is read from JSON lines with \"image\": null")
+        if not self.rows:
+            raise Mistake(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def leave_out(self, error: BadRow, aloud: bool = True) -> None:
+        """BadRow, unless such rows are to be left out: then its reason is noted and, if `aloud`, printed at once."""
+        if not self.skip:
+            raise BadRow(f"{error} (--skip-bad-rows leaves such rows out)") from None
+        self.bad.append(str(error))
+        if aloud:
+            tqdm.write(f"left out: {error}")
+
+    def check(self, file, row: dict | str, cells: list, number: int, task: str):
+        """The example of a row, and its picture as path or open file. ValueError: why it cannot be used."""
+        if isinstance(row, str):
+            raise ValueError(row)
+        example = light_example(row, number, task, self.columns, file.has_masks, self.rules)
+        content = self.picture(file, cells)
+        boxes = self.rules.tasks[example.task].boxes
+        marks = re.findall(r"^\s*<image>\s*|\s*<image>\s*$", example.question)
+        if example.question.count("<image>") > len(marks) or len(marks) > 1:
+            raise ValueError("the question names several pictures, or one in its middle, by <image>; one picture is "
+                             "supported, and it comes first")
+        if content is None and (boxes or marks):
+            raise ValueError(f"no picture: {'the question names one by <image>' if marks else 'boxes need one'}")
+        example = replace(example, question=example.question.replace(marks[0], "") if marks else example.question)
+        size = content and picture_size(content, self.turned(example, file))
+        if boxes and example.answer:
+            check_boxes(example.answer, size)
+        if noticed := self.rules.check(example, size or None):
+            self.odd.setdefault(noticed[0], [0, f"{file.path}, row {number}: {noticed[1]}"])[0] += 1
+        return example, content
+
+    def picture(self, file, cells: list):
+        found = [content for cell in cells if (content := picture_in(cell, file.folder)) is not None]
+        if len(found) > 1:
+            raise ValueError(f"the columns {' and '.join(PICTURES)} both hold a picture; choose by --columns "
+                             "image=NAME")
+        return found[0] if found else None
+
+    def turned(self, example: Example, file) -> bool:
+        """Whether a picture may be turned as its EXIF says: not where boxes or a mask may be the stored one's."""
+        return not file.has_masks and (not self.rules.tasks[example.task].boxes or example.answer == "[]")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """The example with its picture, which is decoded now. BadRow if that fails."""
+        file, number, example, path = self.rows[index]
+        try:
+            cells, mask = file.heavy(number)
+            content = path or self.picture(file, cells)
+            image = None if content is None else open_image(content, self.turned(example, file))
+            mask, answer = read_mask(mask), example.answer
+            if mask is not None and self.rules.tasks[example.task].boxes:
+                if mask.shape != (image.height, image.width) and mask.any():
+                    raise ValueError(f"the mask is {mask.shape[::-1]} and the picture {image.size}")
+                ys, xs = np.nonzero(mask)
+                if not len(xs):
+                    answer = "[]"
+                elif not answer:
+                    around = [int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())]
+                    answer = self.rules.read_label(example.task, around, None)
+            if not answer:
+                raise ValueError(f"no answer: none of the columns {', '.join((*ANSWER, 'bbox', 'mask'))} holds one")
+            whole = replace(example, image=image, mask=mask, answer=answer)
+            if not example.answer:
+                self.rules.check(whole, image.size)
+            return whole
+        except Mistake:
+            raise
+        except ValueError as error:
+            raise BadRow(f"{file.path}, row {number} (id {example.id}): {error}") from None
 
 
-def finish(example: Example, image: bytes | Path | None, mask, boxes: bool) -> Example:
-    """Adds picture and mask; boxes: whether the answer is boxes. A label of boxes that the light columns did
-    not hold is the box around the mask."""
-    picture = None if image is None else open_image(image)
-    mask, answer = read_mask(mask), example.answer
-    if mask is not None:
-        if picture is None or mask.shape != (picture.height, picture.width) and mask.any():
-            raise ValueError(f"the mask is {mask.shape[::-1]} and the picture {picture and picture.size}")
-        ys, xs = np.nonzero(mask)
-        if not len(xs):
-            answer = "[]"
-        elif not answer:
-            answer = json.dumps(box_items([int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())]))
-    if not answer:
-        raise ValueError("no answer: none of the columns solution, answer, answers, label, bbox, mask holds one")
-    if picture is not None and boxes:
-        check_boxes(answer, picture.size)
-    return replace(example, image=picture, mask=mask, answer=answer)
+def stat_of(path: Path) -> tuple[int, int]:
+    """What changes when a file does: its size and the time of its last change."""
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --data
 
-def files_of(folder: Path, split: str) -> list:
-    """The data files of a folder. Splits: the folders of a DatasetDict, or what stands before -00000-of-00012."""
+def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """(configuration, split) → the files, or folders of save_to_disk, that hold it. What the data set's README.md
+    declares counts; else `datasets` finds the splits by the names of files and folders. Where it would pour together
+    files of different folders or names (a.parquet, b.parquet), each of these is kept apart; 0000, 0001 and
+    train-00000-of-00002 are parts of one."""
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        return files_of(folder / choose(folder, splits, split), "")
+        return {("", split): [folder / split] for split in splits}
     if (folder / "state.json").exists():
-        names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
-        return [ArrowFile(folder / name) for name in names]
-    for ending, kind in (("parquet", ParquetFile), ("jsonl", JsonlFile)):
-        paths = sorted(folder.rglob(f"*.{ending}"))
-        by_split: dict[str, list[Path]] = {}
-        for path in paths:
-            by_split.setdefault(re.sub(r"-\d{5}-of-\d{5}.*", "", path.stem), []).append(path)
-        if paths:
-            return [kind(path) for path in by_split[choose(folder, list(by_split), split)]]
-    raise Mistake(f"--data {folder}: holds no .parquet, .jsonl or save_to_disk files")
+        return {("", ""): [folder]}
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
+    found: dict[tuple[str, str], list[Path]] = {}
+    readme = folder / "README.md"
+    if readme.exists() and "data_files:" in readme.read_text(errors="replace"):
+        for config in datasets.get_dataset_config_names(str(folder)):
+            files = datasets.load_dataset_builder(str(folder), config).config.data_files
+            found |= {(config, str(split)): [Path(path) for path in paths] for split, paths in files.items()}
+        return found
+    for ending in (".parquet", ".jsonl"):
+        try:
+            patterns = get_data_patterns(str(folder))
+            files = DataFilesDict.from_patterns(patterns, str(folder), allowed_extensions=[ending])
+        except FileNotFoundError:       # datasets' name for a folder without data
+            continue
+        for split, paths in files.items():
+            paths = [Path(path) for path in paths]
+            names = {path: re.sub(r"[-_.]?\d*(-of-\d+.*)?$", "", path.stem) for path in paths}
+            for path in paths:
+                inside = path.relative_to(folder.resolve() if path.is_relative_to(folder.resolve()) else folder).parts
+                config = "/".join(part for part in inside[:-1] if part not in (split, names[path]))
+                name = split if len(set(names.values())) == 1 else names[path]
+                found.setdefault((config, str(name)), []).append(path)
+        if found:
+            break
+    one = len({config for config, _ in found}) == 1         # data/train-….parquet: "data" tells nothing
+    return {("" if one else config, split): paths for (config, split), paths in found.items()}
 
 
-def choose(folder: Path, splits: list[str], split: str) -> str:
-    if split in splits or (not split and len(splits) == 1):
-        return split or splits[0]
-    raise Mistake(f"--data {folder}: the splits are {', '.join(splits)}; name one after a colon")
-
-
-def load(data: str, tasks: dict, label_error, task: str = "", skip_bad_rows: bool = False) -> Scenes | Rows:
-    """The source that a --data string names. tasks: name → a record of which `boxes` says whether its answers are
-    boxes; label_error(task, answer): why it cannot be a label, or None; task: of rows that do not say theirs."""
+def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, columns: str = "") -> Scenes | Rows:
+    """The source that a --data string names. task: of rows that do not say theirs; columns: field=NAME,…"""
+    named = dict(part.partition("=")[::2] for part in columns.split(",")) if columns else {}
+    if wrong := [field for field, name in named.items() if field not in MAPPABLE or not name]:
+        raise Mistake(f"--columns {columns}: {wrong[0]!r} cannot be; give FIELD=NAME,… with the fields "
+                      f"{', '.join(MAPPABLE)}")
     if data.startswith("scenes:"):
         return Scenes(data.removeprefix("scenes:"))
-    path, split = Path(data), ""
-    if not path.exists() and ":" in data:
-        path, split = Path(data.rpartition(":")[0]), data.rpartition(":")[2]
+    parts, wanted = data.split(":"), []
+    while len(parts) > 1 and len(wanted) < 2 and not Path(":".join(parts)).exists():
+        wanted.insert(0, parts.pop())
+    path = Path(":".join(parts))
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             raise Mistake(f"--data {data}: there is no such file")
-        return Rows([JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path)], tasks,
-                    label_error, task, skip_bad_rows)
-    if not path.is_dir():
-        path = download(str(path))
-    return Rows(files_of(path, split), tasks, label_error, task, skip_bad_rows)
+        fitting = {("", ""): [path]} if not wanted else {}
+        found = fitting or {("", ""): [path]}
+    else:
+        try:
+            found = splits_of(path if path.is_dir() else download(str(path)))
+        except Mistake:
+            raise
+        except Exception as error:
+            raise Mistake(f"--data {data}: cannot be read as a data set ({said(error)})") from error
+        fitting = {(config, split): files for (config, split), files in found.items()
+                   if wanted in ([], [split], [config], [config, split])}
+    if not found:
+        raise Mistake(f"--data {data}: holds no .parquet, .jsonl or save_to_disk files")
+    if len(fitting) != 1:
+        listed = ", ".join(":".join(filter(None, (str(path), *names))) for names in sorted(found))
+        wrong = "more than one fits" if fitting else "there is no such split"
+        raise Mistake(f"--data {data}: {wrong}; it can be {listed}")
+    [files] = fitting.values()
+    if other := [file for file in files if file.is_file() and file.suffix not in (".parquet", ".jsonl")]:
+        raise Mistake(f"--data {data}: {other[0].name} is neither Parquet nor JSON lines")
+    kinds = [JsonlFile if file.suffix == ".jsonl" else ArrowTable for file in files]
+    return Rows([kind(file, named) for kind, file in zip(kinds, files)], named, rules, task, skip_bad_rows)
 
 
 def download(name: str) -> Path:
@@ -420,10 +580,23 @@ def take(source, numbers: range, seed: int) -> list[Example]:
                 taken.append(source[index])
                 break
             except BadRow as error:
-                if not source.skip:
-                    raise
-                source.bad.append(str(error))
+                source.leave_out(error)
                 index = (index + 1) % n
         else:
             raise Mistake(f"all {n} rows are bad; the last: {source.bad[-1]}")
     return taken
+
+
+def read(source, numbers, aloud: bool = True) -> Iterator[tuple[int, Example]]:
+    """The examples of these rows, with their numbers. Where the source skips bad rows, without those."""
+    for number in numbers:
+        try:
+            yield number, source[number]
+        except BadRow as error:
+            source.leave_out(error, aloud)
+
+
+def noticed(source) -> list[str]:
+    """What was found when the data was opened: rows left out, and what is odd."""
+    return [*(f"left out: {reason}" for reason in source.bad),
+            *(f"{count} of {len(source)} {what}; the first: {first}" for what, (count, first) in source.odd.items())]

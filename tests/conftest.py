@@ -1,14 +1,17 @@
 """Makes the repository importable, and gives every test process one thread: the tensors are tiny, and threads that wait
 for each other on a busy machine are slower than none."""
 import os
+import socket
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 from support import onednn  # noqa: E402
 
@@ -22,3 +25,17 @@ def products(request, monkeypatch):
     if request.param == "oneDNN" and not onednn.has_onednn(torch.ones(1)):
         pytest.skip("this PyTorch has no oneDNN for the CPU")
     return onednn.use_onednn if request.param == "oneDNN" else lambda model: model
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """What torchrun sets for a single rank, for a test that calls main() in its own process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    yield
+    torch.set_grad_enabled(True)        # eval.py needs none, for the whole of its process
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,17 +1,23 @@
 """eval.py as a person runs it."""
+import io
 import json
+import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 import eval as evaluation
 from data import Processor
 from eval import Record, box_hit, summarise, table
-from support.sources import Example
+from support.mistakes import Mistake
+from support.sources import BadRow, Example
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,3 +92,84 @@ def test_two_ranks_and_interruption_give_the_same(complete, tmp_path):
 def test_other_settings_do_not_mix(complete):
     done = run("--limit", "7", "--out", str(complete[0]), "--repetition-penalty", "1.05")
     assert done.returncode and "repetition_penalty: 1.0 → 1.05): give another --out" in done.stderr
+
+
+def evaluate_here(monkeypatch, capsys, *flags: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--max-new-tokens", "4", *flags])
+    try:
+        evaluation.main()
+    finally:
+        if dist.is_initialized():       # a mistake leaves it so
+            dist.destroy_process_group()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, one_rank):
+    """A model folder and three rows of short answers, the last of which only decoding shows to be bad."""
+    shutil.copytree(ROOT / "assets/tiny", tmp_path / "model")
+    whole = io.BytesIO()
+    Image.new("RGB", (56, 56)).save(whole, "JPEG")
+    (tmp_path / "good.jpg").write_bytes(whole.getvalue())
+    (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:-60])
+    monkeypatch.chdir(tmp_path)
+    write_rows("1", "2")
+    return tmp_path
+
+
+def write_rows(*answers: str, pictures: tuple[str, ...] = ("good.jpg", "good.jpg", "cut.jpg")) -> None:
+    Path("a.jsonl").write_text("".join(json.dumps({"image": picture, "ask": "how many?", "truth": answer}) + "\n"
+                                       for picture, answer in zip(pictures, (*answers, "3"))))
+
+
+FLAGS = ("--model", "model", "--data", "a.jsonl", "--task", "vqa", "--columns", "question=ask,answer=truth",
+         "--skip-bad-rows")
+
+
+def test_finished_records_are_kept_only_where_all_that_matters_is_the_same(small, monkeypatch, capsys):
+    """Labels, tokens of a picture, chat template, weights and options each begin anew, beside what is there."""
+    def again(*flags: str) -> str:
+        return evaluate_here(monkeypatch, capsys, *FLAGS, *flags)
+    assert "2 rows of" not in (first := again()) and "3 examples, 0 of them done before" in first
+    assert "left out: a.jsonl, row 3" in first and "left out: 1 rows" in first
+    assert "3 examples, 2 of them done before" in again()
+    folder, places = Path("evaluations/model-a.jsonl"), 1
+
+    def begins_anew(what: str, *flags: str) -> None:
+        nonlocal places
+        places += 1
+        printed = again(*flags)
+        told = re.search(f"{folder} holds results of another (.*); writing to {folder}-{places}\n", printed)
+        assert told and what in told[1].split(" and "), printed
+        assert "3 examples, 0 of them done before" in printed
+    write_rows("1", "4")
+    begins_anew("data")
+    settings = json.loads(Path("model/preprocessor_config.json").read_text())
+    Path("model/preprocessor_config.json").write_text(json.dumps(settings | {"max_pixels": 784}))
+    begins_anew("processor")
+    template = Path("model/chat_template.jinja")
+    template.write_text(template.read_text().replace("helpful", "patient"))
+    begins_anew("processor")
+    os.utime("model/model.safetensors", ns=(1, 1))
+    begins_anew("model")
+    begins_anew("repetition_penalty", "--repetition-penalty", "1.1")
+    monkeypatch.setattr(evaluation, "JUDGES", (*evaluation.JUDGES, "support/scenes.py"))
+    begins_anew("code of the rewards")
+    with pytest.raises(Mistake, match="other settings .repetition_penalty: 1.0 → 1.2.: give another --out, or remove"):
+        again("--out", f"{folder}-{places}", "--repetition-penalty", "1.2")
+    assert "2 of them done before" in again("--out", f"{folder}-{places}")
+
+
+def test_an_evaluation_that_meets_a_bad_picture_can_be_finished(small, monkeypatch, capsys):
+    """It stops with the row's name; with --skip-bad-rows the same command goes on from there."""
+    with pytest.raises(BadRow, match="a.jsonl, row 3 .id 3.: the image cannot be read"):
+        evaluate_here(monkeypatch, capsys, *FLAGS[:-1], "--batch", "1")
+    assert "3 examples, 2 of them done before" in evaluate_here(monkeypatch, capsys, *FLAGS, "--batch", "1")
+
+
+def test_a_photo_lying_on_its_side_is_turned(small, monkeypatch, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 40)).save("photo.jpg", exif=exif)
+    evaluate_here(monkeypatch, capsys, "--model", "model", "--image", "photo.jpg", "--question", "red ring")
+    assert Image.open("photo.answer.png").size == (40, 80)

@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 from PIL import Image
 
 import eval as evaluation
@@ -22,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, one_rank):
     """An empty current folder with some things that are not what they seem."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -35,22 +33,14 @@ def place(tmp_path, monkeypatch):
                            ("outside", [{"bbox_2d": [1, 2, 60, 20], "point_2d": [5, 5]}])):
         line = row if solution is None else row | {"solution": json.dumps(solution)}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        monkeypatch.setenv(name, value)
-    yield tmp_path
-    torch.set_grad_enabled(True)        # eval.py needs none, for the whole of its process
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return tmp_path
 
 
 MISTAKES = [
     ("train", "--stepz 3", r"--stepz: did you mean --steps\?"), ("train", "--method vsurf", "invalid choice: 'vsurf'"),
     ("train", "--steps x", "--steps: invalid int value: 'x'"), ("train", "--steps 0", "--steps 0: must be at least 1"),
-    ("train", "--max-new-tokens 0", "--max-new-tokens 0: must be at least 1"), ("train", "--lr -1", "--lr -1.0: .*above 0"),
+    ("train", "--max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
+    ("train", "--lr -1", "--lr -1.0: .*above 0"),
     ("train", "--log-every 0", "--log-every 0: must be at least 1"), ("train", "--lr inf", "--lr inf: .* finite"),
     ("train", "--prompts-per-step 0", "--prompts-per-step 0: must be at least 1"),
     ("train", "--temperature nan", "--temperature nan: must be a finite number"),
@@ -61,16 +51,25 @@ MISTAKES = [
     ("train", "--model nowhere", "--model nowhere: there is no such folder, and it is no hub id"),
     ("train", "--model own/er", "--model own/er: there is no such folder, and the hub does not give it"),
     ("train", "--model empty", "--model empty: empty has no config.json"),
-    ("train", "--model broken", "broken/config.json is not JSON"), ("train", "--model begun", "begun holds no checkpoint yet"),
+    ("train", "--model broken", "broken/config.json is not JSON"),
+    ("train", "--model begun", "begun holds no checkpoint yet"),
     ("train", "--data nowhere.jsonl", "--data nowhere.jsonl: there is no such file"),
-    ("train", "--data nowhere", "--data nowhere: give scenes:SPLIT"), ("train", "--data scenes:x", "scenes:x does not exist"),
+    ("train", "--data nowhere", "--data nowhere: give scenes:SPLIT"),
+    ("train", "--data scenes:x", "scenes:x does not exist"),
     ("train", "--data three.jsonl", r"three.jsonl, row 1: bad label: item 1: bbox_2d must be 4 numbers, it is \[1, 2, 3\]"),
     ("train", "--data none.jsonl", "none.jsonl, row 1: no answer: none of the columns"),
     ("train", "--data outside.jsonl", r"outside.jsonl, row 1: the box \[1, 2, 60, 20\] leaves the picture of 40×30"),
+    ("train", "--data scenes:test --columns answer", "--columns answer: 'answer' cannot be; give FIELD=NAME"),
+    ("train", "--data outside.jsonl --max-row-tokens 9", "outside.jsonl, row 1: "),
+    ("train", "--eval-data three.jsonl", r"three.jsonl, row 1: bad label"),
+    ("train", "--eval-data outside.jsonl --columns answer=truth", "row 1: no answer: none of the columns truth holds one"),
     ("train", "--cuda-graphs", "--cuda-graphs: there is no CUDA device"),
     ("eval", "--model empty", "empty has no config.json"), ("eval", "--modle x", "did you mean --model"),
     ("eval", "--model assets/tiny --limit -1", "--limit -1: must be at least 0"),
     ("eval", "--model assets/tiny --image b.png", "--image b.png: the image cannot be read"),
+    ("eval", "--model assets/tiny --image empty", "--image empty: .*is a folder"),
+    ("eval", "--model assets/tiny --image http://x.org/a.png", "--image http://.*is an address"),
+    ("eval", "--model assets/tiny --data none.jsonl --columns answer=truth", "none of the columns truth holds one"),
     ("eval", "--model assets/tiny --question x", "--question needs the picture"),
 ]
 

@@ -64,10 +64,10 @@ def uncached(model, prompt, R, temperature, u):
 def test_cached_tokens_equal_uncached_tokens(model, prompts, products):
     products(model)
     greedy = generate(model, prompts, 1, 12, temperature=0)
-    sampled = generate(model, prompts, 3, 12, temperature=0.7, seed=5, step=9)
-    for prompt, (alone,), group in zip(prompts, greedy, sampled):
+    sampled = generate(model, prompts, 3, 12, temperature=0.7, seed=5, places=range(9, 9 + len(prompts)))
+    for place, (prompt, (alone,), group) in enumerate(zip(prompts, greedy, sampled), 9):
         assert alone.tokens == uncached(model, prompt, 12, 0, None)
-        u = uniforms(5, 9, prompt.example.id, 3, 12)
+        u = uniforms(5, place, 3, 12)
         assert [r.tokens for r in group] == [uncached(model, prompt, 12, 0.7, u[g]) for g in range(3)]
         assert len({tuple(r.tokens) for r in group}) > 1   # the rollouts of a prompt do differ
 
@@ -131,22 +131,26 @@ def test_no_prompts(model):
 
 
 def test_rollouts_do_not_depend_on_the_batch(model, prompts):
-    def run(chosen):
-        groups = generate(model, chosen, 4, 16, 1.0)
-        return {p.example.id: [r.tokens for r in group] for p, group in zip(chosen, groups)}
-    together = run(prompts)
-    assert run(prompts[::-1]) == together
-    for prompt in prompts:
-        assert run([prompt])[prompt.example.id] == together[prompt.example.id]
+    def run(places):
+        groups = generate(model, [prompts[place] for place in places], 4, 16, 1.0, places=places)
+        return {place: [r.tokens for r in group] for place, group in zip(places, groups)}
+    everywhere = list(range(len(prompts)))
+    together = run(everywhere)
+    assert run(everywhere[::-1]) == together
+    for place in everywhere:
+        assert run([place])[place] == together[place]
 
 
-def test_seed_step_and_example_each_change_the_rollouts(model, prompts):
-    def run(**keywords):
-        return [[r.tokens for r in group] for group in generate(model, prompts[:1], 4, 16, 1.0, **keywords)]
-    assert run(seed=1, step=1) == run(seed=1, step=1)
-    assert run(seed=1, step=1) != run(seed=2, step=1)
-    assert run(seed=1, step=1) != run(seed=1, step=2)
-    assert not torch.equal(uniforms(1, 1, "a", 2, 2), uniforms(1, 1, "b", 2, 2))
+def test_seed_and_place_each_change_the_rollouts(model, prompts):
+    """A prompt that comes twice in one call, as in a set smaller than a step, is answered by other rollouts."""
+    def run(chosen, **keywords):
+        return [[r.tokens for r in group] for group in generate(model, chosen, 4, 16, 1.0, **keywords)]
+    alone = prompts[:1]
+    assert run(alone, seed=1, places=[7]) == run(alone, seed=1, places=[7])
+    assert run(alone, seed=1, places=[7]) != run(alone, seed=2, places=[7])
+    assert run(alone, seed=1, places=[7]) != run(alone, seed=1, places=[8])
+    first, second = run([prompts[0], prompts[0]], seed=1)
+    assert first != second
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

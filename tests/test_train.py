@@ -1,6 +1,8 @@
 """The loop: one update for any number of ranks and any micro-batches, resume, SIGTERM, what a run leaves behind."""
+import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,7 +62,7 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             processor, meter = Processor(model.folder), train.Meter()
             share = 8 // world
             prompts = [processor.prompt(example(i)) for i in range(rank * share, rank * share + share)]
-            groups = train.make_groups(cfg, model, processor, prompts, step=0)
+            groups = train.make_groups(cfg, model, processor, prompts, rank * share)
             for i, group in enumerate(groups, rank * share):
                 # Random weights earn nothing; rewards that differ make every advantage count.
                 torch.manual_seed(len(group.prompt.example.id) + ord(group.prompt.example.id[-1]))
@@ -211,6 +214,17 @@ def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
     assert group.advantage == [1.0] and [processor.decode(o) for o in group.responses] == ["<answer>[]</answer>"]
 
 
+def test_a_prompt_that_comes_twice_in_a_step_is_answered_anew(alone):
+    model, processor = small_model()
+    cfg = train.Config(rollouts=3, max_new_tokens=8)
+    prompt = processor.prompt(Scenes("test")[0])
+    drawn = [[o.tokens for o in g.rollouts] for g in train.make_groups(cfg, model, processor, [prompt, prompt], 8)]
+    assert drawn[0] != drawn[1]
+    for place in (8, 9):        # on a rank of its own
+        group, = train.make_groups(cfg, model, processor, [prompt], place)
+        assert [o.tokens for o in group.rollouts] == drawn[place - 8]
+
+
 def test_auto_label_style_is_the_rendering_the_policy_finds_likelier(alone):
     """The tiny base was trained on blanks after commas and colons."""
     model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
@@ -344,6 +358,31 @@ def test_dry_run_reports_and_writes_nothing(tmp_path):
     for said in ("preset paper", "longest prompt", "peak memory", "456 steps at most"):
         assert said in output
     assert "weights 0.00 GB" in output and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_picture_that_only_decoding_shows_to_be_bad(tmp_path, ranks):
+    """Printed at once, counted in metrics.jsonl and in the last line, in training and in evaluations; without the option
+    the run stops with the row's name."""
+    whole = io.BytesIO()
+    Image.new("RGB", (112, 112)).save(whole, "JPEG")
+    rows = []
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(whole.getvalue()[:-100] if i in (2, 4) else whole.getvalue())
+        rows.append({"image": f"{i}.jpg", "problem": "red ring", "solution": "[]"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data", "a.jsonl", "--task", "scene_grounding", "--steps", "3", "--name", "a", "--eval-data", "a.jsonl",
+             "--eval-examples", "6")
+    code, output = run_train(tmp_path, *flags, "--skip-bad-rows", ranks=ranks)
+    assert code == 0, output
+    left_out = [line.get("left_out", 0) for line in lines(tmp_path / "runs/a") if "loss" in line]
+    assert sum(left_out) == 4       # 12 examples are two epochs
+    assert re.search(r"left out: a.jsonl, row 3 .id 3.: the image cannot be read: 2.jpg: ", output)
+    assert "left out: 2 rows of a.jsonl" in output.strip().splitlines()[-1] and "a.jsonl, first 4:" in output
+    code, output = run_train(tmp_path, *flags, "--name", "b", ranks=ranks)
+    assert code != 0 and re.search("a.jsonl, row [35] .* .--skip-bad-rows leaves such rows out", output)
+    code, output = run_train(tmp_path, *flags, "--skip-bad-rows", "--dry-run")
+    assert code == 0 and "longest prompt of 4 read" in output
 
 
 def test_sigterm_saves_and_leaves(tmp_path):

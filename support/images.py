@@ -1,0 +1,110 @@
+"""Pictures as data sets hold them: their size by their own header, the picture as RGB, and where a cell says it is."""
+import contextlib
+import io
+import re
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000    # of a picture, before it is decoded
+
+
+class Unfit(ValueError):
+    """A picture that can be decoded, but not without a loss or a guess."""
+
+
+@contextlib.contextmanager
+def pillow_at_work(content):
+    """ValueError, naming the file of `content`: whatever Pillow raises on a damaged file, in any of its formats."""
+    name = f"{content}: " if isinstance(content, Path) else ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # its limit of pixels (ours is MAX_PIXELS), broken EXIF
+            yield
+    except Unfit:
+        raise
+    except Image.DecompressionBombError:
+        raise Unfit(f"more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"the image cannot be read: {name}no kind of picture that Pillow knows") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
+        raise ValueError(f"the image cannot be read: {name}{reason}") from None
+
+
+def upright_size(image: Image.Image, turn: bool) -> tuple[int, int]:
+    """(width, height) of an opened picture once it is turned as its EXIF says. Unfit: more than MAX_PIXELS; 16 bits a
+    channel (Pillow would clip them); to be turned, but not `turn` (are the boxes for the turned picture?)."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Unfit(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+    if image.mode.startswith(("I", "F")):
+        raise Unfit(f"mode {image.mode}: more than 8 bits a channel; store it with 8")
+    # A PNG that is not decoded yet may hold its EXIF behind the pixels: to ask for it would decode them.
+    unknown = image.format == "PNG" and "exif" not in image.info
+    orientation = 1 if unknown else image.getexif().get(0x0112, 1)
+    if orientation in range(2, 9) and not turn:
+        raise Unfit("EXIF says that it is to be rotated; store it upright, its boxes too")
+    lying = orientation in range(5, 9) and image.format != "TIFF"      # a TIFF's size is the turned one already
+    return image.size[::-1] if lying else image.size
+
+
+def picture_size(content, turn: bool = False) -> tuple[int, int]:
+    """(width, height) as the header says, nothing decoded. content: path, bytes or open file. ValueError: see above."""
+    with pillow_at_work(content), Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        return upright_size(image, turn)
+
+
+def open_image(content, turn: bool = False) -> Image.Image:
+    """A picture as RGB; with `turn` upright, as ImageOps.exif_transpose turns it. Grey, palettes, CMYK and opaque alpha
+    become RGB. ValueError: what cannot be read, and what would lose or guess something (see above; transparency: over
+    what?)."""
+    with pillow_at_work(content), Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        upright_size(image, turn)
+        image.load()
+        upright_size(image, turn)
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+            raise Unfit("it is partly transparent; store it over the background it is meant for")
+        return image.convert("RGB")
+
+
+def picture_in(value, folder: Path):
+    """A cell of a picture column → path or open file, or None where there is none. A cell is {"bytes": …, "path": …},
+    bytes, a path relative to `folder`, a list of one of these, or null."""
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise ValueError(f"{len(value)} pictures in one row; only one is supported")
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        if not value.keys() & {"bytes", "path"}:
+            raise ValueError(f"the picture is a record of {', '.join(value)}; it must hold bytes or a path")
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if value is None:
+            raise ValueError("the picture holds neither bytes nor a path")
+    if isinstance(value, str):
+        return picture_file(value, folder)
+    if isinstance(value, bytes):
+        return io.BytesIO(value)
+    if value is not None and not hasattr(value, "read"):
+        raise ValueError(f"the picture is a {type(value).__name__}; it must be bytes or a path")
+    return value
+
+
+def picture_file(name: str, folder: Path) -> Path:
+    """The file of a picture. ValueError: it is none (to open a pipe would wait for ever)."""
+    shown = name if len(name) <= 80 else name[:60] + " …"
+    if name.lower().startswith("data:"):
+        raise ValueError(f"the image is a data: URI ({shown[:30]}); store it as a file or as bytes")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        raise ValueError(f"the image is an address ({shown}); download it and give the file's path")
+    path = folder / name
+    try:
+        if path.is_file():
+            return path
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "is no file"
+    except (OSError, ValueError):       # too long for a name, or a NUL in it
+        what = "is no file"
+    if what == "is no file" and len(name) > 40 and re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", re.sub(r"\s", "", name)):
+        raise ValueError(f"the image looks like base64 text ({name[:20]} …); store it as a file or as bytes")
+    raise ValueError(f"the image cannot be read: {shown if what == 'is no file' else path} {what}")
