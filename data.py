@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import TASKS, earned, label_text, read_label, user_text
+from rewards import TASKS, Reward, earned, label_text, read_label, user_text
 from support import sources
 from support.mistakes import Mistake
 from support.sources import Example
@@ -280,6 +280,19 @@ class Processor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
+
+@dataclass
+class Response:
+    """A continuation of a prompt, y or a rollout, and what is known of it."""
+    tokens: list[int]                    # R, with the one that ends it, unless `truncated` at max_new_tokens
+    logp: list[float] = field(default_factory=list)       # R, of each token as sampled; none of y
+    truncated: bool = False
+    entropy: list[float] = field(default_factory=list)    # R, of the distribution that each was drawn from; none of y
+    is_y: bool = False
+    reward: Reward | None = None         # its terms; of y after control 2
+    r: float = 0.0                       # its sum; of y after control 3
+    advantage: float = 0.0               # Â, Eq. 6; of y Eq. 7
+
 
 @dataclass
 class Row:

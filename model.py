@@ -468,21 +468,27 @@ class Qwen2_5_VL(nn.Module):
             logits = logits / temperature
         return logits.masked_fill_(self.banned, -torch.inf)   # in place: [M, V] is the largest matrix there is
 
-    def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 2048):
-        """hidden [M, D], targets [M] → log π(target) [M] and the entropy of the distribution [M] (no gradient).
-        In chunks recomputed in backward, so that no [M, V] matrix exists."""
+    def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 2048,
+              entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """hidden [M, D], targets [M] → log π(target) [M] and the entropy −Σ_v π(v) log π(v) of the distribution [M], the
+        latter with a gradient where that is asked for. In chunks recomputed in backward, so that no [M, V] matrix
+        exists."""
         def one(h: Tensor, t: Tensor):
             logp = self.logits(h, temperature).log_softmax(-1)
-            with torch.no_grad():
-                p = logp.exp()
-                entropy = torch.special.entr(p, out=p).sum(-1)
+            if entropy_gradient:    # `banned` is left out of the sum: 0 · −∞ has no gradient
+                entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
+            else:
+                with torch.no_grad():
+                    p = logp.exp()
+                    entropy = torch.special.entr(p, out=p).sum(-1)
             return logp.gather(-1, t[:, None])[:, 0], entropy
         parts = [recompute_in_backward(one, h, t, use_reentrant=False)
                  for h, t in zip(hidden.split(chunk), targets.split(chunk))]
         return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
 
     def forward(self, tokens: Tensor, segment: Tensor, position: Tensor, predictor: Tensor, patches: Tensor,
-                grids: list[tuple[int, int]], temperature: float = 1.0, checkpoint: bool = False):
+                grids: list[tuple[int, int]], temperature: float = 1.0, checkpoint: bool = False,
+                entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Scores packed rows (data.py): tokens, segment, predictor [B, T], position [3, B, T], patches [N, 1176].
         Returns logp and entropy [B, T] of every response token, 0 elsewhere. logp[b, i] = log π(tokens[b, i] | what
         token predictor[b, i] has seen): the token before it, or the prompt's last for the first of a response."""
@@ -490,7 +496,7 @@ class Qwen2_5_VL(nn.Module):
         hidden = self.decode(x, position, GroupLayout(segment), checkpoint=checkpoint)
         scored = segment > 0
         source = hidden.gather(1, repeat(predictor, "b t -> b t d", d=hidden.shape[-1]))[scored]     # [M, D]
-        logp, entropy = self.score(source, tokens[scored], temperature)
+        logp, entropy = self.score(source, tokens[scored], temperature, entropy_gradient=entropy_gradient)
         empty = logp.new_zeros(tokens.shape)
         return empty.masked_scatter(scored, logp), empty.masked_scatter(scored, entropy)
 

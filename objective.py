@@ -2,13 +2,13 @@
 
     code                  paper
     r          [B, S]     rewards of a group; with the label, r[:, 0] = r(y) and r[:, 1:] = r(o_1) … r(o_G)
-    advantage  [B, S]     Â: Eq. 6 (rollouts) and Eq. 7 (y), normalised together over S = G+1 rewards
-    ratio      [...]      ρ = π_θ / π_old, per token
-    policy_loss           Eq. 8: −min(ρÂ, clip(ρ)Â), for rollouts and y alike
+    advantage             Â: Eq. 6 (rollouts) and Eq. 7 (y), normalised together over S = G+1 rewards
     logp, old_logp, ref_logp   log π of each response token under the policy, the policy that sampled, the reference
+    ratio                 ρ = π_θ / π_old, per token
+    loss                  Eq. 8: −min(ρÂ, clip(ρ)Â), for rollouts and y alike, and every other term: edit it there
 
 The four methods are four settings of one loss:
-    sft      rows hold y            Â = 1        (cross-entropy; `sft_loss`)
+    sft      rows hold y            −log π(y)    (cross-entropy; its gradient is Eq. 8's with Â = 1 and ρ = 1)
     rlvr     rows hold o_1 … o_G    Â over G     (GRPO)
     visurf   rows hold y, o_1 … o_G Â over G+1, after reward control (rewards.py)
     two-stage: sft, then rlvr from its weights
@@ -23,6 +23,66 @@ import torch
 from torch import Tensor
 
 TIED = 1e-6  # a group with a smaller std says nothing about which response is better
+
+
+def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sampled_logp: Tensor, entropy: Tensor,
+         advantage: Tensor, reward: Tensor, segment: Tensor, is_y: Tensor, weight: Tensor, denominator: int
+         ) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is minimised, summed over the rows given, and what is logged of it. A new term is a line here.
+
+    cfg            the options of train.py
+    logp, entropy  log π of each token, and the entropy of the distribution it was taken from, both with a gradient
+    old_logp       under the policy that sampled, with y too; with one inner epoch logp itself, detached (ρ ≡ 1)
+    ref_logp       under the frozen initial model; None without --kl
+    sampled_logp   of the rollouts, as recorded while sampling; NaN for y
+    advantage, reward   Â and r (after the controls) of the response that a token belongs to
+    segment        0 prompt, 1, 2, … the responses of a row, −1 padding; is_y: whether the response is y
+    weight, denominator   the length normalisation: a token counts weight / denominator (`token_weight`, `divisor`)
+    All are [B, T], and 0 outside the responses. Sums over micro-batches and ranks add up to the loss of the whole batch.
+
+    Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of all elements is
+    taken. A name that is new here reaches metrics.jsonl and curves.png by itself.
+    """
+    if cfg.method == "sft":
+        gain, cut = logp, torch.zeros_like(is_y)
+    else:
+        gain, cut = clipped_surrogate(logp, old_logp, advantage, cfg.clip, cfg.clip_high or cfg.clip)
+    if cfg.kl:
+        gain = gain - cfg.kl * kl_k3(logp, ref_logp)
+    if cfg.entropy_bonus:
+        gain = gain + cfg.entropy_bonus * entropy
+    with torch.no_grad():
+        y, rollouts = (weight > 0) & is_y, (weight > 0) & ~is_y
+        logged = {"logp_y": (logp * y).sum(1)[y.any(1)]}
+        if cfg.method == "sft":
+            logged["entropy"] = entropy[y]
+        else:
+            size = (weight * advantage.abs()).double() / denominator        # of the two terms of Eq. 9
+            logged |= {"logp_gap": (logp - sampled_logp).abs()[rollouts],
+                       "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
+                       "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
+    return -(weight * gain).sum() / denominator, logged
+
+
+def trained_on(cfg, advantage: Tensor, reward: Tensor, is_y: Tensor) -> tuple[Tensor, bool]:
+    """Which responses `loss` trains on, and whether it needs the gradient of the entropy: found out by trying it. Each
+    response stands for one token, at log-probs from near 0 to −30, ratios from e⁻² to e² and entropies from 0 to 10;
+    where the gradient is exactly 0 at all of them the response is left out of the rows. With the surrogate alone that
+    is where Â = 0: y once it is smoothed, and all of a tied group. Any term that moves them keeps them.
+
+    advantage, reward, is_y [N] of N responses → bool [N], bool.
+    """
+    K, N = 5 * 5 * 3, len(advantage)
+    logp, change, entropy = torch.cartesian_prod(
+        torch.tensor([-1e-3, -0.1, -1.0, -5.0, -30.0]), torch.tensor([0.0, 0.1, -0.1, 2.0, -2.0]),
+        torch.tensor([1e-3, 1.0, 10.0])).to(advantage)[:, :, None].expand(K, 3, N).unbind(1)      # [K, N] each
+    logp, entropy = logp.clone().requires_grad_(), entropy.clone().requires_grad_()
+    old_logp = (logp - change).detach()
+    row = {"segment": torch.arange(1, N + 1), "advantage": advantage, "reward": reward, "is_y": is_y}
+    total, _ = loss(cfg, logp=logp, old_logp=old_logp, ref_logp=old_logp, sampled_logp=old_logp, entropy=entropy,
+                    weight=torch.ones_like(logp), denominator=1, **{name: x.expand(K, N) for name, x in row.items()})
+    by_logp, by_entropy = torch.autograd.grad(total, (logp, entropy), allow_unused=True, materialize_grads=True)
+    return ((by_logp != 0) | (by_entropy != 0)).any(0), bool((by_entropy != 0).any())
 
 
 def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
@@ -41,20 +101,17 @@ def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
     return torch.where(deviation < TIED, torch.zeros_like(r), scaled)
 
 
-def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """min(ρÂ, clip(ρ, 1−ε, 1+ε)Â), elementwise, with ρ = exp(logp − old_logp): the summand of Eq. 8.
+def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float
+                      ) -> tuple[Tensor, Tensor]:
+    """min(ρÂ, clip(ρ, 1−ε_low, 1+ε_high)Â), elementwise, with ρ = exp(logp − old_logp): the summand of Eq. 8; and
+    whether the clip cuts the gradient off (ρ > 1+ε_high with Â > 0, or ρ < 1−ε_low with Â < 0).
 
-    >>> clipped_surrogate(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([1., -1.]), clip=0.2)
-    tensor([ 1.2000, -1.5000])
+    >>> clipped_surrogate(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([1., -1.]), 0.2, 0.2)
+    (tensor([ 1.2000, -1.5000]), tensor([ True, False]))
     """
     ratio = (logp - old_logp).exp()
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-
-
-def is_clipped(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Whether a token's gradient is cut off by clipping: ρ > 1+ε with Â > 0, or ρ < 1−ε with Â < 0."""
-    ratio = (logp - old_logp).exp()
-    return ((ratio > 1 + clip) & (advantage > 0)) | ((ratio < 1 - clip) & (advantage < 0))
+    free, bounded = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+    return torch.minimum(free, bounded), bounded < free
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -65,7 +122,7 @@ def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def token_weight(segment: Tensor, normaliser: str) -> Tensor:
-    """How much each response token counts before the division by `denominator`. segment [B, T] → [B, T].
+    """How much each response token counts before the division by `divisor`. segment [B, T] → [B, T].
 
         token-mean  every token 1                        / number of tokens
         seq-mean    a token of a response o: 1/|o|       / number of responses
@@ -85,35 +142,6 @@ def token_weight(segment: Tensor, normaliser: str) -> Tensor:
     return scored / length.gather(1, stretch)
 
 
-def denominator(tokens: int, responses: int, normaliser: str) -> int:
-    """What the weighted sum is divided by: counted over all micro-batches and ranks, before the first backward."""
+def divisor(tokens: int, responses: int, normaliser: str) -> int:
+    """The loss's denominator: counted over all micro-batches and ranks, before the first backward."""
     return tokens if normaliser == "token-mean" else responses
-
-
-def per_token(advantage: Tensor, segment: Tensor) -> Tensor:
-    """Hands each response token its response's advantage, and 0 to the prompt and to padding.
-    advantage [B, S], segment [B, T] (s+1 for response s) → [B, T].
-
-    >>> per_token(torch.tensor([[2., -1.]]), torch.tensor([[0, 1, 2, 2, -1]]))
-    tensor([[ 0.,  2., -1., -1.,  0.]])
-    """
-    return advantage.gather(1, (segment - 1).clamp(min=0)) * (segment > 0)
-
-
-def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, denominator: int,
-                clip: float = 0.2) -> Tensor:
-    """Eq. 8 (ViSurf; GRPO when y is not among the rows), summed over the rows given. All arguments [B, T].
-
-    Sums over micro-batches and ranks add up to the loss of the whole batch, as long as all use the same denominator.
-    """
-    return -(weight * clipped_surrogate(logp, old_logp, advantage, clip)).sum() / denominator
-
-
-def sft_loss(logp: Tensor, weight: Tensor, denominator: int) -> Tensor:
-    """L_SFT = −log π(y): the cross-entropy. Its gradient is policy_loss's with Â = 1 and ρ = 1."""
-    return -(weight * logp).sum() / denominator
-
-
-def kl_loss(logp: Tensor, ref_logp: Tensor, weight: Tensor, denominator: int) -> Tensor:
-    """Σ weight · k3 / denominator, to be scaled by β and added to policy_loss."""
-    return (weight * kl_k3(logp, ref_logp)).sum() / denominator

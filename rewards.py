@@ -646,6 +646,19 @@ def label_reward(task: str, y: str, answer: str, no_thinking_reward: bool = True
     return Reward({**reward.terms, "thinking": 0.0 if no_thinking_reward else 1.0}, reward.error)
 
 
+def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str]
+                 ) -> tuple[list[Reward], list[float], bool]:
+    """Section 3.4, of one group: the reward of each response, as terms and as the number r that is normalised, y first
+    unless it is None; and whether y was smoothed. cfg: the options of train.py."""
+    rewards = [score(task, o, answer) for o in rollouts]
+    r = [reward.total for reward in rewards]
+    if y is None:
+        return rewards, r, False
+    y_reward = label_reward(task, y, answer, not cfg.reward_label_thinking)                    # control 2
+    r_y, smoothed = smooth(y_reward.total, r) if cfg.smoothing else (y_reward.total, False)    # control 3
+    return [y_reward, *rewards], [r_y, *r], smoothed
+
+
 def earned(task: str, y: str, answer: str) -> tuple[Reward, float]:
     """What y earns by the reward of its task, after control 2, and its share of full accuracy, 0 … 1. Errors of the
     reward are not caught: data.check_example tells them of the row."""

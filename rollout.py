@@ -11,27 +11,16 @@ Prompts whose rollouts have all ended leave the batch.
 """
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from data import Prompt, collate_images
+from data import Prompt, Response, collate_images
 from model import KVCache, Qwen2_5_VL, row_mask
 from support.onednn import packed_weights
 
 WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
-
-
-@dataclass
-class Response:
-    """tokens: with the EOS that ends it, unless `truncated` at max_new_tokens; logp: of each token as sampled; entropy:
-    of the distribution that each was drawn from."""
-    tokens: list[int]
-    logp: list[float]
-    truncated: bool
-    entropy: list[float] = field(default_factory=list)
 
 
 def uniforms(seed: int, place: int, G: int, R: int) -> Tensor:

@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import objective
-from data import Batch, Processor, Prompt, Row, collate, load, pack_group
+from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_group
 from eval import Record, evaluate, for_sheet, summarise, table
 from model import Qwen2_5_VL
-from rewards import LABEL_STYLES, TASKS, Reward, label_reward, label_text, score, smooth
-from rollout import Response, generate
+from rewards import LABEL_STYLES, TASKS, label_reward, label_text, reward_group
+from rollout import generate
 from support.curves import tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
 from support.mistakes import Mistake, plainly, stop_signals
@@ -72,6 +72,9 @@ class Config:
                              ("token-mean", "seq-mean", "seq-sum"))
     clip: float = option(0.2, "method", "ε of the clipped surrogate, Eq. 8 [recipe 0.2]; inert with one inner epoch",
                          least=0)
+    clip_high: float = option(0.0, "method", "ε of the upper bound, 1 + ε, where it is another (0: as --clip)", least=0)
+    entropy_bonus: float = option(0.0, "method", "weight of the entropy of each token, which is raised [recipe 1e-3]; "
+                                  "ViSurf has none", least=0)
     inner_epochs: int = option(1, "method", "optimizer steps per sampling round [recipe 1]", least=1)
     kl: float = option(0.0, "method", "weight of the k3 KL to the frozen initial model; ViSurf has none", least=0)
 
@@ -150,13 +153,12 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 class Group:
     """A prompt and its S responses: y first unless the method is rlvr, then the rollouts unless it is sft."""
     prompt: Prompt
-    responses: list[list[int]]
-    rollouts: list[Response]
-    advantage: list[float]                  # S
-    rewards: list[Reward] = field(default_factory=list)   # of the rollouts
-    y_reward: Reward | None = None          # of y after control 2
-    r_y: float | None = None                # after control 3
+    responses: list[Response]
     smoothed: bool = False
+
+    @property
+    def rollouts(self) -> list[Response]:
+        return [o for o in self.responses if not o.is_y]
 
 
 def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: Prompt) -> tuple[str, list[int]]:
@@ -177,26 +179,22 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
     place of the first prompt in the endless sequence of examples."""
     if cfg.method == "sft":
-        return [Group(p, [label_tokens(cfg, model, processor, p)[1]], [], [1.0]) for p in prompts]
+        return [Group(p, [Response(label_tokens(cfg, model, processor, p)[1], is_y=True, advantage=1.0)]) for p in prompts]
     groups = []
     sampled = generate(model, prompts, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed,
                        range(first, first + len(prompts)), graphs=cfg.cuda_graphs)
-    for prompt, rollouts in zip(prompts, sampled):
-        task = prompt.example.task
-        rewards = [score(task, processor.decode(o.tokens), prompt.answer) for o in rollouts]
-        group = Group(prompt, [o.tokens for o in rollouts], rollouts, [], rewards)
-        r = [reward.total for reward in rewards]
+    for prompt, responses in zip(prompts, sampled):
+        y, rollouts = None, [processor.decode(o.tokens) for o in responses]
         if cfg.method == "visurf":
             y, ids = label_tokens(cfg, model, processor, prompt)
-            group.y_reward = label_reward(task, y, prompt.answer, not cfg.reward_label_thinking)
-            group.r_y = group.y_reward.total
-            if cfg.smoothing:
-                group.r_y, group.smoothed = smooth(group.r_y, r)
-            group.responses, r = [ids, *group.responses], [group.r_y, *r]
-        group.advantage = objective.group_advantages(torch.tensor(r, dtype=torch.float64), cfg.std).tolist()
-        if group.smoothed:
-            group.advantage[0] = 0.0        # it is the mean: what else comes out is rounding
-        groups.append(group)
+            responses = [Response(ids, is_y=True), *responses]
+        rewards, r, smoothed = reward_group(cfg, prompt.example.task, prompt.answer, y, rollouts)
+        advantage = objective.group_advantages(torch.tensor(r, dtype=torch.float64), cfg.std).tolist()
+        if smoothed:
+            advantage[0] = 0.0        # it is the mean: what else comes out is rounding
+        for response, *values in zip(responses, rewards, r, advantage, strict=True):
+            response.reward, response.r, response.advantage = values
+        groups.append(Group(prompt, responses, smoothed))
     return groups
 
 
@@ -205,82 +203,47 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
 
 @dataclass
 class MicroBatch:
-    batch: Batch
-    advantage: Tensor            # [B, T] per token
-    weight: Tensor               # [B, T]; all 0 on a rank that only keeps the others company
-    is_y: Tensor                 # [B, T] bool
-    sampled_logp: Tensor         # [B, T], NaN where the token was not sampled (y)
-    old_logp: Tensor | None = None
-    ref_logp: Tensor | None = None
+    batch: Batch                # what the model reads
+    terms: dict[str, Tensor]    # what else `objective.loss` takes by name, [B, T] each
 
 
-def with_gradient(group: Group) -> Group:
-    """The group without the responses whose advantage is 0, y once it is smoothed and all of a tied group: without a KL
-    they add exactly nothing to the loss and its gradient."""
-    first = len(group.responses) - len(group.rollouts)   # 1 if y comes first
-    kept = [s for s, advantage in enumerate(group.advantage) if advantage != 0]
-    rollouts = [group.rollouts[s - first] for s in kept if s >= first]
-    return Group(group.prompt, [group.responses[s] for s in kept], rollouts, [group.advantage[s] for s in kept])
+def micro_batch(cfg: Config, part: list[tuple[Row, list[Response]]], device, idle: bool) -> MicroBatch:
+    """Rows, each with the responses that its segments 1, 2, … are. idle: they only take part, and weigh nothing."""
+    batch = collate([row for row, _ in part], device)
+
+    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A number of each response, at each of its tokens; 0 in the prompt and in padding."""
+        return torch.stack([torch.tensor([0, *(getattr(o, name) for o in responses)], dtype=dtype, device=device)[segment]
+                            for (_, responses), segment in zip(part, batch.segment.clamp(min=0))])
+    sampled = torch.full(batch.tokens.shape, torch.nan, device=device)
+    for line, (row, responses) in enumerate(part):
+        P, end = len(row.prompt.tokens), len(row.tokens)
+        drawn = (o.logp or [math.nan] * len(o.tokens) for o in responses[row.segment[P] - 1:row.segment[-1]])
+        sampled[line, P:end] = torch.tensor([x for logp in drawn for x in logp], device=device)
+    weight = objective.token_weight(batch.segment, cfg.normaliser) * (not idle)
+    return MicroBatch(batch, {"advantage": column("advantage"), "reward": column("r"), "is_y": column("is_y", torch.bool),
+                              "weight": weight, "sampled_logp": sampled, "ref_logp": None})
 
 
-def micro_batches(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int]:
-    """Packs what has a gradient; returns as many micro-batches on every rank, at least one, and the denominator of the
-    loss, counted over all responses of all ranks. Rows are sorted by length, so that little is padded."""
+def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int, bool]:
+    """The responses that are trained on, as micro-batches of rows, as many on every rank and at least one; the
+    denominator of the loss, counted over all responses of all ranks; whether the loss needs the entropy's gradient. Rows
+    are sorted by length, so that little is padded."""
     responses = [o for g in groups for o in g.responses]
-    total = add_over_ranks([sum(map(len, responses)), len(responses)], device)
-    packed = groups if cfg.kl else [with_gradient(g) for g in groups]
-    rows: list[tuple[Row, Group]] = [
-        (row, g) for g in packed for row in pack_group(g.prompt, g.responses, cfg.max_row_tokens)]
+    tokens, count = add_over_ranks([sum(len(o.tokens) for o in responses), len(responses)], device)
+    kept, by_entropy = objective.trained_on(cfg, *(torch.tensor([getattr(o, name) for o in responses])
+                                                   for name in ("advantage", "r", "is_y")))
+    kept, rows = iter(kept.tolist()), []
+    for group in groups:
+        left = [o for o in group.responses if next(kept)]
+        rows += [(row, left) for row in pack_group(group.prompt, [o.tokens for o in left], cfg.max_row_tokens)]
     rows.sort(key=lambda pair: len(pair[0].tokens), reverse=True)
     parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
-    count = max(1, *gather_json(len(parts), device))
-    # Where this rank has no row left it takes part with one of weight 0: a step without any gradient is one, too.
-    company = parts[0][:1] if parts else [(pack_group(groups[0].prompt, groups[0].responses[:1])[0], groups[0])]
-    made = []
-    for i in range(count):
-        part = parts[i] if i < len(parts) else company
-        batch = collate([row for row, _ in part], device)
-        S = max(len(g.responses) for _, g in part)
-        advantage = torch.tensor([g.advantage + [0.0] * (S - len(g.advantage)) for _, g in part], device=device)
-        weight = objective.token_weight(batch.segment, cfg.normaliser) * (i < len(parts))
-        sampled = torch.full(batch.tokens.shape, torch.nan, device=device)
-        for line, (_, g) in zip(range(len(part)), part):
-            first = len(g.responses) - len(g.rollouts)   # 1 if y comes first
-            for j, o in enumerate(g.rollouts):
-                here = batch.segment[line] == first + j + 1
-                if here.any():
-                    sampled[line, here] = torch.tensor(o.logp, device=device)
-        has_y = torch.tensor([[len(g.responses) > len(g.rollouts)] for _, g in part], device=device)
-        is_y = (batch.segment == 1) & has_y
-        made.append(MicroBatch(batch, objective.per_token(advantage.float(), batch.segment), weight, is_y, sampled))
-    return made, objective.denominator(int(total[0]), int(total[1]), cfg.normaliser)
-
-
-def micro_loss(cfg: Config, logp: Tensor, mb: MicroBatch, denominator: int) -> Tensor:
-    """This micro-batch's share of the loss; the shares of all ranks add up to it."""
-    if cfg.method == "sft":
-        return objective.sft_loss(logp, mb.weight, denominator)
-    old_logp = logp.detach() if mb.old_logp is None else mb.old_logp  # one inner epoch: ρ ≡ 1 by construction
-    loss = objective.policy_loss(logp, old_logp, mb.advantage, mb.weight, denominator, cfg.clip)
-    if cfg.kl:
-        loss = loss + cfg.kl * objective.kl_loss(logp, mb.ref_logp, mb.weight, denominator)
-    return loss
-
-
-def measure_update(cfg: Config, logp: Tensor, entropy: Tensor, mb: MicroBatch, denominator: int, meter: Meter) -> None:
-    counted = mb.weight > 0
-    rollouts, y = counted & ~mb.is_y, counted & mb.is_y
-    meter.add("logp_y", (logp * y).sum(1)[y.any(1)])
-    if cfg.method == "sft":
-        meter.add("entropy", entropy[y])
-        return
-    meter.add("logp_gap", (logp - mb.sampled_logp).abs()[rollouts])
-    size = (mb.weight * mb.advantage.abs()).double() / denominator
-    for name, where in (("rlvr", rollouts), ("sft", y)):
-        meter.total(f"{name}_weight", float(size[where].sum()))
-        old_logp = logp if mb.old_logp is None else mb.old_logp
-        clipped = objective.is_clipped(logp, old_logp, mb.advantage, cfg.clip)
-        meter.add("clipped_rollouts" if name == "rlvr" else "clipped_y", clipped[where])
+    # A rank with fewer rows than another takes part with one that weighs nothing: a step without any gradient is one, too.
+    idle = parts[0][:1] if parts else [(pack_group(groups[0].prompt, [responses[0].tokens])[0], responses[:1])]
+    most = max(1, *gather_json(len(parts), device))
+    made = [micro_batch(cfg, parts[i] if i < len(parts) else idle, device, i >= len(parts)) for i in range(most)]
+    return made, objective.divisor(int(tokens), int(count), cfg.normaliser), by_entropy
 
 
 def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
@@ -288,25 +251,27 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     """cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and row tokens trained on.
     A step whose loss or gradient is not finite changes nothing, on any rank."""
     device = ddp.module.lm_head.weight.device
-    batches, denominator = micro_batches(cfg, groups, device)
+    batches, denominator, by_entropy = pack(cfg, groups, device)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
     for mb in batches:
         with torch.no_grad():
             if cfg.inner_epochs > 1:
-                mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
+                mb.terms["old_logp"], _ = ddp.module(**vars(mb.batch), **settings)
             if reference is not None:
-                mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
+                mb.terms["ref_logp"], _ = reference(**vars(mb.batch), **settings)
     for epoch in range(cfg.inner_epochs):
         loss_sum = 0.0
         for i, mb in enumerate(batches):
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the average a sum.
             with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
-                logp, entropy = ddp(**vars(mb.batch), **settings)
-                loss = micro_loss(cfg, logp, mb, denominator)
+                logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
+                terms = {"old_logp": logp.detach()} | mb.terms      # with one inner epoch ρ ≡ 1 by construction
+                loss, logged = objective.loss(cfg, logp=logp, entropy=entropy, segment=mb.batch.segment,
+                                              denominator=denominator, **terms)
                 (loss * dist.get_world_size()).backward()
             loss_sum += float(loss.detach())
             if epoch == cfg.inner_epochs - 1:
-                measure_update(cfg, logp.detach(), entropy, mb, denominator, meter)
+                meter.take(logged)
         loss_sum, = add_over_ranks([loss_sum], device)
         norm = float(nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip))
         if math.isfinite(loss_sum) and math.isfinite(norm):
@@ -423,7 +388,7 @@ def train_step(job: Job) -> dict:
     if len(job.source.bad) > bad:
         meter.total("left_out", len(job.source.bad) - bad)
     groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first)
-    measure_groups(cfg.method, groups, meter)
+    measure_groups(groups, meter)
     sampled = time.time()
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter)
     ended = time.time()
@@ -465,8 +430,8 @@ def dry_run(job: Job) -> None:
     S = {"sft": 1, "rlvr": cfg.rollouts, "visurf": cfg.rollouts + 1}[cfg.method]
     share, few = cfg.prompts_per_step // job.world, min(32, cfg.max_new_tokens)
     groups = min(share, cfg.micro_rows)
-    fake = Group(prompt, [[prompt.tokens[0]] * cfg.max_new_tokens] * S, [], [1.0] * S)
-    rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
+    fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0)] * S)
+    rows = pack_group(prompt, [o.tokens for o in fake.responses], cfg.max_row_tokens)
     job.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
             f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
     for group in (g for optimizer in job.optimizers for g in optimizer.param_groups):

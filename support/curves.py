@@ -1,5 +1,6 @@
 """runs/NAME/curves.png: what metrics.jsonl holds, drawn; and the same of several runs, one over the other."""
 import json
+import re
 from pathlib import Path
 
 from support.mistakes import Mistake
@@ -18,6 +19,11 @@ PANELS = {   # title → names of metrics.jsonl (EVAL: of its evaluations), with
                     "EVAL thinks, present": "thinks, present", "EVAL thinks, absent": "thinks, absent",
                     "EVAL answers": "short answers"},
 }
+
+# What metrics.jsonl holds besides and is not drawn. Any other name is new, of an edit, and gets a panel of its own.
+UNDRAWN = re.compile("step|loss|lr|grad_norm|skipped|seconds.*|.*_per_s|peak_memory_gb|unreadable|truncated|left_out|"
+                     "logp_gap|clipped_(rollouts|y)|errors/.*|y/.*|EVAL .*|"
+                     "(rollouts|y)/(thinking|answer_format|accuracy|non_repeat)")
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -48,6 +54,9 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     from matplotlib.figure import Figure
     series = {Path(run).name: read_metrics(run) for run in runs}
     panels = {title: names for title, names in PANELS.items() if any(n in s for s in series.values() for n in names)}
+    drawn = {name for names in PANELS.values() for name in names}
+    panels |= {name: {name: name} for s in series.values() for name in s
+               if name not in drawn and not UNDRAWN.fullmatch(name)}
     columns = min(3, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")

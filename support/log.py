@@ -23,6 +23,11 @@ class Meter(defaultdict):
     def total(self, name: str, value: float) -> None:
         self[name][0] += value
 
+    def take(self, logged: dict[str, Tensor]) -> None:
+        """What objective.loss logs: tensors without dimensions are added up, of all others the mean is taken."""
+        for name, values in logged.items():
+            self.add(name, values) if values.dim() else self.total(name, float(values))
+
     def read(self, device) -> dict[str, float]:
         joined = Meter()
         for part in gather_json(self, device):
@@ -32,28 +37,28 @@ class Meter(defaultdict):
         return {name: total / count if count else total for name, (total, count) in joined.items()}
 
 
-def measure_groups(method: str, groups: list, meter: Meter) -> None:
+def measure_groups(groups: list, meter: Meter) -> None:
     """What groups (train.Group) say before any gradient; each name is defined in docs/logged.md."""
     for group in groups:
-        if method == "sft":
+        rollouts, ys = group.rollouts, [o for o in group.responses if o.is_y and o.reward is not None]
+        if not rollouts:        # sft
             continue
-        meter.add("r_rollouts", [reward.total for reward in group.rewards])
-        for reward in group.rewards:
-            for term, points in reward.terms.items():
-                meter.add(f"rollouts/{term}", [points])
-            meter.add("unreadable", [reward.error is not None])
-            if reward.error:
-                meter.total(f"errors/{reward.error}", 1)
-        for o in group.rollouts:
+        for who, responses in (("rollouts", rollouts), ("y", ys)):
+            for o in responses:
+                for term, points in o.reward.terms.items():
+                    meter.add(f"{who}/{term}", [points])
+        for o in rollouts:
+            meter.add("unreadable", [o.reward.error is not None])
+            if o.reward.error:
+                meter.total(f"errors/{o.reward.error}", 1)
             meter.add("entropy", o.entropy)
-        meter.add("response_length", [len(o.tokens) for o in group.rollouts])
-        meter.add("truncated", [o.truncated for o in group.rollouts])
-        meter.add("tied", [not any(group.advantage)])
-        if method == "visurf":
-            for term, points in group.y_reward.terms.items():
-                meter.add(f"y/{term}", [points])
-            meter.add("r_y", [group.r_y])
-            meter.add("advantage_y", group.advantage[:1])
+        meter.add("r_rollouts", [o.r for o in rollouts])
+        meter.add("response_length", [len(o.tokens) for o in rollouts])
+        meter.add("truncated", [o.truncated for o in rollouts])
+        meter.add("tied", [not any(o.advantage for o in group.responses)])
+        for y in ys:
+            meter.add("r_y", [y.r])
+            meter.add("advantage_y", [y.advantage])
             meter.add("smoothed", [group.smoothed])
 
 

@@ -504,6 +504,23 @@ def test_score_in_chunks(ours):
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_the_gradient_of_the_entropy(ours):
+    """Against autograd through the allowed tokens alone: the banned ones, of log-prob −∞, bring no NaN. In chunks, too."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(10, ours.config.hidden_size, generator=generator)
+    allowed = [i for i in range(VOCABULARY) if i not in (START, END, IMAGE, VIDEO)]
+    h = hidden.clone().requires_grad_()
+    logp = (h @ ours.lm_head.weight.detach()[allowed].T / 0.7).log_softmax(-1)
+    expected, = torch.autograd.grad((logp.exp() * logp).sum(-1).square().sum(), h)
+    for chunk in (10, 3):
+        h = hidden.clone().requires_grad_()
+        _, entropy = ours.score(h, torch.zeros(10, dtype=torch.long), 0.7, chunk=chunk, entropy_gradient=True)
+        torch.testing.assert_close(entropy, ours.score(h, torch.zeros(10, dtype=torch.long), 0.7)[1])
+        got, = torch.autograd.grad(entropy.square().sum(), h)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+        assert got.abs().max() > 1e-3
+
+
 def test_text_only_batch_touches_every_parameter(ours):
     """Else DDP waits for ever for the vision tower of a rank whose batch has no image."""
     batch = rows_of(TEXT_ONLY, RESPONSES)

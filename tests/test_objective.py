@@ -3,13 +3,13 @@ import doctest
 import itertools
 import math
 import random
+import types
 
 import pytest
 import torch
 
 import objective
-from objective import (clipped_surrogate, denominator, group_advantages, is_clipped, kl_k3, kl_loss, per_token,
-                       policy_loss, sft_loss, token_weight)
+from objective import clipped_surrogate, divisor, group_advantages, kl_k3, token_weight, trained_on
 from rewards import smooth
 
 NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
@@ -68,16 +68,35 @@ def toy_batch(logits, groups, T=0, pad_logp=-3.0):
     return torch.stack([logp for logp, _ in rows]), torch.stack([segment for _, segment in rows])
 
 
+def cfg(**options):
+    """The options that the loss reads."""
+    return types.SimpleNamespace(**{"method": "visurf", "clip": 0.2, "clip_high": 0.0, "kl": 0.0, "entropy_bonus": 0.0}
+                                 | options)
+
+
+def per_token(advantage, segment):
+    """advantage [B, S] at each token of its response, 0 in the prompt and in padding: what train.micro_batch packs."""
+    return torch.cat((torch.zeros(len(advantage), 1), advantage), 1).gather(1, segment.clamp(min=0))
+
+
+def loss_of(logp, old_logp, advantage, segment, normaliser, N, **options):
+    """objective.loss of rows whose response 1 is y."""
+    value, _ = objective.loss(cfg(**options), logp=logp, old_logp=old_logp, ref_logp=old_logp, sampled_logp=old_logp,
+                              entropy=torch.zeros_like(logp), advantage=advantage, reward=advantage, segment=segment,
+                              is_y=segment == 1, weight=token_weight(segment, normaliser), denominator=N)
+    return value
+
+
 def count(groups, normaliser):
     responses = [o for _, group in groups for o in group]
-    return denominator(sum(map(len, responses)), len(responses), normaliser)
+    return divisor(sum(map(len, responses)), len(responses), normaliser)
 
 
 def toy_loss(logits, groups, advantage, normaliser, N=None, T=0, pad_logp=-3.0, old=None, clip=0.2):
     logp, segment = toy_batch(logits, groups, T, pad_logp)
     old_logp = logp.detach() if old is None else toy_batch(old, groups, T, pad_logp)[0]
-    return policy_loss(logp, old_logp, per_token(advantage, segment), token_weight(segment, normaliser),
-                       N or count(groups, normaliser), clip)
+    return loss_of(logp, old_logp, per_token(advantage, segment), segment, normaliser, N or count(groups, normaliser),
+                   clip=clip)
 
 
 def loss_and_gradient(logits, *arguments, **options):
@@ -244,7 +263,8 @@ def test_sft_loss_is_cross_entropy(normaliser):
     logits = toy_logits(1).requires_grad_()
     groups = [([4, 2], [[1, 2, 0]]), ([3], [[0]]), ([0], [[4, 4, 3, 2, 1]])]
     logp, segment = toy_batch(logits, groups)
-    loss = sft_loss(logp, token_weight(segment, normaliser), count(groups, normaliser))
+    loss = loss_of(logp, logp.detach(), torch.zeros_like(logp), segment, normaliser, count(groups, normaliser),
+                   method="sft")
     each = [torch.nn.functional.cross_entropy(logits[[prompt[-1], *y[:-1]]], torch.tensor(y), reduction="none")
             for prompt, (y,) in groups]
     expected = {"token-mean": torch.cat(each).mean(), "seq-mean": sum(nll.mean() for nll in each) / 3,
@@ -253,7 +273,7 @@ def test_sft_loss_is_cross_entropy(normaliser):
     if normaliser == "token-mean":  # as one call on all nine tokens, its own mean
         before, tokens = [2, 1, 2, 3, 0, 4, 4, 3, 2], torch.tensor([1, 2, 0, 0, 4, 4, 3, 2, 1])
         close(loss, torch.nn.functional.cross_entropy(logits[before], tokens).detach(), 1e-14)
-    # and its gradient is policy_loss's with Â = 1, ρ = 1
+    # and its gradient is Eq. 8's with Â = 1, ρ = 1
     gradient = loss_and_gradient(logits.detach(), groups, torch.ones(3, 1), normaliser)[1]
     close(gradient, torch.autograd.grad(loss, logits)[0])
 
@@ -272,11 +292,10 @@ def test_clipping_by_hand(advantage, surrogate, clipped):
     old_logp = torch.linspace(-2, -0.5, 7)
     logp = (torch.tensor(RATIOS).log() + old_logp).requires_grad_()
     a = torch.full((7,), advantage)
-    value = clipped_surrogate(logp, old_logp, a, 0.2)
+    value, cut = clipped_surrogate(logp, old_logp, a, 0.2, 0.2)
     close(value.detach(), surrogate)
-    cut = is_clipped(logp.detach(), old_logp, a, 0.2)
     assert cut.tolist() == [bool(c) for c in clipped]
-    # d(ρÂ)/d logp = ρÂ, and exactly 0 where is_clipped says so
+    # d(ρÂ)/d logp = ρÂ, and exactly 0 where it is cut
     close(torch.autograd.grad(value.sum(), logp)[0], torch.where(cut, torch.zeros(7), torch.tensor(RATIOS) * a))
 
 
@@ -284,10 +303,11 @@ def test_gradient_is_zero_exactly_where_clipped():
     generator = torch.Generator().manual_seed(0)
     old_logp, noise, advantage = (torch.randn(5000, generator=generator, dtype=torch.float64) for _ in range(3))
     logp = (old_logp + noise / 3).requires_grad_()
-    for clip in (0.05, 0.2, 0.5):
-        gradient = torch.autograd.grad(clipped_surrogate(logp, old_logp, advantage, clip).sum(), logp)[0]
-        cut = is_clipped(logp.detach(), old_logp, advantage, clip)
-        assert torch.equal(gradient == 0, cut) and 100 < cut.sum() < 4900
+    for low, high in itertools.product((0.05, 0.2, 0.5), repeat=2):
+        value, cut = clipped_surrogate(logp, old_logp, advantage, low, high)
+        assert torch.equal(torch.autograd.grad(value.sum(), logp)[0] == 0, cut) and 100 < cut.sum() < 4900
+        ratio = (logp - old_logp).exp()
+        assert torch.equal(cut, (ratio > 1 + high) & (advantage > 0) | (ratio < 1 - low) & (advantage < 0))
 
 
 def test_clipping_is_inert_at_ratio_one():
@@ -296,7 +316,7 @@ def test_clipping_is_inert_at_ratio_one():
     for clip in (0.0, 1e-9, 0.9, 1.0, 5.0, math.inf):
         for value, expected in zip(loss_and_gradient(logits, groups, advantage, "token-mean", clip=clip), plain):
             assert torch.equal(value, expected)
-        assert not is_clipped(torch.zeros(2), torch.zeros(2), torch.tensor([1., -1.]), clip).any()
+        assert not clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.tensor([1., -1.]), clip, clip)[1].any()
     # off ratio one the same comparison sees clipping, so the loop above could have failed
     old = toy_logits(9)
     tight, loose = (toy_loss(logits, groups, advantage, "token-mean", old=old, clip=clip) for clip in (0.2, 5.0))
@@ -311,8 +331,11 @@ def test_k3_by_hand():
     logp, ref_logp = torch.tensor([0.2, 0.3, 0.8]).log(), torch.tensor([0.4, 0.3, 0.4]).log()
     expected = torch.tensor([1 - math.log(2), 0, math.log(2) - 0.5])
     close(kl_k3(logp, ref_logp), expected)
-    weight = torch.tensor([1., 7., 0.5])
-    close(kl_loss(logp, ref_logp, weight, 4), (expected[0] + expected[2] / 2) / 4)
+    logp, ref_logp, none = logp[None], ref_logp[None], torch.zeros(1, 3)
+    value, _ = objective.loss(  # without an advantage the loss is the KL alone
+        cfg(kl=0.5), logp=logp, old_logp=logp, ref_logp=ref_logp, sampled_logp=logp, entropy=none, advantage=none,
+        reward=none, segment=none + 1, is_y=none > 0, weight=torch.tensor([[1., 7., 0.5]]), denominator=4)
+    close(value, 0.5 * (expected[0] + expected[2] / 2) / 4)
 
 
 def test_k3_is_never_negative():
@@ -358,13 +381,12 @@ def test_per_token_by_hand():
     close(per_token(advantage, SEGMENT), [[0, 0, 2, 2, 2, -1, -3, -3], [0, 5, 7, 7, 7, 7, 0, 0]])
 
 
-def test_denominator_and_policy_loss_by_hand():
-    assert [denominator(11, 5, normaliser) for normaliser in NORMALISERS] == [11, 5, 5]
+def test_divisor_and_loss_by_hand():
+    assert [divisor(11, 5, normaliser) for normaliser in NORMALISERS] == [11, 5, 5]
     advantage = per_token(torch.tensor([[2., -1., -3.], [5., 7., 99.]]), SEGMENT)
     zero = torch.zeros(2, 8)  # ρ = 1: the loss is minus the weighted sum of advantages
     for normaliser, total in (("token-mean", 6 - 1 - 6 + 5 + 28), ("seq-sum", 32), ("seq-mean", 2 - 1 - 3 + 5 + 7)):
-        loss = policy_loss(zero, zero, advantage, token_weight(SEGMENT, normaliser), denominator(11, 5, normaliser))
-        close(loss, -total / (11 if normaliser == "token-mean" else 5))
+        close(loss_of(zero, zero, advantage, SEGMENT, normaliser, divisor(11, 5, normaliser)), -total / (11 if normaliser == "token-mean" else 5))
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
@@ -403,7 +425,51 @@ def test_order_of_the_responses_is_irrelevant(normaliser):
     close(group_advantages(r.flip(0)), group_advantages(r).flip(0))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left out of the rows, and what is logged
+
+ADVANTAGES = torch.tensor([0.0, 1.5, -0.5, 0.0, 1e-30, float("nan")])
+
+
+@pytest.mark.parametrize("options, kept, by_entropy", [
+    ({}, [0, 1, 1, 0, 1, 1], False), ({"clip": 0.0}, [0, 1, 1, 0, 1, 1], False), ({"kl": 1e-6}, [1] * 6, False),
+    ({"entropy_bonus": 1e-6}, [1] * 6, True), ({"method": "sft"}, [1] * 6, False), ({"method": "rlvr"}, [0, 1, 1, 0, 1, 1], False)])
+def test_what_is_left_out_follows_from_the_loss(options, kept, by_entropy):
+    found, needed = trained_on(cfg(**options), ADVANTAGES, torch.zeros(6), torch.arange(6) == 0)
+    assert found.tolist() == [bool(k) for k in kept] and needed is by_entropy
+
+
+def test_a_new_term_keeps_what_it_moves(monkeypatch):
+    """Whatever a term looks at: the reward, whether a response is y, a hinge on the entropy."""
+    plain = objective.loss
+    terms = {"reward": lambda t: t["reward"] * t["logp"], "y": lambda t: t["is_y"] * t["logp"],
+             "hinge": lambda t: (0.5 - t["entropy"]).clamp(min=0), "unlikely": lambda t: (t["logp"] + 20).clamp(max=0)}
+    found = {}
+    for name, term in terms.items():
+        monkeypatch.setattr(objective, "loss", lambda cfg, term=term, **t: (plain(cfg, **t)[0] + term(t).sum(), {}))
+        kept, by_entropy = trained_on(cfg(), torch.zeros(3), torch.tensor([0., 2., 0.]), torch.tensor([True, False, False]))
+        found[name] = [*kept.tolist(), by_entropy]
+    assert found == {"reward": [False, True, False, False], "y": [True, False, False, False],
+                     "hinge": [True, True, True, True], "unlikely": [True, True, True, False]}
+
+
+def test_what_is_logged_by_hand():
+    """Two rows: y of two tokens and a rollout; a rollout that was clipped and, without y, one that was not."""
+    segment = torch.tensor([[0, 1, 1, 2], [0, 2, 3, -1]])
+    logp = torch.tensor([[9., -1., -2., -3.], [9., -1., -1., 9.]])
+    sampled, old = logp + 0.25, logp.clone()
+    old[1, 1] -= 1
+    value, logged = objective.loss(
+        cfg(entropy_bonus=0.5), logp=logp, old_logp=old, ref_logp=None, sampled_logp=sampled, entropy=torch.full((2, 4), 2.),
+        advantage=torch.tensor([[0., 3., 3., -1.], [0., 2., -2., 0.]]), reward=torch.zeros(2, 4), segment=segment,
+        is_y=segment == 1, weight=token_weight(segment, "token-mean"), denominator=5)
+    close(value, -(3 + 3 - 1 + 1.2 * 2 - 2 + 5 * 0.5 * 2) / 5)
+    assert logged["logp_y"].tolist() == [-3] and logged["clipped_y"].tolist() == [False, False]
+    assert logged["clipped_rollouts"].tolist() == [False, True, False] and logged["rlvr_weight"] == 1 and logged["sft_weight"] == 6 / 5
+    close(logged["logp_gap"], [0.25] * 3)
+
+
 def test_doctests():
     torch.set_default_dtype(torch.float32)  # as printed in the docstrings
     result = doctest.testmod(objective)
-    assert result.failed == 0 and result.attempted >= 4
+    assert result.failed == 0 and result.attempted >= 3

@@ -1,8 +1,10 @@
 """The loop: one update for any number of ranks and any micro-batches, resume, SIGTERM, what a run leaves behind."""
 import io
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
+import objective
 import train
 from data import Processor, collate, pack_group
 from model import Qwen2_5_VL
@@ -39,6 +42,15 @@ def free_port() -> int:
 def example(i: int) -> Example:
     """The pictures of the built-in world, and, as number 3 and 7, questions without one."""
     return Example(f"text {i}", None, "How many legs has a cat?", "4", "vqa") if i % 4 == 3 else Scenes("test")[i]
+
+
+def give(group: train.Group, advantage: list[float]) -> None:
+    for response, value in zip(group.responses, advantage, strict=True):
+        response.advantage = value
+
+
+def advantages(group: train.Group) -> list[float]:
+    return [response.advantage for response in group.responses]
 
 
 VARIANTS = {  # every setting whose sums could go wrong when they are split
@@ -66,9 +78,10 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             for i, group in enumerate(groups, rank * share):
                 # Random weights earn nothing; rewards that differ make every advantage count.
                 torch.manual_seed(len(group.prompt.example.id) + ord(group.prompt.example.id[-1]))
-                group.advantage = torch.randn(len(group.advantage)).tolist()
+                advantage = torch.randn(len(group.responses)).tolist()
                 if variant == "tied":     # of 4 ranks the second has nothing left; of the other groups y goes, or a rollout
-                    group.advantage = [0.0 if i in (2, 3) or s == i % 2 else a for s, a in enumerate(group.advantage)]
+                    advantage = [0.0 if i in (2, 3) or s == i % 2 else a for s, a in enumerate(advantage)]
+                give(group, advantage)
             ddp = DistributedDataParallel(model)
             loss, norm, _ = train.update(cfg, ddp, reference, [torch.optim.SGD(model.parameters(), lr=1e-2)], groups,
                                          meter)
@@ -130,26 +143,26 @@ def test_what_the_log_says_of_an_update(alone):
     cfg = train.Config(rollouts=3, max_new_tokens=12, temperature=0.8)
     prompts = [processor.prompt(Scenes("test")[i]) for i in (0, 1)]
     groups = train.make_groups(cfg, model, processor, prompts, 0)
-    groups[0].advantage, groups[1].advantage = [1.5, -0.5, -0.5, -0.5], [0.0, 1.0, -1.0, 0.0]
-    sequences = [(g, s) for g in groups for s in range(4)]
-    total = sum(len(g.responses[s]) for g, s in sequences)
+    give(groups[0], [1.5, -0.5, -0.5, -0.5])
+    give(groups[1], [0.0, 1.0, -1.0, 0.0])
+    responses = [o for g in groups for o in g.responses]
+    total = sum(len(o.tokens) for o in responses)
     logp = {}
     for g in groups:
-        batch = collate(pack_group(g.prompt, g.responses))
+        batch = collate(pack_group(g.prompt, [o.tokens for o in g.responses]))
         with torch.no_grad():
             scored, _ = model(**vars(batch), temperature=0.8)
         for s in range(4):
             logp[id(g), s] = scored[batch.segment == s + 1]
     loss, _, tokens, log = run_update(cfg, model, groups)
-    assert loss == pytest.approx(-sum(g.advantage[s] * len(g.responses[s]) for g, s in sequences) / total, rel=1e-5)
-    assert log["sft_weight"] == pytest.approx(1.5 * len(groups[0].responses[0]) / total)
+    assert loss == pytest.approx(-sum(o.advantage * len(o.tokens) for o in responses) / total, rel=1e-5)
+    assert log["sft_weight"] == pytest.approx(1.5 * len(groups[0].responses[0].tokens) / total)
     assert log["rlvr_weight"] == pytest.approx(
-        sum(abs(g.advantage[s]) * len(g.responses[s]) for g, s in sequences if s) / total)
+        sum(abs(o.advantage) * len(o.tokens) for o in responses if not o.is_y) / total)
     assert log["logp_y"] == pytest.approx(float(logp[id(groups[0]), 0].sum()), rel=1e-5)   # the other y has advantage 0
     assert log["logp_gap"] < 1e-5 and log["clipped_rollouts"] == log["clipped_y"] == 0
     # Of the second group y and the last rollout have no gradient, so they are in no row.
-    assert tokens == sum(len(g.prompt.tokens) + sum(len(o) for o, a in zip(g.responses, g.advantage) if a)
-                         for g in groups)
+    assert tokens == sum(len(g.prompt.tokens) + sum(len(o.tokens) for o in g.responses if o.advantage) for g in groups)
 
 
 @pytest.mark.parametrize("zeros", ["y", "some", "whole groups", "all"])
@@ -157,16 +170,17 @@ def test_what_has_no_gradient_is_left_out_and_changes_nothing(alone, monkeypatch
     """The update of the rows that have a gradient against that of all rows: gradients, loss, and what AdamW makes of
     them, also where nothing at all is left."""
     results = []
-    for leave_out in (train.with_gradient, lambda group: group):
-        monkeypatch.setattr(train, "with_gradient", leave_out)
+    found_out = objective.trained_on
+    for which in (found_out, lambda *known: (torch.ones_like(found_out(*known)[0]), False)):
+        monkeypatch.setattr(objective, "trained_on", which)
         model, processor = small_model()
         cfg = train.Config(rollouts=3, max_new_tokens=12, micro_rows=2, max_row_tokens=100)
         prompts = [processor.prompt(example(i)) for i in range(4)]
         groups = train.make_groups(cfg, model, processor, prompts, 0)
         torch.manual_seed(0)
         for i, group in enumerate(groups):
-            group.advantage = [0.0 if zeros == "all" or zeros == "y" and s == 0 or zeros == "some" and (s + i) % 3 == 0
-                               or zeros == "whole groups" and i < 2 else float(torch.randn(())) for s in range(4)]
+            give(group, [0.0 if zeros == "all" or zeros == "y" and s == 0 or zeros == "some" and (s + i) % 3 == 0
+                         or zeros == "whole groups" and i < 2 else float(torch.randn(())) for s in range(4)])
         ddp, meter = DistributedDataParallel(model), train.Meter()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
         out = []
@@ -174,7 +188,7 @@ def test_what_has_no_gradient_is_left_out_and_changes_nothing(alone, monkeypatch
             loss, norm, tokens = train.update(cfg, ddp, None, [optimizer], groups, meter)
             out += [loss, norm]
             for group in groups:
-                group.advantage = [0.0] * 4
+                give(group, [0.0] * 4)
         results.append((out, tokens, torch.cat([p.detach().flatten() for p in model.parameters()])))
     (few, few_tokens, weights), (every, every_tokens, expected) = results
     assert few == pytest.approx(every, rel=1e-5, abs=1e-7) and few_tokens < every_tokens
@@ -186,11 +200,11 @@ def test_a_smoothed_y_has_advantage_exactly_0(alone, monkeypatch):
     model, processor = small_model()
     texts = ["<answer>[]</answer>"] + ["red"] * 6 + ["<think>hm</think><answer>[]</answer>"]
     monkeypatch.setattr(train, "generate", lambda *_, **__: [[
-        train.Response(processor.encode(t), [0.0] * len(processor.encode(t)), False) for t in texts]])
+        train.Response(processor.encode(t), [0.0] * len(processor.encode(t))) for t in texts]])
     group, = train.make_groups(train.Config(), model, processor, [processor.prompt(Scenes("test")[1])], 0)
-    assert group.smoothed and group.advantage[0] == 0 and all(group.advantage[1:])
-    left = train.with_gradient(group)
-    assert left.responses == group.responses[1:] and len(left.rollouts) == 8 and left.advantage == group.advantage[1:]
+    assert group.smoothed and advantages(group)[0] == 0 and all(advantages(group)[1:])
+    [mb], *_ = train.pack(train.Config(), [group], "cpu")
+    assert not mb.terms["is_y"].any() and int(mb.batch.segment.max()) == 8
 
 
 def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
@@ -198,20 +212,22 @@ def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
     model, processor = small_model()
     cfg = train.Config(rollouts=3, max_new_tokens=6)
     monkeypatch.setattr(train, "generate", lambda *_, **__: [[
-        train.Response(processor.encode(text), [0.0] * len(processor.encode(text)), False)
+        train.Response(processor.encode(text), [0.0] * len(processor.encode(text)))
         for text in ("<answer>[]</answer>", "nothing", "<think>hm</think><answer>[]</answer>")]])
     absent = processor.prompt(Scenes("test")[1])
     group, = train.make_groups(cfg, model, processor, [absent], 0)
-    assert [r.total for r in group.rewards] == [6, 1, 7] and group.r_y == pytest.approx(14 / 3) and group.smoothed
-    assert group.advantage[0] == pytest.approx(0) and group.advantage[3] > group.advantage[1] > 0 > group.advantage[2]
-    assert [processor.decode(o) for o in group.responses] == [
+    assert [o.r for o in group.responses] == [pytest.approx(14 / 3), 6, 1, 7] and group.smoothed
+    assert [o.reward.total for o in group.responses] == [6, 6, 1, 7] and [o.is_y for o in group.responses] == [1, 0, 0, 0]
+    y, *drawn = advantages(group)
+    assert y == 0 and drawn[2] > drawn[0] > 0 > drawn[1]
+    assert [processor.decode(o.tokens) for o in group.responses] == [
         "<answer>[]</answer>", "<answer>[]</answer>", "nothing", "<think>hm</think><answer>[]</answer>"]
     group, = train.make_groups(replace(cfg, smoothing=False, reward_label_thinking=True), model, processor, [absent], 0)
-    assert group.r_y == 7 and not group.smoothed
+    assert group.responses[0].r == 7 and not group.smoothed
     group, = train.make_groups(replace(cfg, method="rlvr"), model, processor, [absent], 0)
-    assert len(group.responses) == len(group.advantage) == 3 and sum(group.advantage) == pytest.approx(0)
+    assert len(group.responses) == len(group.rollouts) == 3 and sum(advantages(group)) == pytest.approx(0)
     group, = train.make_groups(replace(cfg, method="sft"), model, processor, [absent], 0)
-    assert group.advantage == [1.0] and [processor.decode(o) for o in group.responses] == ["<answer>[]</answer>"]
+    assert advantages(group) == [1.0] and processor.decode(group.responses[0].tokens) == "<answer>[]</answer>"
 
 
 def test_a_prompt_that_comes_twice_in_a_step_is_answered_anew(alone):
@@ -223,6 +239,124 @@ def test_a_prompt_that_comes_twice_in_a_step_is_answered_anew(alone):
     for place in (8, 9):        # on a rank of its own
         group, = train.make_groups(cfg, model, processor, [prompt], place)
         assert [o.tokens for o in group.rollouts] == drawn[place - 8]
+
+
+def test_the_derivation_of_docs(alone):
+    """The lines of docs/derivation.md, with transformers' model, against train.update: every parameter's gradient."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/derivation.md").read_text(), re.S)
+    names = {"torch": torch}
+    exec(code, names)
+    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "assets/tiny")
+    processor = Processor(model.folder)
+    cfg = train.Config(rollouts=4, max_new_tokens=48, grad_clip=1e9)
+    prompt = processor.prompt(Scenes("test")[1])
+    group, = train.make_groups(cfg, model, processor, [prompt], 0)
+    for response, r in zip(group.responses, (6.0, 4.0, 1.0, 5.5, 4.0)):      # as unlike as one could wish
+        response.r = r
+    advantage = objective.group_advantages(torch.tensor([o.r for o in group.responses], dtype=torch.float64))
+    give(group, advantage.tolist())
+    y, *rollouts = (o.tokens for o in group.responses)
+    banned = model.banned.nonzero().flatten().tolist()
+    expected = names["visurf_loss"](theirs, prompt, y, rollouts, 6.0, [4.0, 1.0, 5.5, 4.0], banned)
+    expected.backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loss, *_ = run_update(cfg, model, [group], lr=1.0)          # plain SGD: the change is minus the gradient
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    gradients = {name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): p.grad
+                 for name, p in theirs.named_parameters()}
+    size = torch.cat([g.flatten() for g in gradients.values() if g is not None]).norm()
+    off = torch.cat([(before[name] - p.detach() - gradients[name]).flatten() for name, p in model.named_parameters()
+                     if name in gradients and gradients[name] is not None]).norm()
+    assert size > 0.01 and off < 1e-4 * size and len(gradients) > 50
+
+
+EDITS = {
+    "README": (None, ["--label-nll", "0.1"], "objective.py"),
+    "a length penalty": ('''--- a/rewards.py
++++ b/rewards.py
+@@ -0,0 +0,0 @@
+     rewards = [score(task, o, answer) for o in rollouts]
++    rewards = [Reward({**x.terms, "length": -cfg.length_penalty * len(o)}, x.error) for x, o in zip(rewards, rollouts)]
+     r = [reward.total for reward in rewards]
+--- a/train.py
++++ b/train.py
+@@ -0,0 +0,0 @@
+     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
++    length_penalty: float = option(0.0, "controls", "points per character of a rollout", least=0)
+''', ["--length-penalty", "0.01"], "rewards.py"),
+    "a fourth control": ('''--- a/rewards.py
++++ b/rewards.py
+@@ -0,0 +0,0 @@
+     r_y, smoothed = smooth(y_reward.total, r) if cfg.smoothing else (y_reward.total, False)    # control 3
++    r_y = min(r_y, max(r) + cfg.lead)
+     return [y_reward, *rewards], [r_y, *r], smoothed
+--- a/train.py
++++ b/train.py
+@@ -0,0 +0,0 @@
+     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
++    lead: float = option(1e9, "controls", "control 4: r(y) is at most this much above the best rollout", least=0)
+''', ["--lead", "0.5"], "rewards.py")}
+
+
+def apply_diff(text: str, folder: Path) -> dict[str, int]:
+    """Applies a diff whose line numbers do not count, and returns how many hunks each file took."""
+    hunks = {}
+    for name, body in re.findall(r"^--- a/.*\n\+\+\+ b/(.*)\n((?:(?!--- a/).*\n?)*)", text, re.M):
+        source = (folder / name).read_text()
+        for hunk in re.split(r"^@@.*\n", body, flags=re.M)[1:]:
+            lines = [line for line in hunk.splitlines() if line]
+            old, new = ("\n".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+            assert source.count(old) == 1, f"{name} has changed: {old}"
+            source = source.replace(old, new)
+            hunks[name] = hunks.get(name, 0) + 1
+        (folder / name).write_text(source)
+    return hunks
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_is_one_hunk_and_one_option(tmp_path, edit):
+    """Applied to a copy, which then trains three steps with it; what is logged under a new name arrives."""
+    diff, flags, where = EDITS[edit]
+    if diff is None:
+        [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "tests", "*.pyc"))
+    assert apply_diff(diff, copy) == {where: 1, "train.py": 1}
+    runs = {}
+    for name, more in (("with", flags), ("without", [])):
+        process = subprocess.run(
+            [sys.executable, str(copy / "train.py"), "--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", "3", "--name",
+             name, *more], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "MASTER_PORT": str(free_port())})
+        assert process.returncode == 0, process.stderr
+        runs[name] = lines(tmp_path / "runs" / name)
+    assert len(runs["with"]) == 3 and all(math.isfinite(line["loss"]) for line in runs["with"])
+    assert runs["with"] != runs["without"]
+    if edit == "README":
+        assert all("label_nll" in line for line in runs["with"]) and "label_nll" not in runs["without"][0]
+    if edit == "a fourth control":
+        assert runs["with"][0]["r_y"] < runs["without"][0]["r_y"]
+    if edit == "a length penalty":
+        assert all(line["rollouts/length"] < 0 for line in runs["with"])
+
+
+def test_the_entropy_bonus_raises_the_entropy(alone):
+    """From the tiny model, whose groups are tied and would be left out: the bonus alone trains, without a NaN."""
+    entropy = {}
+    for bonus in (0.0, 1.0):
+        model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+        processor = Processor(model.folder)
+        cfg = train.Config(rollouts=3, max_new_tokens=8, entropy_bonus=bonus)
+        groups = train.make_groups(cfg, model, processor, [processor.prompt(Scenes("test")[0])], 0)
+        give(groups[0], [0.0] * 4)
+        loss, norm, tokens, _ = run_update(cfg, model, groups)
+        assert math.isfinite(loss) and (norm > 0) == (bonus > 0)
+        batch = collate(pack_group(groups[0].prompt, [o.tokens for o in groups[0].responses]))
+        with torch.no_grad():
+            entropy[bonus] = float(model(**vars(batch))[1].sum())
+    assert entropy[1.0] > entropy[0.0] + 1e-3
 
 
 def test_auto_label_style_is_the_rendering_the_policy_finds_likelier(alone):
@@ -239,7 +373,7 @@ def test_a_step_that_is_not_finite_changes_nothing(alone):
     model, processor = small_model()
     cfg = train.Config(method="sft")
     groups = train.make_groups(cfg, model, processor, [processor.prompt(Scenes("test")[0])], 0)
-    groups[0].advantage = [float("nan")]
+    give(groups[0], [float("nan")])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     loss, norm, *_ = run_update(replace(cfg, method="visurf"), model, groups)
     assert loss != loss and norm != norm
@@ -261,7 +395,7 @@ def test_the_point_of_the_paper_on_one_question(alone):
         for step in range(60):
             meter = train.Meter()
             groups = train.make_groups(cfg, model, processor, [prompt], step)
-            train.measure_groups(cfg.method, groups, meter)
+            train.measure_groups(groups, meter)
             train.update(cfg, ddp, None, [optimizer], groups, meter)
             logs[method].append(meter.read(torch.device("cpu")))
     first, last = logs["visurf"][0], logs["visurf"][-20:]
