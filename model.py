@@ -470,9 +470,8 @@ class Qwen2_5_VL(nn.Module):
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 2048,
               entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """hidden [M, D], targets [M] → log π(target) [M] and the entropy −Σ_v π(v) log π(v) of the distribution [M], the
-        latter with a gradient where that is asked for. In chunks recomputed in backward, so that no [M, V] matrix
-        exists."""
+        """hidden [M, D], targets [M] → log π(target) [M] and the entropy −Σ_v π(v) log π(v) of the distribution [M],
+        with a gradient where that is asked for. In chunks recomputed in backward, so that no [M, V] matrix exists."""
         def one(h: Tensor, t: Tensor):
             logp = self.logits(h, temperature).log_softmax(-1)
             if entropy_gradient:    # `banned` is left out of the sum: 0 · −∞ has no gradient

@@ -38,7 +38,7 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     advantage, reward   Â and r (after the controls) of the response that a token belongs to
     segment        0 prompt, 1, 2, … the responses of a row, −1 padding; is_y: whether the response is y
     weight, denominator   the length normalisation: a token counts weight / denominator (`token_weight`, `divisor`)
-    All are [B, T], and 0 outside the responses. Sums over micro-batches and ranks add up to the loss of the whole batch.
+    All are [B, T], and weigh 0 outside the responses. Sums over micro-batches and ranks add up to the whole batch's loss.
 
     Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of all elements is
     taken. A name that is new here reaches metrics.jsonl and curves.png by itself.

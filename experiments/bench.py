@@ -365,7 +365,7 @@ def parts(table: Table, steps: int) -> None:
     places = [(train, "take", "data"), (job.processor, "prompt", "data"), (train, "generate", "sampling, rest"),
               (model, "embed", "model, sampling"), (model, "decode", "model, sampling"),
               (model, "logits", "model, sampling"), (train, "make_groups", "rewards"),
-              (train, "micro_batches", "packing"),
+              (train, "pack", "packing"),
               (ddp, "forward", "forward"), (torch.Tensor, "backward", "backward"),
               *[(optimizer, "step", "optimizer") for optimizer in optimizers], (train, "train_step", "rest")]
     with clocked(seconds, places):

@@ -6,7 +6,7 @@ Writes a file of that size in the authors' format (0.84 MB of noise a row, as th
 then reads one epoch in file order and a quarter of one shuffled, in a process that may not have more than --limit-gb of
 data (RLIMIT_DATA), and prints its resident memory on the way.
 
-On 2 CPU cores: 2.02 GB, 2,400 rows; opened for the first time, which copies it to the cache of `datasets`, in 8.4 s, with at
+On 2 CPU cores: 2.02 GB, 2,400 rows; opened for the first time, which copies it to the cache of `datasets`, in 8.4 s, at
 most 0.91 GB resident; then 3 ms a row, in order and shuffled, and 0.5 GB resident, 0.41 GB of them the libraries.
 """
 import argparse
