@@ -4,18 +4,25 @@ Parameter names, shapes and numbers are those of the published checkpoints, so t
 saved folder opens in `transformers` and vLLM. tests/test_model.py holds this file to `transformers`' implementation.
 
 Glossary (the letters of every shape comment)
-    B  rows, T  tokens of a row, P  prompt tokens, G  rollouts of a prompt, R  response tokens
+    B  rows, T  tokens of a row, P  prompt tokens, S  responses of a row, G  rollouts of a prompt, R  response tokens
     N  image patches (14×14 pixels), N/4 image tokens, D  width, H  query heads, K  key-value heads, d  head size
     V  vocabulary, M  scored tokens
+    attend     attend(layer, q, k, v) → output: which tokens see each other. `RowLayout.attend` while training,
+               `KVCache.attend_prompt` and `KVCache.attend_token` while sampling
 
-Departures from the published implementation, none of which changes a number
+The published implementation: transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py. Each class names its own there.
+
+Departures from it. In float32 none changes a number by more than rounding.
     1. Window attention gathers each window's patches by index; the patches themselves are never re-ordered.
     2. The patch embedding, a Conv3d whose stride is its kernel, is one matrix product.
     3. lm_head runs only where a log-prob is asked for, in chunks that are recomputed in backward.
     4. Image and video placeholder tokens have probability 0, in sampling and in scoring alike (`banned`).
+    5. The decoder's rotary embedding stays float32 where weights are bfloat16; there cos and sin are rounded first. So
+       bfloat16 log-probs are not the published ones, but as near to float32's as those are.
 Does not include: video, sliding-window attention, dropout, quantisation.
 """
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +68,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
+    """`Qwen2_5_VLRMSNorm`: x / √(mean x² + eps), at least in float32."""
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -72,6 +80,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
+    """`Qwen2MLP` in the decoder, `Qwen2_5_VLMLP` in the vision tower."""
     def __init__(self, width: int, inner: int, bias: bool):
         super().__init__()
         self.gate_proj = nn.Linear(width, inner, bias=bias)
@@ -83,7 +92,7 @@ class GatedMLP(nn.Module):
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding: turns the pairs (x_i, x_{i+d/2}). x [..., d]; turn: cos and sin of the angles, [..., d/2]."""
+    """`apply_rotary_pos_emb`: turns the pairs (x_i, x_{i+d/2}). x [..., d]; turn: cos and sin of the angles, [..., d/2]."""
     cos, sin = turn
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
@@ -114,17 +123,17 @@ def patch_layout(gh: int, gw: int, merge: int, window: int) -> tuple[Tensor, lis
 
 
 @dataclass
-class Groups:
+class PatchSets:
     """Which patches attend to each other: those of a window, or of an image. Windows (images) of one size stand in one
     table, so that nothing is padded and a small picture does not pay for a large one of the same call."""
     tables: list[Tensor]    # for each size: [windows, size] patch numbers
     place: Tensor           # [N] where each patch stands when the tables are laid end to end
 
     @staticmethod
-    def of(members: list[Tensor], device) -> "Groups":
+    def of(members: list[Tensor], device) -> "PatchSets":
         """
-        >>> groups = Groups.of([torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3, 4])], "cpu")
-        >>> [table.tolist() for table in groups.tables], groups.place.tolist()
+        >>> sets = PatchSets.of([torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3, 4])], "cpu")
+        >>> [table.tolist() for table in sets.tables], sets.place.tolist()
         ([[[2]], [[0, 1], [3, 4]]], [1, 2, 0, 3, 4])
         """
         by_size: dict[int, list[Tensor]] = {}
@@ -132,27 +141,29 @@ class Groups:
             by_size.setdefault(len(patches), []).append(patches)
         tables = [torch.stack(by_size[size]) for size in sorted(by_size)]
         place = torch.cat([table.flatten() for table in tables]).argsort()      # of a permutation: the inverse
-        return Groups([table.to(device) for table in tables], place.to(device))
+        return PatchSets([table.to(device) for table in tables], place.to(device))
 
 
 class VisionAttention(nn.Module):
+    """`Qwen2_5_VLVisionAttention`."""
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], groups: Groups) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sets: PatchSets) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "n (three h d) -> three n h d", three=3, h=self.heads)
         q, k = rotate(q, turn), rotate(k, turn)
         parts = []
-        for table in groups.tables:
+        for table in sets.tables:
             out = F.scaled_dot_product_attention(*(rearrange(x[table], "w s h d -> w h s d") for x in (q, k, v)))
             parts.append(rearrange(out, "w h s d -> (w s) (h d)"))
-        return self.proj(torch.cat(parts)[groups.place])
+        return self.proj(torch.cat(parts)[sets.place])
 
 
 class VisionBlock(nn.Module):
+    """`Qwen2_5_VLVisionBlock`."""
     def __init__(self, config: Config):
         super().__init__()
         width = config.vision_hidden_size
@@ -161,13 +172,13 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(width, config.vision_num_heads)
         self.mlp = GatedMLP(width, config.vision_intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], groups: Groups) -> Tensor:
-        x = x + self.attn(self.norm1(x), turn, groups)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sets: PatchSets) -> Tensor:
+        x = x + self.attn(self.norm1(x), turn, sets)
         return x + self.mlp(self.norm2(x))
 
 
 class PatchMerger(nn.Module):
-    """Joins the merge² patches of an image token and projects them to the decoder's width."""
+    """`Qwen2_5_VLPatchMerger`: joins the merge² patches of an image token and projects them to the decoder's width."""
     def __init__(self, config: Config):
         super().__init__()
         self.joined = config.vision_hidden_size * config.vision_spatial_merge_size ** 2
@@ -180,6 +191,7 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """`Qwen2_5_VisionTransformerPretrainedModel`, with its `Qwen2_5_VisionPatchEmbed` and rotary embedding."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -200,8 +212,8 @@ class VisionTower(nn.Module):
         for gh, gw in grids:
             starts.append(starts[-1] + gh * gw)
         device = patches.device
-        windows = Groups.of([w + start for (_, ws), start in zip(layouts, starts) for w in ws], device)
-        images = Groups.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], device)
+        windows = PatchSets.of([w + start for (_, ws), start in zip(layouts, starts) for w in ws], device)
+        images = PatchSets.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], device)
 
         # 2-D rope: the first half of the frequencies turns with the row, the second with the column.
         quarter = c.vision_hidden_size // c.vision_num_heads // 4
@@ -213,8 +225,7 @@ class VisionTower(nn.Module):
         weight = self.patch_embed.proj.weight
         x = F.linear(patches.to(weight.dtype), weight.flatten(1))
         for i, block in enumerate(self.blocks):
-            groups = images if i in c.vision_fullatt_block_indexes else windows
-            x = run(block, checkpoint, x, turn, groups)
+            x = run(block, checkpoint, x, turn, images if i in c.vision_fullatt_block_indexes else windows)
         return self.merger(x)
 
 
@@ -225,6 +236,15 @@ def run(block: nn.Module, checkpoint: bool, *inputs):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text decoder
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]    # layer, q [B, H, T, d], k, v [B, K, T, d] → [B, H, T, d]
+
+
+def for_each_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k, v [B, K, T, d], each head for H/K of q's → [B, H, T, d]."""
+    j = q.shape[1] // k.shape[1]
+    return repeat(k, "b h t d -> b (h j) t d", j=j), repeat(v, "b h t d -> b (h j) t d", j=j)
+
 
 class KVCache:
     """Keys and values while sampling. A prompt's are stored once and shared by its G rollouts (never copied); every
@@ -246,13 +266,15 @@ class KVCache:
         self.slot = torch.zeros(1, dtype=torch.long, device=prompt_mask.device)
         self.unwritten: Tensor | None = None
 
-    def store_prompt(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def attend_prompt(self, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The prompts: mask bool [B, 1, P, P], q [B, H, P, d], k, v [B, K, P, d] → [B, H, P, d]. Stores k and v."""
         B, K, _, d = k.shape
-        k = k.to(torch.promote_types(k.dtype, torch.float32))
-        self.prompt[layer] = (k, v)
-        self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d) for x in (k, v))
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        self.prompt[layer] = (wide, v)
+        self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d) for x in (wide, v))
+        return F.scaled_dot_product_attention(q, *for_each_query_head(q, k, v), mask)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token for each rollout: q [B·G, H, 1, d], k, v [B·G, K, 1, d] → [B·G, H, 1, d].
 
         The G·H/K queries that read one key head of one prompt are one matrix, so the prompt is read once per prompt.
@@ -279,6 +301,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    """`Qwen2_5_VLAttention`."""
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer = layer
@@ -289,24 +312,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * d)
         self.o_proj = nn.Linear(self.heads * d, width, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: "Tensor | GroupLayout | None",
-                cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
-        q, k = rotate(q, turn), rotate(k, turn)
-        if mask is None:  # decoding: one new token per rollout
-            out = cache.attend(self.layer, q, k, v)
-        else:
-            if cache is not None:
-                cache.store_prompt(self.layer, k, v)
-            k, v = (repeat(each, "b h t d -> b (h j) t d", j=self.heads // self.kv_heads) for each in (k, v))
-            attend = mask.attend if isinstance(mask, GroupLayout) else F.scaled_dot_product_attention
-            out = attend(q, k, v, mask)
+        out = attend(self.layer, rotate(q, turn), rotate(k, turn), v)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
 class DecoderLayer(nn.Module):
+    """`Qwen2_5_VLDecoderLayer`."""
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -314,14 +329,13 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: "Tensor | GroupLayout | None",
-                cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def mrope_positions(tokens: list[int], grids: list[tuple[int, int]], image_token_id: int, merge: int = 2) -> Tensor:
-    """M-RoPE ids (t, h, w) of a prompt, [3, P]. Text counts alike on the three axes; the tokens of an image that starts
+    """`Qwen2_5_VLModel.get_rope_index`: M-RoPE ids (t, h, w) of a prompt, [3, P]. Text counts alike on the three axes; the tokens of an image that starts
     at s have t = s, h = s + row, w = s + column; the text after it goes on at the largest id so far + 1.
 
     >>> mrope_positions([7, 9, 9, 7, 7], [(2, 4)], image_token_id=9).tolist()   # an image of 1×2 image tokens
@@ -360,11 +374,11 @@ def row_mask(segment: Tensor) -> Tensor:
     return (causal & ((k == 0) | (k == q)))[:, None]
 
 
-class GroupLayout:
+class RowLayout:
     """Attention of packed rows, the same as with row_mask(segment) but without the pairs that it hides, whose number
     grows with G². The prompt attends to itself; each response, as a row of its own, to the prompt and itself.
 
-    >>> layout = GroupLayout(torch.tensor([[0, 0, 1, 1, 2]]))      # P = 2, S = 2 responses of at most R = 2 tokens
+    >>> layout = RowLayout(torch.tensor([[0, 0, 1, 1, 2]]))      # P = 2, S = 2 responses of at most R = 2 tokens
     >>> layout.slots.tolist()      # which token stands at each of the S·R places (0 where there is none)
     [[2, 3, 4, 0]]
     >>> layout.place.tolist()      # where the output of each token is: the prompt's first, then the S·R places
@@ -393,9 +407,9 @@ class GroupLayout:
         own = repeat(own, "r k -> m 1 r k", m=B * self.S)
         self.response_mask = torch.cat((prompt, own), -1)                               # [B·S, 1, R, P+R]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, _) -> Tensor:
-        """q, k, v [B, H, T, d] → [B, H, T, d]."""
-        P, S = self.P, self.S
+    def attend(self, _, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, T, d], k, v [B, K, T, d] → [B, H, T, d], in every layer alike."""
+        P, S, (k, v) = self.P, self.S, for_each_query_head(q, k, v)
         prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], self.prompt_mask)
         index = repeat(self.slots, "b n -> b h n d", h=q.shape[1], d=q.shape[3])
         q_own, k_own, v_own = (rearrange(x.gather(2, index), "b h (s r) d -> (b s) h r d", s=S) for x in (q, k, v))
@@ -407,6 +421,7 @@ class GroupLayout:
 
 
 class Qwen2_5_VL(nn.Module):
+    """`Qwen2_5_VLForConditionalGeneration`: `embed` and `decode` are its `Qwen2_5_VLModel` and `Qwen2_5_VLTextModel`."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -447,16 +462,14 @@ class Qwen2_5_VL(nn.Module):
             raise ValueError(f"{int(at_image.sum())} image placeholders for {len(image)} image tokens")
         return x.masked_scatter(at_image[..., None], image.to(x.dtype))
 
-    def decode(self, x: Tensor, position: Tensor, mask: "Tensor | GroupLayout | None", cache: KVCache | None = None,
-               checkpoint: bool = False) -> Tensor:
-        """x [B, T, D], position [3, B, T], mask bool [B, 1, T, T] or GroupLayout → final hidden states [B, T, D].
-        With a cache: a mask means prefill (stores the keys and values), no mask means one new token per rollout."""
+    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False) -> Tensor:
+        """x [B, T, D], position [3, B, T] → final hidden states [B, T, D]."""
         d = self.config.hidden_size // self.config.num_attention_heads
         frequency = 1 / self.config.rope_theta ** (torch.arange(0, d, 2, device=x.device) / d)
         angle = rearrange(position[self.rope_axis], "f b t -> b 1 t f") * frequency     # [B, 1, T, d/2]
         turn = angle.cos(), angle.sin()
         for layer in self.model.layers:
-            x = run(layer, checkpoint, x, turn, mask, cache)
+            x = run(layer, checkpoint, x, turn, attend)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
@@ -492,7 +505,7 @@ class Qwen2_5_VL(nn.Module):
         Returns logp and entropy [B, T] of every response token, 0 elsewhere. logp[b, i] = log π(tokens[b, i] | what
         token predictor[b, i] has seen): the token before it, or the prompt's last for the first of a response."""
         x = self.embed(tokens, patches, grids, checkpoint)
-        hidden = self.decode(x, position, GroupLayout(segment), checkpoint=checkpoint)
+        hidden = self.decode(x, position, RowLayout(segment).attend, checkpoint)
         scored = segment > 0
         source = hidden.gather(1, repeat(predictor, "b t -> b t d", d=hidden.shape[-1]))[scored]     # [M, D]
         logp, entropy = self.score(source, tokens[scored], temperature, entropy_gradient=entropy_gradient)

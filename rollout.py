@@ -9,6 +9,7 @@ rollouts are the same in any batch, on any rank, and other ones when it comes ag
 temperature shapes the distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.
 Prompts whose rollouts have all ended leave the batch.
 """
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -40,7 +41,8 @@ def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: in
     valid = torch.arange(P, device=device) < lengths[:, None]                                   # [B, P]
     cache = KVCache(len(model.model.layers), G, max_new_tokens, valid)
     x = model.embed(tokens, *collate_images(prompts, device))
-    hidden = model.decode(x, position.to(device), row_mask(valid.long() - 1), cache)           # [B, P, D]
+    attend = functools.partial(cache.attend_prompt, row_mask(valid.long() - 1))
+    hidden = model.decode(x, position.to(device), attend)                                       # [B, P, D]
     return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache
 
 
@@ -63,7 +65,7 @@ def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: 
     """token, position [B·G] → hidden states [B·G, D]; the cache grows by one."""
     cache.unwritten = torch.arange(cache.window, device=token.device) > cache.slot
     x = model.model.embed_tokens(token[:, None])
-    hidden = model.decode(x, repeat(position, "m -> three m 1", three=3), None, cache)
+    hidden = model.decode(x, repeat(position, "m -> three m 1", three=3), cache.attend_token)
     cache.slot += 1
     return hidden[:, 0]
 

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import rollout
 from data import Processor, collate, pack_group
-from model import KVCache, Qwen2_5_VL
+from model import KVCache, Qwen2_5_VL, row_mask
 from rollout import generate, sample, uniforms
 from support.sources import Scenes
 
@@ -46,14 +46,20 @@ def rescored(model, prompt, responses):
     return [logp[batch.segment == s + 1] for s in range(len(responses))]
 
 
+def hidden_states(model, batch):
+    """Of each token, by the whole mask of the row."""
+    def attend(_, q, k, v):
+        return scaled_dot_product_attention(q, k, v, row_mask(batch.segment), enable_gqa=True)
+    return model.decode(model.embed(batch.tokens, batch.patches, batch.grids), batch.position, attend)
+
+
 def uncached(model, prompt, R, temperature, u):
     """The same sampling without a cache: the whole sequence is run again for every token."""
     tokens = []
     for r in range(R):
         batch = collate(pack_group(prompt, [[*tokens, 0]]))
         with torch.no_grad():
-            x = model.embed(batch.tokens, batch.patches, batch.grids)
-            hidden = model.decode(x, batch.position, rollout.row_mask(batch.segment))[:, len(prompt.tokens) + r - 1]
+            hidden = hidden_states(model, batch)[:, len(prompt.tokens) + r - 1]
             token, *_ = sample(model.logits(hidden, temperature or 1.0), None if u is None else u[r:r + 1])
         tokens.append(int(token))
         if tokens[-1] in model.eos_ids:
@@ -93,14 +99,14 @@ def test_bfloat16_scores_survive_a_common_offset_of_the_keys(offset):
     cache = KVCache(1, G, R, torch.ones(B, P, dtype=torch.bool))
     common = offset * torch.randn(1, K, 1, d)
     k, v = ((torch.randn(B, K, P, d) + common).bfloat16(), torch.randn(B, K, P, d).bfloat16())
-    cache.store_prompt(0, k, v)
+    cache.attend_prompt(torch.ones(P, P, dtype=torch.bool), 0, torch.zeros(B, H, P, d).bfloat16(), k, v)
     keys, values = (repeat(x, "b k p d -> (b g) k p d", g=G) for x in (k, v))
     for r in range(R):
         q, k, v = (torch.randn(B * G, heads, 1, d) for heads in (H, K, K))
         q, k, v = q.bfloat16(), (k + common).bfloat16(), v.bfloat16()
         keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
         cache.window, cache.unwritten = r + 1, torch.zeros(r + 1, dtype=torch.bool)
-        sampled = cache.attend(0, q, k, v)
+        sampled = cache.attend_token(0, q, k, v)
         cache.slot += 1
         trained, exact = (scaled_dot_product_attention(*(x.to(dtype) for x in (q, keys, values)), enable_gqa=True)
                           for dtype in (torch.bfloat16, torch.float64))
@@ -158,8 +164,7 @@ def test_sampled_frequencies_match_the_softmax(model, prompts, temperature):
     n = 8000
     batch = collate(pack_group(prompts[1], [[0]]))
     with torch.no_grad():
-        hidden = model.decode(model.embed(batch.tokens, batch.patches, batch.grids), batch.position,
-                              rollout.row_mask(batch.segment))[0, len(prompts[1].tokens) - 1]
+        hidden = hidden_states(model, batch)[0, len(prompts[1].tokens) - 1]
         expected = n * (model.lm_head(hidden).masked_fill(model.banned, -torch.inf) / temperature).softmax(-1).double()
     first = [r.tokens[0] for r in generate(model, [prompts[1]], n, 1, temperature, seed=3)[0]]
     seen = torch.bincount(torch.tensor(first), minlength=len(expected)).double()
