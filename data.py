@@ -5,7 +5,12 @@
 Everything that depends on the image size happens once, in `Processor.prompt`: resizing, token count, positions, and the
 conversion of boxes into the frame the model sees. Prompts are never truncated.
 
-Letters: B rows, T tokens of a row, P prompt tokens, S = G+1 responses, N patches.
+Glossary
+    frame      the size of a picture as the model sees it; boxes of the label and of the answers are in its pixels
+    segment    of each token of a row: 0 in the prompt, 1, 2, … in the responses, −1 in padding
+    predictor  of each response token: the token whose output predicts it
+    grid       (gh, gw), the patches of a picture per column and row; an image token stands for 2×2 of them
+    B rows, T tokens of a row, P prompt tokens, S = G+1 responses, R tokens of a response, N patches
 """
 import json
 import math
@@ -146,7 +151,7 @@ def image_settings(folder: Path) -> dict:
             settings = settings.get("image_processor") if name == "processor_config.json" else settings
     if settings is None:
         raise Mistake(f"{folder} has neither preprocessor_config.json nor an image_processor in "
-                                "processor_config.json; copy them from the model it was made of")
+                      "processor_config.json; copy them from the model it was made of")
     for name, only in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
         if settings.get(name, only) != only:
             raise Mistake(f"{path}: {name} is {settings[name]}; only {only} is supported")
@@ -169,7 +174,7 @@ def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
                           ("<|vision_end|>", config.vision_end_token_id)):
         if (found := tokenizer.get_vocab().get(token)) != wanted:
             raise Mistake(f"{folder}: the tokenizer belongs to another model: {token} is {found} in it, "
-                             f"{wanted} in config.json")
+                          f"{wanted} in config.json")
     if tokenizer.eos_token_id not in eos_ids or len(tokenizer) > config.vocab_size:
         raise Mistake(f"{folder}: the tokenizer belongs to another model: it has {len(tokenizer)} tokens and ends by "
                          f"{tokenizer.eos_token_id}; the model has {config.vocab_size} and ends by {eos_ids}")
@@ -297,13 +302,14 @@ class Response:
 @dataclass
 class Row:
     prompt: Prompt
+    responses: list[Response]
     tokens: list[int]      # T
-    segment: list[int]     # T: 0 prompt, s + 1 for response number s of the group
+    segment: list[int]     # T: 0 prompt, 1, 2, … its responses
     predictor: list[int]   # T: the index in the row of the token whose output predicts this one; 0 for the prompt's
     position: Tensor       # [3, T]
 
 
-def pack_group(prompt: Prompt, responses: list[list[int]], max_row_tokens: int = 0) -> list[Row]:
+def pack_group(prompt: Prompt, responses: list[Response], max_row_tokens: int = 0) -> list[Row]:
     """One prompt and the responses to it as one row: the image and the prompt are encoded once, not S times.
 
     With a prompt of the tokens 7 8 and the responses 1 2 and 3 4 5:
@@ -321,18 +327,18 @@ def pack_group(prompt: Prompt, responses: list[list[int]], max_row_tokens: int =
         position = [prompt.position]
         end = start
         while end < len(responses):
-            response = responses[end]
+            response = responses[end].tokens
             if max_row_tokens and len(tokens) + len(response) > max_row_tokens:
                 break
             predictor += [P - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
             tokens += response
-            segment += [end + 1] * len(response)
+            segment += [end - start + 1] * len(response)
             position.append(repeat(torch.arange(len(response)) + prompt.next_position, "r -> three r", three=3))
             end += 1
         if end == start:
             raise Mistake(f"example {prompt.example.id}: its prompt of {P} tokens and a response of "
-                             f"{len(responses[start])} exceed --max-row-tokens {max_row_tokens}")
-        rows.append(Row(prompt, tokens, segment, predictor, torch.cat(position, 1)))
+                          f"{len(responses[start].tokens)} exceed --max-row-tokens {max_row_tokens}")
+        rows.append(Row(prompt, responses[start:end], tokens, segment, predictor, torch.cat(position, 1)))
         start = end
     return rows
 

@@ -8,10 +8,14 @@
 
 MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as
 it goes; the same command again goes on where it was interrupted. The metrics are those of docs/paper.md, section 6.
-Boxes are lists of {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, corners inclusive pixels; masks are bool [height,
-width].
+
+Glossary
+    record     an example with its answer and all that the metrics need of both; a line of records.jsonl
+    truth      the label's boxes; present, absent: a grounding question with and without one
+    boxes      lists of {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, in pixels, corners inclusive
+    masks      bool [height, width], of SAM 2 (support/masks.py), or the filled boxes in their place
+    official   as the authors' scripts compute a metric, where that is not what its name says
 """
-import argparse
 import hashlib
 import itertools
 import json
@@ -33,9 +37,9 @@ from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matri
 from rollout import generate
 from support.images import open_image, picture_file
 from support.masks import Segmenter
-from support.mistakes import Mistake, plainly
+from support.mistakes import Mistake, run_main
 from support.onednn import use_onednn
-from support.options import refuse
+from support.options import option, parse
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
 from support.sources import Example, noticed, read, stat_of
@@ -58,6 +62,52 @@ BENCHMARKS = {
     "chartqa": ("chartqa", ("relaxed accuracy = answers",)),
     "docvqa": ("docvqa", ("ANLS = answers",)),
 }
+
+
+@dataclass
+class Options:
+    """Every option of eval.py."""
+    model: str = option("", "what is answered", "model folder, run folder of train.py, or hub id; must be given")
+    data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, .jsonl or .parquet file, "
+                       "folder, or hub id")
+    task: str = option("", "what is answered", "task of rows without a column task (without it, the benchmark's)",
+                       ("", *TASKS))
+    columns: str = option("", "what is answered", "as in train.py: FIELD=NAME,… for columns with other names")
+    skip_bad_rows: bool = option(False, "what is answered", "leave out rows that cannot be used, and list them")
+    limit: int = option(0, "what is answered", "the first LIMIT examples only (0: all)", least=0)
+    image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
+    question: str = option(None, "what is answered", "about --image; without it, one question a line is read")
+
+    max_new_tokens: int = option(0, "how", "longest answer (0: 2048, as in the authors' scripts; 128 for a tiny model)", least=0)
+    repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
+                                       "generation_config", above=0)
+    batch: int = option(64, "how", "prompts decoded together", least=1)
+    precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
+    onednn: bool = option(True, "how", "on a CPU, large float32 products by oneDNN")
+
+    benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
+    masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
+    out: str = option("", "output", "folder for metrics.json, records.jsonl, overlay.png (default: evaluations/MODEL-DATA, "
+                      "or RUN/evaluations/step_N-DATA); with --image the picture")
+
+    def check(self) -> None:
+        """Mistake: options that cannot be together."""
+        if not self.model:
+            raise Mistake("--model is missing: give a model folder, a run folder of train.py, or a hub id")
+        if self.question is not None and not self.image:
+            raise Mistake("--question needs the picture that it is about: --image FILE")
+        if self.question is not None and not self.question.strip():
+            raise Mistake("--question is empty: ask something, or leave it out to be asked for questions")
+
+
+def is_tiny(model: Qwen2_5_VL) -> bool:
+    """Whether it is of the size of assets/tiny, which knows pictures of the built-in world only."""
+    return model.config.vocab_size < 1000
+
+
+def longest_answer(cfg: Options, model: Qwen2_5_VL) -> int:
+    """Tokens."""
+    return cfg.max_new_tokens or (128 if is_tiny(model) else 2048)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,40 +352,55 @@ def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = 
     return "\n".join(lines)
 
 
-def predict(model: Qwen2_5_VL, processor: Processor, args) -> None:
-    """The answer to --question about --image, or to one line of standard input after the other: printed, its boxes in
-    the photo's own pixels, and drawn beside the photo as NAME.answer.png."""
-    task = args.task or ("scene_grounding" if model.config.vocab_size < 1000 else "grounding")    # what tiny was taught
-    if task not in TASKS:
-        raise Mistake(f"--task {task}: must be one of {', '.join(TASKS)}")
+def predict(cfg: Options, model: Qwen2_5_VL) -> None:
+    """The answers to --question about --image, or to one line of standard input after the other: printed, with boxes in
+    the photo's own pixels, and drawn beside the photo as NAME.answer.png, NAME.answer-2.png, …"""
+    task = cfg.task or ("scene_grounding" if is_tiny(model) else "grounding")
     try:
-        image = open_image(picture_file(args.image, Path()), turn=True)
+        image = open_image(picture_file(cfg.image, Path()), turn=True)
         check_aspect(*image.size)
     except ValueError as error:
-        raise Mistake(f"--image {args.image}: {error}") from None
-    for question in [args.question] if args.question else map(str.strip, sys.stdin):
+        raise Mistake(f"--image {cfg.image}: {error}") from None
+    processor, limit = Processor(model.folder), longest_answer(cfg, model)
+    asked = 0
+    for question in questions() if cfg.question is None else [cfg.question]:
         try:
             check_text("question", question)
         except ValueError as error:
             raise Mistake(f"--question: {error}") from None
+        asked += 1
         prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
-        [[answer]] = generate(model, [prompt], 1, args.max_new_tokens, temperature=0,
-                              repetition_penalty=args.repetition_penalty)
+        [[answer]] = generate(model, [prompt], 1, limit, temperature=0, repetition_penalty=cfg.repetition_penalty)
         response = processor.decode(answer.tokens)
         print(response, flush=True)
+        if answer.truncated:
+            print(f"the answer did not end within {limit} tokens (--max-new-tokens)")
         if TASKS[task].boxes:
             items, error = parse_boxes(response)
             items = original_frame(items, prompt)
-            picture = Path(args.out or Path(args.image).with_suffix(".answer.png").name)
+            picture = Path(cfg.out or f"{Path(cfg.image).stem}.answer.png")
+            if asked > 1:
+                picture = picture.with_stem(f"{picture.stem}-{asked}")
             draw_answer(image, items, picture)
-            print(f"the answer cannot be read: {error}" if error else f"in pixels of {args.image}: {json.dumps(items)}")
+            print(f"the answer cannot be read: {error}" if error else f"in pixels of {cfg.image}: {json.dumps(items)}")
             print(f"drawn: {picture}", flush=True)
+
+
+def questions() -> Iterator[str]:
+    """Lines of standard input, empty ones left out; a sign asks a person for them."""
+    while True:
+        if sys.stdin.isatty():
+            print("question (Ctrl-D ends): ", end="", flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        if line.strip():
+            yield line.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The evaluation as a resumable job
 
-def what_matters(args, task: str, model: Qwen2_5_VL, source) -> dict:
+def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
     """All that an answer and its score depend on. Finished records count only where every one of these is the same."""
     def digest(*parts: bytes) -> str:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
@@ -343,19 +408,19 @@ def what_matters(args, task: str, model: Qwen2_5_VL, source) -> dict:
     def weights(folder: Path) -> str:
         return digest(*(repr((p.name, stat_of(p))).encode() for p in sorted(folder.glob("*.safetensors"))))
     companions = [p for p in sorted(model.folder.iterdir()) if p.suffix in (".json", ".jinja", ".txt")]
-    return {"format": RECORD_FORMAT, "model": f"{args.model} ({weights(model.folder)})",
+    return {"format": RECORD_FORMAT, "model": f"{cfg.model} ({weights(model.folder)})",
             "processor": digest(*(p.read_bytes() for p in companions)),
-            "data": f"{args.data} ({source.fingerprint})", "columns": args.columns, "task": args.task or task,
-            "masks": args.masks and f"{args.masks} ({weights(Path(args.masks))})",
+            "data": f"{cfg.data} ({source.fingerprint})", "columns": cfg.columns, "task": cfg.task or task,
+            "masks": cfg.masks and f"{cfg.masks} ({weights(Path(cfg.masks))})",
             "code of the rewards": digest(*((Path(__file__).parent / name).read_bytes() for name in JUDGES)),
-            "precision": str(model.lm_head.weight.dtype), "max_new_tokens": args.max_new_tokens,
-            "repetition_penalty": args.repetition_penalty}
+            "precision": cfg.precision, "max_new_tokens": longest_answer(cfg, model),
+            "repetition_penalty": cfg.repetition_penalty}
 
 
-def results_folder(args, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:
+def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:
     """The folder for the results, and what to say of it: without --out, where the usual one holds results of something
     else, the next that does not. Mistake: --out holds such."""
-    usual = out = Path(args.out) if args.out else default_folder(args, model)
+    usual = out = Path(cfg.out) if cfg.out else default_folder(cfg, model)
     said = ""
     for attempt in itertools.count(2):
         path = out / "settings.json"
@@ -363,7 +428,7 @@ def results_folder(args, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:
         if old == settings:
             return out, said and f"{said}; writing to {out}\n"
         different = [name for name in settings if old.get(name) != settings[name]]
-        if args.out:
+        if cfg.out:
             changes = "; ".join(f"{name}: {old.get(name)!r} → {settings[name]!r}" for name in different)
             raise Mistake(f"{out} holds the results of an evaluation with other settings ({changes}): give another "
                           f"--out, or remove {out}")
@@ -384,69 +449,35 @@ def finished(out: Path) -> dict[int, dict]:
     return done
 
 
-def default_folder(args, model: Qwen2_5_VL) -> Path:
+def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
     """In a run of ours, with the checkpoint's step, else in the current folder: a model folder is never written into.
     Another --limit is another evaluation."""
     def plain(name: str) -> str:
         return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-    data = plain(args.data) + (f"-first{args.limit}" if args.limit else "")
-    if (Path(args.model) / "metrics.jsonl").exists():
-        return Path(args.model) / "evaluations" / f"{model.folder.name}-{data}"
-    return Path("evaluations") / f"{plain(args.model)}-{data}"
+    data = plain(cfg.data) + (f"-first{cfg.limit}" if cfg.limit else "")
+    if (Path(cfg.model) / "metrics.jsonl").exists():
+        return Path(cfg.model) / "evaluations" / f"{model.folder.name}-{data}"
+    return Path("evaluations") / f"{plain(cfg.model)}-{data}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder, run folder of train.py, or hub id")
-    parser.add_argument("--data", default="scenes:test", help="as in train.py: scenes:SPLIT, files, folder, hub id")
-    parser.add_argument("--benchmark", choices=BENCHMARKS, help="shows that benchmark's metrics")
-    parser.add_argument("--task", default="", help="task of rows without a column task (default: the benchmark's)")
-    parser.add_argument("--masks", default="", help="SAM 2 folder or hub id; without it boxes stand in for masks")
-    parser.add_argument("--limit", type=int, default=0, help="evaluate the first LIMIT examples only (0: all)")
-    parser.add_argument("--max-new-tokens", type=int, default=2048)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0,
-                        help="the authors' scripts inherit 1.05 from the model's generation_config")
-    parser.add_argument("--batch", type=int, default=64, help="prompts decoded together")
-    parser.add_argument("--columns", default="", help="as in train.py: question=NAME,answer=NAME,image=NAME")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out and list rows that cannot be used")
-    parser.add_argument("--image", default="", help="answer --question about this picture instead of evaluating")
-    parser.add_argument("--question", default="", help="about --image; without it, one question a line is read")
-    parser.add_argument("--onednn", action=argparse.BooleanOptionalAction, default=True,
-                        help="on a CPU, large float32 products by oneDNN")
-    parser.add_argument("--out", default="", help="folder for metrics.json, records.jsonl, overlay.png (default: "
-                        "evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); with --image the picture")
-    parser.error = lambda text: refuse(text, parser, sys.argv[1:])
-    args = parser.parse_args()
-    for flag, least in (("limit", 0), ("max_new_tokens", 1), ("batch", 1)):
-        if getattr(args, flag) < least:
-            raise Mistake(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
-    if args.question and not args.image:
-        raise Mistake("--question needs the picture that it is about: --image FILE")
-    rank, world, device = start_ranks()
-    torch.set_grad_enabled(False)
-    task, shown = BENCHMARKS.get(args.benchmark, ("", SHOWN))
-    source = None if args.image else load(args.data, args.task or task, args.skip_bad_rows, args.columns)
-    model = Qwen2_5_VL.from_pretrained(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    if args.onednn:
-        use_onednn(model)
-    if args.image:
-        predict(model, Processor(model.folder), args)
-        return leave_ranks()
-    segmenter = Segmenter(args.masks, device) if args.masks else None
-    settings = what_matters(args, task, model, source)
-    out, elsewhere = results_folder(args, model, settings)
+def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, device) -> None:
+    """Every rank answers its share of the examples that no interrupted evaluation has left; rank 0 sums up."""
+    task, shown = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
+    segmenter = Segmenter(cfg.masks, device) if cfg.masks else None
+    settings = what_matters(cfg, task, model, source)
+    out, elsewhere = results_folder(cfg, model, settings)
     out.mkdir(parents=True, exist_ok=True)
     done = finished(out)
     gather_json(None, device)          # every rank has read the folder before rank 0 writes to it
     if rank == 0:
         (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-    numbers = range(min(args.limit or len(source), len(source)))
+    numbers = range(min(cfg.limit or len(source), len(source)))
     missing = [n for n in numbers if n not in done][rank::world]
     if rank == 0:
         print("".join(f"{line}\n" for line in noticed(source)) + elsewhere +
-              f"{args.model} on {args.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
-              f"before; greedy, repetition penalty {args.repetition_penalty}, "
-              + (f"masks by {args.masks}" if args.masks else "filled boxes stand in for masks"))
+              f"{cfg.model} on {cfg.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
+              f"before; greedy, {cfg.precision}, repetition penalty {cfg.repetition_penalty}, "
+              + (f"masks by {cfg.masks}" if cfg.masks else "filled boxes stand in for masks"))
     drawn, opened, order = [], len(source.bad), []
 
     def examples():
@@ -458,8 +489,8 @@ def main() -> None:
     if path.exists() and not path.read_text().endswith("\n"):   # interrupted in the middle of a line
         path.write_text(path.read_text() + "\n")
     with open(path, "a") as file:
-        answered = evaluate(model, Processor(model.folder), examples(), args.max_new_tokens, args.batch,
-                            args.repetition_penalty, segmenter)
+        answered = evaluate(model, Processor(model.folder), examples(), longest_answer(cfg, model), cfg.batch,
+                            cfg.repetition_penalty, segmenter)
         for at, (record, prompt) in enumerate(tqdm(answered, total=len(missing), unit="ex", disable=rank > 0)):
             line = {"index": order[at], **vars(record),
                     "predicted_original_frame": original_frame(record.predicted, prompt)}
@@ -469,11 +500,10 @@ def main() -> None:
                 drawn.append((record, prompt))
     bad = sum(gather_json(list(source.bad if rank == 0 else source.bad[opened:]), device), [])
     if rank == 0:
-        finish(out, args, settings, numbers, bad, shown, drawn)
-    leave_ranks()
+        finish(cfg, out, settings, numbers, bad, shown, drawn)
 
 
-def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], shown: tuple, drawn: list) -> None:
+def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[str], shown: tuple, drawn: list) -> None:
     """Joins what the ranks wrote, prints the table, writes metrics.json and the picture."""
     lines = finished(out)
     if len(lines) < len(numbers) - len(bad):
@@ -486,7 +516,7 @@ def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], show
     names = Record.__dataclass_fields__
     records = [Record(**{k: v for k, v in lines[n].items() if k in names}) for n in numbers if n in lines]
     metrics = summarise(records)
-    print(table({f"{args.model} on {args.data}": metrics}, shown))
+    print(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
     if bad:
         print(f"left out: {len(bad)} rows, listed in metrics.json")
     (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": metrics}, indent=2) + "\n")
@@ -497,5 +527,22 @@ def finish(out: Path, args, settings: dict, numbers: range, bad: list[str], show
     print(f"wrote metrics.json, records.jsonl{pictures} to {out}")
 
 
+def main() -> None:
+    cfg = parse(Options, "eval.py", __doc__)
+    cfg.check()
+    rank, world, device = start_ranks()
+    torch.set_grad_enabled(False)
+    task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
+    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
+    model = Qwen2_5_VL.from_pretrained(cfg.model, getattr(torch, cfg.precision), device)
+    if cfg.onednn:
+        use_onednn(model)
+    if source is not None:
+        answer_data(cfg, model, source, rank, world, device)
+    elif rank == 0:
+        predict(cfg, model)
+    leave_ranks()
+
+
 if __name__ == "__main__":
-    plainly(main)
+    run_main(main)

@@ -92,7 +92,7 @@ class GatedMLP(nn.Module):
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """`apply_rotary_pos_emb`: turns the pairs (x_i, x_{i+d/2}). x [..., d]; turn: cos and sin of the angles, [..., d/2]."""
+    """`apply_rotary_pos_emb`: turns the pairs (x_i, x_{i+d/2}). x [..., d]; turn: cos, sin of the angles [..., d/2]."""
     cos, sin = turn
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
@@ -335,8 +335,9 @@ class DecoderLayer(nn.Module):
 
 
 def mrope_positions(tokens: list[int], grids: list[tuple[int, int]], image_token_id: int, merge: int = 2) -> Tensor:
-    """`Qwen2_5_VLModel.get_rope_index`: M-RoPE ids (t, h, w) of a prompt, [3, P]. Text counts alike on the three axes; the tokens of an image that starts
-    at s have t = s, h = s + row, w = s + column; the text after it goes on at the largest id so far + 1.
+    """`Qwen2_5_VLModel.get_rope_index`: M-RoPE ids (t, h, w) of a prompt, [3, P]. Text counts alike on the three axes;
+    the tokens of an image that starts at s have t = s, h = s + row, w = s + column; the text after it goes on at the
+    largest id so far + 1.
 
     >>> mrope_positions([7, 9, 9, 7, 7], [(2, 4)], image_token_id=9).tolist()   # an image of 1×2 image tokens
     [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
@@ -385,13 +386,12 @@ class RowLayout:
     [[0, 1, 2, 3, 4]]
     """
     def __init__(self, segment: Tensor):
-        """segment [B, T], as for row_mask; the numbers of a row's responses may start anywhere (data.pack_group)."""
+        """segment [B, T], as for row_mask."""
         B, T = segment.shape
         device = segment.device
         at = torch.arange(T, device=device)
         in_prompt, in_response = segment == 0, segment > 0
-        first = segment.masked_fill(~in_response, T).amin(1, keepdim=True)
-        number = (segment - first).where(in_response, 0)                                # [B, T], from 0
+        number = (segment - 1).clamp(min=0)                                             # [B, T], from 0
         self.P, self.S = int(in_prompt.sum(1).max()), int(number.max()) + 1
         count = torch.zeros(B, self.S, dtype=torch.long, device=device).scatter_add_(1, number, in_response.long())
         start = in_prompt.sum(1, keepdim=True) + count.cumsum(1) - count                # [B, S]
@@ -421,7 +421,7 @@ class RowLayout:
 
 
 class Qwen2_5_VL(nn.Module):
-    """`Qwen2_5_VLForConditionalGeneration`: `embed` and `decode` are its `Qwen2_5_VLModel` and `Qwen2_5_VLTextModel`."""
+    """`Qwen2_5_VLForConditionalGeneration`: `embed` is its `Qwen2_5_VLModel`, `decode` `Qwen2_5_VLTextModel`."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config

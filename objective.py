@@ -1,6 +1,6 @@
 """The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no collectives, no `.item()`.
 
-    code                  paper
+Glossary
     r          [B, S]     rewards of a group; with the label, r[:, 0] = r(y) and r[:, 1:] = r(o_1) … r(o_G)
     advantage             Â: Eq. 6 (rollouts) and Eq. 7 (y), normalised together over S = G+1 rewards
     logp, old_logp, ref_logp   log π of each response token under the policy, the policy that sampled, the reference
@@ -38,7 +38,7 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     advantage, reward   Â and r (after the controls) of the response that a token belongs to
     segment        0 prompt, 1, 2, … the responses of a row, −1 padding; is_y: whether the response is y
     weight, denominator   the length normalisation: a token counts weight / denominator (`token_weight`, `divisor`)
-    All are [B, T], and weigh 0 outside the responses. Sums over micro-batches and ranks add up to the whole batch's loss.
+    All are [B, T], and weigh 0 outside the responses. The losses of all micro-batches and ranks add up to the batch's.
 
     Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of all elements is
     taken. A name that is new here reaches metrics.jsonl and curves.png by itself.
@@ -136,10 +136,9 @@ def token_weight(segment: Tensor, normaliser: str) -> Tensor:
     scored = (segment > 0).to(torch.get_default_dtype())
     if normaliser != "seq-mean":
         return scored
-    # Number the stretches of one segment within the row: a row that was split off starts at a higher segment.
-    stretch = segment.diff(dim=1, prepend=segment[:, :1]).ne(0).cumsum(1)                 # [B, T], < T
-    length = torch.zeros_like(scored).scatter_add(1, stretch, torch.ones_like(scored))
-    return scored / length.gather(1, stretch)
+    number = segment.clamp(min=0)
+    length = torch.zeros_like(scored).scatter_add(1, number, scored)      # [B, T]: of response number 0, 1, 2, … < T
+    return scored / length.gather(1, number).clamp(min=1)
 
 
 def divisor(tokens: int, responses: int, normaliser: str) -> int:

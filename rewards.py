@@ -1,7 +1,12 @@
 """Parsing, verifiable rewards per task, and the three reward controls of ViSurf (section 3.4 of the paper).
 
-A response is text. `parse_boxes` turns it into boxes or a *named* error; a reward is a record of named terms whose sum
-is r. Model output is never evaluated: `json.loads`, a schema, bounds on length, depth and magnitude.
+Glossary
+    response   text: y or a rollout. `parse_boxes` turns it into boxes or a *named* error
+    reward     a record of named terms; r is their sum
+    truth      what a response is held to: the label's answer, boxes in the frame the model sees
+    task       prompt template, text of y, reward and metric (`TASKS`)
+    control    1 align the text of y, 2 no thinking reward for y, 3 smooth r(y): `label_text`, `label_reward`, `smooth`
+Model output is never evaluated: `json.loads`, a schema, bounds on length, depth and magnitude.
 
 Grounding totals are those of the authors' released scorer (docs/paper.md, section 5):
     r = thinking (0, 1) + answer_format (0 … 2) + accuracy (0 … 3) + non_repeat (0, 1)  ≤ 7

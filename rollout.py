@@ -4,6 +4,9 @@
     sample            one token for each rollout from softmax(logits / T), or the likeliest at T = 0
     decode_one_token  one step of all rollouts
 
+Glossary: B prompts, G rollouts of each, P prompt tokens, R response tokens, D width, V vocabulary, M = B·G rollouts;
+place: the number of a prompt in the endless sequence of examples; suffix: the tokens that a rollout has so far.
+
 Each prompt has its own stream of uniform numbers, seeded by (seed, its place in the endless sequence of examples): its
 rollouts are the same in any batch, on any rank, and other ones when it comes again, in the same step too. Only a
 temperature shapes the distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.

@@ -6,6 +6,14 @@
 One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side, with the three
 controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as one packed row (data.py,
 model.py), one optimizer step. Every metric that is logged is defined in docs/logged.md.
+
+Glossary
+    y, o       the label of a prompt, as text; a rollout: an answer sampled from the policy. Both are responses
+    group      a prompt with its responses: G rollouts and, with --method visurf, y before them
+    r, Â       reward of a response; its advantage, normalised over the group
+    row        a group as one sequence: the prompt once, then the responses (data.py); micro-batch: rows scored together
+    step       a sampling round: --prompts-per-step groups, and one optimizer step on them (or --inner-epochs of them)
+    [recipe]   in --help, a value of the authors' earlier public trainer (docs/paper.md, section 1)
 """
 import contextlib
 import json
@@ -30,7 +38,7 @@ from rewards import LABEL_STYLES, TASKS, label_reward, label_text, reward_group
 from rollout import generate
 from support.curves import tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
-from support.mistakes import Mistake, plainly, stop_signals
+from support.mistakes import Mistake, run_main, stop_signals
 from support.onednn import give_memory_back, use_onednn
 from support.options import option, parse
 from support.optimizers import make_optimizers, set_lr, short_run
@@ -45,10 +53,8 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 
-# Named sets of options; what is given on the command line wins. The paper leaves learning rate, batch and lengths open:
-# `paper` is the authors' earlier public recipe (docs/paper.md, section 1), 8 GPUs of 80 GB for 7B. Left out of it are
-# its KL, which ViSurf drops, its entropy bonus of 1e-3, and its token mean per device: there a token weighs 0.8 to 1.3 of
-# what it weighs here, where the mean is over all devices.
+# Named sets of options; what is given on the command line wins. `paper` is the authors' earlier public recipe, as the
+# paper leaves much open, without its KL and entropy bonus: docs/paper.md, section 1, has all of it.
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
            "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0, "micro_rows": 1,
            "precision": "bfloat16", "checkpoint_activations": True}
@@ -61,7 +67,7 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """Every option; saved with the run. [recipe]: what the authors' earlier recipe has, docs/paper.md, section 1."""
+    """Every option; saved with the run."""
     preset: str = option("laptop", "method", "named set of options, the defaults of all others", tuple(PRESETS))
     method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy)",
                          ("visurf", "rlvr", "sft"))
@@ -85,8 +91,8 @@ class Config:
 
     data: str = option("scenes:train", "data", "scenes:SPLIT, .jsonl or .parquet file, folder, or hub id")
     task: str = option("", "data", "task of rows without a column task (rewards.py), of --eval-data too", ("", *TASKS))
-    columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, choices, "
-                          "id")
+    columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, "
+                          "choices, id")
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
     seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights")
 
@@ -143,7 +149,7 @@ class Config:
 def parse_config(arguments: list[str] | None = None) -> Config:
     resumable = ("resume", "dry_run", "steps", "eval_data", "eval_examples", "eval_every", "save_every", "log_every",
                  "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "onednn")
-    return parse(Config, PRESETS, resumable, renamed_options, __doc__, arguments)
+    return parse(Config, "train.py", __doc__, arguments, PRESETS, resumable, renamed_options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
     ids = [processor.encode(text) for text in texts]
     best = 0
     if len(set(texts)) > 1:
-        batch = collate(pack_group(prompt, ids), model.lm_head.weight.device)
+        batch = collate(pack_group(prompt, [Response(each) for each in ids]), model.lm_head.weight.device)
         with torch.no_grad():
             logp, _ = model(**vars(batch), temperature=cfg.temperature)
         best = max(range(len(ids)), key=lambda s: float(logp[batch.segment == s + 1].sum()))
@@ -179,7 +185,8 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
     place of the first prompt in the endless sequence of examples."""
     if cfg.method == "sft":
-        return [Group(p, [Response(label_tokens(cfg, model, processor, p)[1], is_y=True, advantage=1.0)]) for p in prompts]
+        ys = [label_tokens(cfg, model, processor, prompt)[1] for prompt in prompts]
+        return [Group(prompt, [Response(y, is_y=True, advantage=1.0)]) for prompt, y in zip(prompts, ys)]
     groups = []
     sampled = generate(model, prompts, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed,
                        range(first, first + len(prompts)), graphs=cfg.cuda_graphs)
@@ -207,28 +214,26 @@ class MicroBatch:
     terms: dict[str, Tensor]    # what else `objective.loss` takes by name, [B, T] each
 
 
-def micro_batch(cfg: Config, part: list[tuple[Row, list[Response]]], device, idle: bool) -> MicroBatch:
-    """Rows, each with the responses that its segments 1, 2, … are. idle: they only take part, and weigh nothing."""
-    batch = collate([row for row, _ in part], device)
+def micro_batch(cfg: Config, rows: list[Row], device, idle: bool) -> MicroBatch:
+    """idle: the rows only take part, and weigh nothing."""
+    batch = collate(rows, device)
 
-    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A number of each response, at each of its tokens; 0 in the prompt and in padding."""
-        return torch.stack([torch.tensor([0, *(getattr(o, name) for o in responses)], dtype=dtype, device=device)[segment]
-                            for (_, responses), segment in zip(part, batch.segment.clamp(min=0))])
-    sampled = torch.full(batch.tokens.shape, torch.nan, device=device)
-    for line, (row, responses) in enumerate(part):
-        P, end = len(row.prompt.tokens), len(row.tokens)
-        drawn = (o.logp or [math.nan] * len(o.tokens) for o in responses[row.segment[P] - 1:row.segment[-1]])
-        sampled[line, P:end] = torch.tensor([x for logp in drawn for x in logp], device=device)
-    weight = objective.token_weight(batch.segment, cfg.normaliser) * (not idle)
-    return MicroBatch(batch, {"advantage": column("advantage"), "reward": column("r"), "is_y": column("is_y", torch.bool),
-                              "weight": weight, "sampled_logp": sampled, "ref_logp": None})
+    def each_token(values) -> Tensor:
+        """values(o): a number for each token of a response; 0 in the prompt and in padding."""
+        flat = torch.tensor([x for row in rows for o in row.responses for x in values(o)], device=device)
+        return flat.new_zeros(batch.segment.shape).masked_scatter(batch.segment > 0, flat)
+    return MicroBatch(batch, {
+        "advantage": each_token(lambda o: [o.advantage] * len(o.tokens)),
+        "reward": each_token(lambda o: [o.r] * len(o.tokens)),
+        "is_y": each_token(lambda o: [o.is_y] * len(o.tokens)),
+        "sampled_logp": each_token(lambda o: o.logp or [math.nan] * len(o.tokens)),
+        "weight": objective.token_weight(batch.segment, cfg.normaliser) * (not idle), "ref_logp": None})
 
 
 def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int, bool]:
     """The responses that are trained on, as micro-batches of rows, as many on every rank and at least one; the
-    denominator of the loss, counted over all responses of all ranks; whether the loss needs the entropy's gradient. Rows
-    are sorted by length, so that little is padded."""
+    denominator of the loss, counted over all responses of all ranks; whether the loss needs the entropy's gradient.
+    Rows are sorted by length, so that little is padded."""
     responses = [o for g in groups for o in g.responses]
     tokens, count = add_over_ranks([sum(len(o.tokens) for o in responses), len(responses)], device)
     kept, by_entropy = objective.trained_on(cfg, *(torch.tensor([getattr(o, name) for o in responses])
@@ -236,11 +241,11 @@ def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], in
     kept, rows = iter(kept.tolist()), []
     for group in groups:
         left = [o for o in group.responses if next(kept)]
-        rows += [(row, left) for row in pack_group(group.prompt, [o.tokens for o in left], cfg.max_row_tokens)]
-    rows.sort(key=lambda pair: len(pair[0].tokens), reverse=True)
+        rows += pack_group(group.prompt, left, cfg.max_row_tokens)
+    rows.sort(key=lambda row: len(row.tokens), reverse=True)
     parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
-    # A rank with fewer rows than another takes part with one that weighs nothing: a step without any gradient is one, too.
-    idle = parts[0][:1] if parts else [(pack_group(groups[0].prompt, [responses[0].tokens])[0], responses[:1])]
+    # A rank with fewer rows than another takes part with one that weighs nothing: also in a step without any gradient.
+    idle = parts[0][:1] if parts else pack_group(groups[0].prompt, responses[:1])
     most = max(1, *gather_json(len(parts), device))
     made = [micro_batch(cfg, parts[i] if i < len(parts) else idle, device, i >= len(parts)) for i in range(most)]
     return made, objective.divisor(int(tokens), int(count), cfg.normaliser), by_entropy
@@ -359,7 +364,7 @@ def set_up() -> Job:
         for line in noticed(source):
             job.say(line)
     for source in sources[1:]:
-        job.held_out = [e for _, e in read(source, range(min(cfg.eval_examples, len(source))), aloud=rank == 0)]
+        job.held_out = [e for _, e in read(source, range(min(cfg.eval_examples, len(source))), report=rank == 0)]
     show_example(job)
     return job
 
@@ -423,7 +428,7 @@ def dry_run(job: Job) -> None:
     Nothing is written; the learning rate is 0."""
     cfg, source = job.cfg, job.source
     few = sorted({i * len(source) // 256 for i in range(256)})
-    prompts = [job.processor.prompt(example) for _, example in read(source, few, aloud=job.rank == 0)]
+    prompts = [job.processor.prompt(example) for _, example in read(source, few, report=job.rank == 0)]
     if not prompts:
         raise Mistake(f"--data {cfg.data}: all of the {len(few)} rows read are bad; the last: {source.bad[-1]}")
     prompt = max(prompts, key=lambda p: len(p.tokens))
@@ -431,7 +436,7 @@ def dry_run(job: Job) -> None:
     share, few = cfg.prompts_per_step // job.world, min(32, cfg.max_new_tokens)
     groups = min(share, cfg.micro_rows)
     fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0)] * S)
-    rows = pack_group(prompt, [o.tokens for o in fake.responses], cfg.max_row_tokens)
+    rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
     job.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
             f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
     for group in (g for optimizer in job.optimizers for g in optimizer.param_groups):
@@ -506,4 +511,4 @@ def loop(job: Job, stopped: list) -> None:
 
 
 if __name__ == "__main__":
-    plainly(main)
+    run_main(main)

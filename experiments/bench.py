@@ -40,7 +40,7 @@ from support import onednn  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 from train import PRESETS, Config as Options  # noqa: E402
-from data import Processor, Prompt, collate, load, pack_group  # noqa: E402
+from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
 from model import Config, Qwen2_5_VL  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import start_ranks  # noqa: E402
@@ -222,8 +222,8 @@ def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: 
     """The loss is the mean −log π of all response tokens."""
     device, image = model.lm_head.weight.device, model.config.image_token_id
     responses = torch.randint(400, (S, R)).tolist()
-    packed = collate(pack_group(prompt, responses), device)
-    separate = collate([pack_group(prompt, [r])[0] for r in responses], device)
+    packed = collate(pack_group(prompt, list(map(Response, responses))), device)
+    separate = collate([pack_group(prompt, [Response(r)])[0] for r in responses], device)
     inputs = transformers_inputs([prompt] * S, responses, image, device)
     losses = {}
 
@@ -251,6 +251,24 @@ def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: 
         table.against("training / transformers, padded", setting, times["packed"], times["transformers"])
 
 
+def entropy_gradient(table: Table, size: str, model, repeats: int) -> None:
+    """Log-probs of M tokens, forward and backward, in chunks of 2,048: with the gradient of the entropy, as
+    --entropy-bonus needs it, against without. `gb_matrix` is what [M, V] alone would take."""
+    D, V = model.config.hidden_size, model.config.vocab_size
+    for M in (2048, 8192):
+        hidden, targets = torch.randn(M, D, device=model.lm_head.weight.device), torch.randint(V, (M,))
+
+        def call(gradient: bool) -> None:
+            h = hidden.clone().requires_grad_()
+            logp, entropy = model.score(h, targets.to(h.device), entropy_gradient=gradient)
+            (logp.sum() + entropy.sum() * gradient).backward()
+            model.zero_grad(set_to_none=True)
+        found = compare({name: lambda gradient=gradient: call(gradient)
+                         for name, gradient in (("with", True), ("without", False))}, repeats)
+        table.line(f"entropy's gradient, {M} tokens", f"{size}, {V} words", times_slower=found["with"][0] /
+                   found["without"][0], gb=found["with"][1], gb_without=found["without"][1], gb_matrix=M * V * 4 / 1e9)
+
+
 def mixed_pictures(table: Table, size: str, model, repeats: int) -> None:
     """A small picture must not pay for a large one of the same call."""
     for name, grids in (("1 of 5,000 and 7 of 256 patches", [(50, 100)] + [(16, 16)] * 7),
@@ -264,7 +282,8 @@ def mixed_pictures(table: Table, size: str, model, repeats: int) -> None:
 
 
 def against_mkl(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
-    batch = collate(pack_group(prompts[0], torch.randint(400, (G + 1, R)).tolist()), model.lm_head.weight.device)
+    responses = [Response(tokens) for tokens in torch.randint(400, (G + 1, R)).tolist()]
+    batch = collate(pack_group(prompts[0], responses), model.lm_head.weight.device)
     chosen = onednn.ONEDNN_FROM, onednn.PACKED_FROM
 
     def one_row():
@@ -387,7 +406,7 @@ def growth(table: Table, size: str, model, folder: Path, repeats: int, quick: bo
         base, lists = {**base, "R": 16, "pixels": 224}, {"G": (1, 8)}
 
     def calls(prompts: list[Prompt], G: int, R: int) -> dict:
-        responses = make_responses(prompts, G, R)
+        responses = [[Response(tokens) for tokens in several] for several in make_responses(prompts, G, R)]
 
         def one_update():
             for prompt, several in zip(prompts, responses):
@@ -438,7 +457,8 @@ def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int
 def training_mfu(table: Table, size: str, model, prompt: Prompt, S: int, R: int, peak: float) -> None:
     """6 FLOP for each weight and useful token (2 forward, 4 backward), and the attention's; neither padding nor
     recomputing counts."""
-    batch = collate(pack_group(prompt, torch.randint(400, (S, R)).tolist()), model.lm_head.weight.device)
+    responses = [Response(tokens) for tokens in torch.randint(400, (S, R)).tolist()]
+    batch = collate(pack_group(prompt, responses), model.lm_head.weight.device)
 
     def call():
         (-model(**vars(batch), checkpoint=True)[0].sum()).backward()
@@ -468,7 +488,7 @@ def full_step(table: Table, size: str, model, prompts: list[Prompt], R: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="within a minute")
+    parser.add_argument("--quick", action="store_true", help="one repeat of less, two to three minutes")
     parser.add_argument("--json", default="", help="file for the table")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -499,6 +519,7 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
         del theirs
         mixed_pictures(table, size, model, repeats)
+        entropy_gradient(table, size, model, repeats)
         if size == "116M" and not quick:
             against_mkl(table, size, model, prompts, G, R, repeats)
         growth(table, size, model, model.folder, repeats, quick)

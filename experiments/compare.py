@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.curves import draw_curves, read_metrics  # noqa: E402
-from support.mistakes import plainly  # noqa: E402
+from support.mistakes import run_main  # noqa: E402
 
 
 def compare(runs: list[Path]) -> str:
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    plainly(main)
+    run_main(main)

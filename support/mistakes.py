@@ -24,7 +24,7 @@ def stop_signals() -> list[float]:
     return times
 
 
-def plainly(main) -> None:
+def run_main(main) -> None:
     """Runs main; a Mistake ends the program with its sentence and exit status 1, everything else as always.
 
     Under torchrun the sentence goes to torchrun's error file as well, which torchrun shows in its last lines, after

@@ -57,7 +57,7 @@ class Linear(nn.Linear):
 
 def use_onednn(model: nn.Module) -> nn.Module:
     """Every nn.Linear of a loaded model becomes a Linear: the class changes, names and weights stay. To be called
-    before the first product: oneDNN keeps what it built for each of the last 1,024 shapes, and rows have another length nearly
+    before the first product: oneDNN keeps what it built for each of the last 1,024 shapes, and rows have another length
     every time, so that resident memory climbs by gigabytes. With few kept, and give_memory_back after every step, it
     stays flat."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):

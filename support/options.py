@@ -11,7 +11,8 @@ from support.mistakes import Mistake
 
 def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None):
     """A field of the options: its default, the group and line of --help that it stands in, what it may be. Numbers must
-    be finite."""
+    be finite. A default of "" or None, or of a switch, is not shown: the text says what happens without the
+    option."""
     return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices or None,
                                                         "least": least, "most": most, "above": above})
 
@@ -31,55 +32,73 @@ def check_numbers(options) -> None:
                 raise Mistake(f"--{f.name.replace('_', '-')} {value}: must be {rule}")
 
 
-def parse(kind: type, presets: dict[str, dict], resumable: tuple[str, ...], renamed, description: str,
-          arguments: list[str] | None = None):
-    """Flags → a `kind`. Defaults are those of --preset or, with --resume RUN, the options saved there, which
-    `renamed(saved)` brings to today's names; then only the `resumable` ones can be given another value. Unknown flags
-    are errors. --help shows the defaults that then hold."""
+def parse(kind: type, script: str, description: str, arguments: list[str] | None = None,
+          presets: dict[str, dict] | None = None, resumable: tuple[str, ...] = (), renamed=None):
+    """Flags → a `kind`. Unknown flags are errors. --help shows the defaults that hold with the flags beside it.
+
+    presets: where `kind` has --preset and --resume. Defaults are then those of --preset or, with --resume RUN, the
+    options saved there, which `renamed(saved)` brings to today's names; then only the `resumable` ones can be given
+    another value."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset")
-    first.add_argument("--resume")
-    try:
-        chosen, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError:       # a flag without its value: said below, with all others known
-        chosen = argparse.Namespace(preset=None, resume=None)
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)} | presets.get(chosen.preset, {})
-    if chosen.resume:
-        path = Path(chosen.resume) / "config.json"
-        if not path.exists():
-            raise Mistake(f"--resume {chosen.resume}: there is no {path}")
-        defaults |= renamed(json.loads(path.read_text())["config"])
+    defaults, resume = {f.name: f.default for f in dataclasses.fields(kind)}, None
+    if presets is not None:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        first.add_argument("--preset")
+        first.add_argument("--resume")
+        try:
+            chosen, _ = first.parse_known_args(arguments)
+        except argparse.ArgumentError:       # a flag without its value: reported below, with all others known
+            chosen = argparse.Namespace(preset=None, resume=None)
+        resume, defaults = chosen.resume, defaults | presets.get(chosen.preset, {})
+        if resume:
+            path = Path(resume) / "config.json"
+            if not path.exists():
+                raise Mistake(f"--resume {resume}: there is no {path}")
+            defaults |= renamed(json.loads(path.read_text())["config"])
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     usage="torchrun train.py [--OPTION VALUE …]", add_help=False,
+                                     usage=f"torchrun {script} [--OPTION VALUE …]", add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda text: refuse(text, parser, arguments)
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(
+        f.metadata["group"] for f in dataclasses.fields(kind))}
     for f in dataclasses.fields(kind):
-        group = f.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group) if group not in groups else groups[group])
-        default = defaults[f.name]
-        shown = ("yes" if default else "no") if f.type is bool else repr(default) if default == "" else default
-        settings = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else "VALUE"}
-        groups[group].add_argument("--" + f.name.replace("_", "-"),
-                                   help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"), **settings)
+        add_flag(groups[f.metadata["group"]], f, defaults[f.name])
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
     given = vars(parser.parse_args(arguments))
-    changed = [name for name in given if chosen.resume and name not in resumable and given[name] != defaults[name]]
+    changed = [name for name in given if resume and name not in resumable and given[name] != defaults[name]]
     if changed:
         flags = " ".join(f"--{name.replace('_', '-')} {given[name]}" for name in changed)
         raise Mistake(f"--resume goes on with the run as it was; {flags} would make another run of it. To start that "
-                      f"one from its weights: torchrun train.py --model {chosen.resume} {flags}")
+                      f"one from its weights: torchrun {script} --model {resume} {flags}")
     options = kind(**{**defaults, **given})
     check_numbers(options)
     return options
 
 
+def add_flag(group, f: dataclasses.Field, default) -> None:
+    """A flag with its line of --help. Of --X and --no-X that line names the one that changes something."""
+    flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+    if f.type is bool:
+        for name, value in ((flag, True), (flag.replace("--", "--no-", 1), False)):
+            shown = text if value else f"switches off what is on by default: {text}"
+            group.add_argument(name, dest=f.name, action="store_const", const=value,
+                               help=shown if value != default else argparse.SUPPRESS)
+        return
+    choices = f.metadata["choices"]
+    shown = "" if default in ("", None) else f" (default: {default})"
+    metavar = "{" + ",".join(filter(None, choices)) + "}" if choices else "VALUE"
+    group.add_argument(flag, type=f.type, choices=choices, metavar=metavar, help=text + shown)
+
+
 def refuse(text: str, parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """argparse's sentence, and for an unknown flag the nearest known one."""
+    """argparse's sentence, and for an unknown flag the one that is meant: of a name like it, or explained by its words
+    (--learning-rate: --lr, the learning rate)."""
     import difflib
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    near = [f"{flag}: did you mean {match}?" for flag in arguments if flag.startswith("--") and flag.split("=")[0]
-            not in known for match in difflib.get_close_matches(flag.split("=")[0], known, 1)]
+    known = {flag: action.help or "" for action in parser._actions for flag in action.option_strings}
+    near = []
+    for flag in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
+        if flag not in known:
+            words = flag[2:].replace("-", " ")
+            meant = [f for f, line in known.items() if words in line] or difflib.get_close_matches(flag, known, 1, 0.7)
+            near += [f"{flag}: did you mean {meant[0]}?"] if meant else []
     raise Mistake(" ".join([text, *near, "(--help lists all options)"]))

@@ -151,7 +151,7 @@ class ArrowTable:
         except Exception as error:
             what = "not Arrow files of save_to_disk" if path.is_dir() else "not a Parquet file"
             raise Mistake(f"{path}: {what}, or no room in the cache {datasets.config.HF_DATASETS_CACHE} "
-                          f"({said(error)})") from None
+                          f"({reason_of(error)})") from None
         self.count = len(table)
         typed = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)
                  or isinstance(getattr(kind, "feature", None), datasets.Image)]
@@ -195,7 +195,7 @@ class ArrowTable:
                     row |= {name: names.get(row[name]) for name, names in self.classes.items() if name in row}
                     yield start + i + 1, row, [in_python(part.column(name)[i]) for name in self.pictures]
                 except (ValueError, OverflowError) as error:      # text that is not UTF-8, a date out of range
-                    yield start + i + 1, f"it cannot be read ({said(error)})", []
+                    yield start + i + 1, f"it cannot be read ({reason_of(error)})", []
 
     def heavy(self, number: int) -> tuple[list, object]:
         """The picture cells of a row, and its mask."""
@@ -251,7 +251,7 @@ def in_python(cell):
     return cell.as_py()
 
 
-def said(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """An error of a library, short; of a chain of them the first, which says why."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -360,7 +360,7 @@ def check_boxes(answer: str, size: tuple[int, int]) -> None:
             raise ValueError(f"the box {box} leaves the picture of {size[0]}×{size[1]} pixels")
 
 
-class Rows:
+class StoredExamples:
     """The rows of one or more files, checked when they are opened. bad: what was left out under skip_bad_rows, one line
     each; odd: what was noticed, and how often; fingerprint: of all rows and of the files that hold their pictures."""
     def __init__(self, files: list, columns: dict[str, str], rules: Rules, task: str = "", skip_bad_rows: bool = False):
@@ -379,7 +379,7 @@ class Rows:
                 except Mistake:     # of the installation, not of the row
                     raise
                 except ValueError as error:
-                    self.leave_out(BadRow(f"{file.path}, row {number}: {error}"), aloud=False)
+                    self.leave_out(BadRow(f"{file.path}, row {number}: {error}"), report=False)
                     continue
                 pictures += content is not None
                 path = content if isinstance(content, Path) else None
@@ -392,12 +392,12 @@ class Rows:
             raise Mistake(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
         self.fingerprint = digest.hexdigest()[:16]
 
-    def leave_out(self, error: BadRow, aloud: bool = True) -> None:
-        """BadRow, unless such rows are to be left out: then its reason is noted and, if `aloud`, printed at once."""
+    def leave_out(self, error: BadRow, report: bool = True) -> None:
+        """BadRow, unless such rows are to be left out: then its reason is noted and, with `report` printed at once."""
         if not self.skip:
             raise BadRow(f"{error} (--skip-bad-rows leaves such rows out)") from None
         self.bad.append(str(error))
-        if aloud:
+        if report:
             tqdm.write(f"left out: {error}")
 
     def check(self, file, row: dict | str, cells: list, number: int, task: str):
@@ -511,7 +511,8 @@ def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
     return {("" if one else config, split): paths for (config, split), paths in found.items()}
 
 
-def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, columns: str = "") -> Scenes | Rows:
+def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, columns: str = ""
+         ) -> Scenes | StoredExamples:
     """The source that a --data string names. task: of rows that do not say theirs; columns: field=NAME,…"""
     named = dict(part.partition("=")[::2] for part in columns.split(",")) if columns else {}
     if wrong := [field for field, name in named.items() if field not in MAPPABLE or not name]:
@@ -534,7 +535,7 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
         except Mistake:
             raise
         except Exception as error:
-            raise Mistake(f"--data {data}: cannot be read as a data set ({said(error)})") from error
+            raise Mistake(f"--data {data}: cannot be read as a data set ({reason_of(error)})") from error
         fitting = {(config, split): files for (config, split), files in found.items()
                    if wanted in ([], [split], [config], [config, split])}
     if not found:
@@ -547,14 +548,14 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
     if other := [file for file in files if file.is_file() and file.suffix not in (".parquet", ".jsonl")]:
         raise Mistake(f"--data {data}: {other[0].name} is neither Parquet nor JSON lines")
     kinds = [JsonlFile if file.suffix == ".jsonl" else ArrowTable for file in files]
-    return Rows([kind(file, named) for kind, file in zip(kinds, files)], named, rules, task, skip_bad_rows)
+    return StoredExamples([kind(file, named) for kind, file in zip(kinds, files)], named, rules, task, skip_bad_rows)
 
 
 def download(name: str) -> Path:
     """A data set of the hub, in huggingface_hub's cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise Mistake(f"--data {name}: give scenes:SPLIT, a .jsonl or .parquet file, a folder, or a hub id "
-                         "OWNER/NAME")
+                      "OWNER/NAME")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=PATTERNS))
@@ -587,13 +588,13 @@ def take(source, numbers: range, seed: int) -> list[Example]:
     return taken
 
 
-def read(source, numbers, aloud: bool = True) -> Iterator[tuple[int, Example]]:
+def read(source, numbers, report: bool = True) -> Iterator[tuple[int, Example]]:
     """The examples of these rows, with their numbers. Where the source skips bad rows, without those."""
     for number in numbers:
         try:
             yield number, source[number]
         except BadRow as error:
-            source.leave_out(error, aloud)
+            source.leave_out(error, report)
 
 
 def noticed(source) -> list[str]:

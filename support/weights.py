@@ -62,7 +62,7 @@ def read_config(path: Path) -> dict:
     if (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
         if width % heads or text.get("head_dim") not in (None, width // heads):
             raise Mistake(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
-                             f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
+                          f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
         raise Mistake(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
@@ -84,7 +84,7 @@ def read_config(path: Path) -> dict:
     pixels = vision_fields["vision_patch_size"] * vision_fields["vision_spatial_merge_size"]   # of an image token
     if vision_fields["vision_window_size"] < pixels:
         raise Mistake(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
-                         f"an image token of {pixels}×{pixels}")
+                      f"an image token of {pixels}×{pixels}")
     return {
         **{name: field(text, name) for name in numbers},
         "rms_norm_eps": field(text, "rms_norm_eps", 1e-5),    # where it is missing, as transformers
@@ -144,7 +144,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         raise Mistake(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
     if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
         raise Mistake(f"{folder}: config.json says tie_word_embeddings, but the stored lm_head.weight differs from "
-                         "model.embed_tokens.weight; set it to false, or remove lm_head.weight from the file")
+                      "model.embed_tokens.weight; set it to false, or remove lm_head.weight from the file")
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import data
 from support import scenes
-from data import Processor, Prompt, Row, collate, convert_boxes, load, pack_group, smart_resize
+from data import Processor, Prompt, Response, Row, collate, convert_boxes, load, pack_group, smart_resize
 from rewards import TASKS, user_text
 from support.sources import Example, open_image
 
@@ -284,7 +284,7 @@ def plain_prompt(tokens: list[int], **more) -> Prompt:
 
 
 def test_pack_group_docstring():
-    [row] = pack_group(plain_prompt([7, 8]), [[1, 2], [3, 4, 5]])
+    [row] = pack_group(plain_prompt([7, 8]), [Response([1, 2]), Response([3, 4, 5])])
     assert row.tokens == [7, 8, 1, 2, 3, 4, 5]
     assert row.segment == [0, 0, 1, 1, 2, 2, 2]
     assert row.predictor == [0, 0, 1, 2, 1, 4, 5]
@@ -295,42 +295,43 @@ def test_responses_go_on_after_the_largest_position():
     """After an image the largest id is not that of the last token."""
     prompt = plain_prompt([9] * 4)
     prompt.position = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [5, 0, 1, 1]])
-    [row] = pack_group(prompt, [[1, 2], [3]])
+    [row] = pack_group(prompt, [Response([1, 2]), Response([3])])
     assert row.position[:, 4:].tolist() == [[6, 7, 6]] * 3
 
 
-def by_response(rows: list[Row]) -> dict[int, list]:
-    """Response number → (token, position, what precedes it: a token or the prompt's end) of each of its tokens."""
-    found = collections.defaultdict(list)
+def by_response(rows: list[Row]) -> list[list]:
+    """Of each response: token, position and what precedes it (a token or the prompt's end), of each of its tokens."""
+    found = []
     for row in rows:
+        found += [[] for _ in row.responses]
         for i, s in enumerate(row.segment):
             if s:
                 p = row.predictor[i]
-                before = "prompt" if row.segment[p] == 0 else (row.segment[p], row.tokens[p])
-                assert row.segment[p] or p == row.segment.count(0) - 1
-                found[s].append((row.tokens[i], row.position[:, i].tolist(), before))
+                assert row.segment[p] in (0, s) and (row.segment[p] or p == row.segment.count(0) - 1)
+                before = "prompt" if row.segment[p] == 0 else row.tokens[p]
+                found[s - 1 - len(row.responses)].append((row.tokens[i], row.position[:, i].tolist(), before))
     return found
 
 
 @pytest.mark.parametrize("limit", range(9, 32))
 def test_splitting_by_max_row_tokens(limit):
     prompt, lengths = plain_prompt([50, 51, 52, 53]), (3, 1, 5, 5, 2, 4, 5, 1)
-    responses = [[10 * s + i for i in range(n)] for s, n in enumerate(lengths, 1)]
+    responses = [Response([10 * s + i for i in range(n)]) for s, n in enumerate(lengths, 1)]
     rows = pack_group(prompt, responses, limit)
     for row in rows:
         assert len(row.tokens) == len(row.segment) == len(row.predictor) == row.position.shape[1] <= limit
         assert row.tokens[:4] == prompt.tokens and row.segment[:4] == [0] * 4
+    assert [o for row in rows for o in row.responses] == responses
     found = by_response(rows)
-    assert list(found) == list(range(1, 9))
-    assert [[token for token, _, _ in found[s]] for s in found] == responses
+    assert [[token for token, _, _ in each] for each in found] == [o.tokens for o in responses]
     assert found == by_response(pack_group(prompt, responses))
     for row, following in zip(rows, rows[1:]):  # no row was ended early
-        assert len(row.tokens) + lengths[max(row.segment)] > limit, following.segment
+        assert len(row.tokens) + len(following.responses[0].tokens) > limit, following.segment
 
 
 def test_response_that_does_not_fit():
     with pytest.raises(ValueError, match="example the id: .* 4 tokens and a response of 5 exceed --max-row-tokens 8"):
-        pack_group(plain_prompt([50, 51, 52, 53]), [[1], [1, 2, 3, 4, 5]], 8)
+        pack_group(plain_prompt([50, 51, 52, 53]), [Response([1]), Response([1, 2, 3, 4, 5])], 8)
 
 
 def test_nothing_to_collate():
@@ -342,7 +343,7 @@ def test_collate():
     images = [torch.full((4, 6), 1.0), torch.full((8, 6), 2.0)]
     prompts = [plain_prompt([7, 8], patches=images[0], grids=[(2, 2)]), plain_prompt([7, 8, 9]),
                plain_prompt([6], patches=images[1], grids=[(2, 4)])]
-    batch = collate([row for p in prompts for row in pack_group(p, [[1, 2]])])
+    batch = collate([row for p in prompts for row in pack_group(p, [Response([1, 2])])])
     assert batch.tokens.tolist() == [[7, 8, 1, 2, 0], [7, 8, 9, 1, 2], [6, 1, 2, 0, 0]]
     assert batch.segment.tolist() == [[0, 0, 1, 1, -1], [0, 0, 0, 1, 1], [0, 1, 1, -1, -1]]
     assert batch.predictor.tolist() == [[0, 0, 1, 2, 0], [0, 0, 0, 2, 3], [0, 0, 1, 0, 0]]

@@ -370,12 +370,6 @@ def test_token_weight_by_hand(normaliser, expected):
     close(token_weight(SEGMENT, normaliser), expected)
 
 
-def test_token_weight_of_a_split_row():
-    """A row cut off by --max-row-tokens keeps the numbers of its responses, which may exceed its length."""
-    segment = torch.tensor([[0, 8, 8, 9, -1], [0, 1, 2, 2, 2]])
-    close(token_weight(segment, "seq-mean"), [[0, 1 / 2, 1 / 2, 1, 0], [0, 1, 1 / 3, 1 / 3, 1 / 3]])
-
-
 def test_per_token_by_hand():
     advantage = torch.tensor([[2., -1., -3.], [5., 7., 99.]])  # the second group has two responses only
     close(per_token(advantage, SEGMENT), [[0, 0, 2, 2, 2, -1, -3, -3], [0, 5, 7, 7, 7, 7, 0, 0]])

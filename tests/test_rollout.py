@@ -6,7 +6,7 @@ from scipy import stats
 from torch.nn.functional import scaled_dot_product_attention
 
 import rollout
-from data import Processor, collate, pack_group
+from data import Processor, Response, collate, pack_group
 from model import KVCache, Qwen2_5_VL, row_mask
 from rollout import generate, sample, uniforms
 from support.sources import Scenes
@@ -40,7 +40,7 @@ def prompts(processor):
 
 def rescored(model, prompt, responses):
     """The training forward's log-probs of each response."""
-    batch = collate(pack_group(prompt, [r.tokens for r in responses]))
+    batch = collate(pack_group(prompt, responses))
     with torch.no_grad():
         logp, _ = model(**vars(batch), temperature=0.7)
     return [logp[batch.segment == s + 1] for s in range(len(responses))]
@@ -57,7 +57,7 @@ def uncached(model, prompt, R, temperature, u):
     """The same sampling without a cache: the whole sequence is run again for every token."""
     tokens = []
     for r in range(R):
-        batch = collate(pack_group(prompt, [[*tokens, 0]]))
+        batch = collate(pack_group(prompt, [Response([*tokens, 0])]))
         with torch.no_grad():
             hidden = hidden_states(model, batch)[:, len(prompt.tokens) + r - 1]
             token, *_ = sample(model.logits(hidden, temperature or 1.0), None if u is None else u[r:r + 1])
@@ -83,7 +83,7 @@ def test_recorded_log_probs_equal_the_training_forward(model, prompts, products)
     for prompt, group in zip(prompts, generate(model, prompts, 4, 20, temperature=0.7)):
         for response, logp in zip(group, rescored(model, prompt, group)):
             torch.testing.assert_close(torch.tensor(response.logp), logp, atol=1e-5, rtol=1e-5)
-        batch = collate(pack_group(prompt, [r.tokens for r in group]))
+        batch = collate(pack_group(prompt, group))
         with torch.no_grad():
             _, entropy = model(**vars(batch), temperature=0.7)
         torch.testing.assert_close(torch.tensor(sum((r.entropy for r in group), [])), entropy[batch.segment > 0],
@@ -124,7 +124,7 @@ def test_bfloat16_sampling_is_the_policy_that_is_trained(processor):
     prompts = [processor.prompt(Scenes("train")[i]) for i in range(4)]
     gap = []
     for prompt, group in zip(prompts, generate(model, prompts, 8, 48)):
-        batch = collate(pack_group(prompt, [r.tokens for r in group]))
+        batch = collate(pack_group(prompt, group))
         with torch.no_grad():
             logp = model(**vars(batch))[0][batch.segment > 0]
         gap.append((logp - torch.tensor(sum((r.logp for r in group), []))).abs())
@@ -162,7 +162,7 @@ def test_seed_and_place_each_change_the_rollouts(model, prompts):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_frequencies_match_the_softmax(model, prompts, temperature):
     n = 8000
-    batch = collate(pack_group(prompts[1], [[0]]))
+    batch = collate(pack_group(prompts[1], [Response([0])]))
     with torch.no_grad():
         hidden = hidden_states(model, batch)[0, len(prompts[1].tokens) - 1]
         expected = n * (model.lm_head(hidden).masked_fill(model.banned, -torch.inf) / temperature).softmax(-1).double()

@@ -149,7 +149,7 @@ def test_what_the_log_says_of_an_update(alone):
     total = sum(len(o.tokens) for o in responses)
     logp = {}
     for g in groups:
-        batch = collate(pack_group(g.prompt, [o.tokens for o in g.responses]))
+        batch = collate(pack_group(g.prompt, g.responses))
         with torch.no_grad():
             scored, _ = model(**vars(batch), temperature=0.8)
         for s in range(4):
@@ -315,8 +315,21 @@ def apply_diff(text: str, folder: Path) -> dict[str, int]:
     return hunks
 
 
+def three_steps(script: Path, folder: Path, *flags: str) -> list[dict]:
+    process = subprocess.run(
+        [sys.executable, str(script), "--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", "3", "--name", "a", *flags],
+        cwd=folder, capture_output=True, text=True, env={**os.environ, "MASTER_PORT": str(free_port())})
+    assert process.returncode == 0, process.stderr
+    return lines(folder / "runs/a")
+
+
+@pytest.fixture(scope="module")
+def unedited(tmp_path_factory):
+    return three_steps(ROOT / "train.py", tmp_path_factory.mktemp("unedited"))
+
+
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_is_one_hunk_and_one_option(tmp_path, edit):
+def test_an_edit_is_one_hunk_and_one_option(tmp_path, edit, unedited):
     """Applied to a copy, which then trains three steps with it; what is logged under a new name arrives."""
     diff, flags, where = EDITS[edit]
     if diff is None:
@@ -324,22 +337,16 @@ def test_an_edit_is_one_hunk_and_one_option(tmp_path, edit):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "tests", "*.pyc"))
     assert apply_diff(diff, copy) == {where: 1, "train.py": 1}
-    runs = {}
-    for name, more in (("with", flags), ("without", [])):
-        process = subprocess.run(
-            [sys.executable, str(copy / "train.py"), "--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", "3", "--name",
-             name, *more], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "MASTER_PORT": str(free_port())})
-        assert process.returncode == 0, process.stderr
-        runs[name] = lines(tmp_path / "runs" / name)
-    assert len(runs["with"]) == 3 and all(math.isfinite(line["loss"]) for line in runs["with"])
-    assert runs["with"] != runs["without"]
+    edited = three_steps(copy / "train.py", tmp_path, *flags)
+    assert len(edited) == 3 and all(math.isfinite(line["loss"]) for line in edited)
     if edit == "README":
-        assert all("label_nll" in line for line in runs["with"]) and "label_nll" not in runs["without"][0]
-    if edit == "a fourth control":
-        assert runs["with"][0]["r_y"] < runs["without"][0]["r_y"]
+        assert all("label_nll" in line for line in edited) and "label_nll" not in unedited[0]
+        assert [line["loss"] for line in edited] != [line["loss"] for line in unedited]
+    if edit == "a fourth control":      # the loss stays: where all rollouts are equal, Â_y does not depend on r(y)
+        assert edited[0]["r_y"] < unedited[0]["r_y"]
     if edit == "a length penalty":
-        assert all(line["rollouts/length"] < 0 for line in runs["with"])
+        assert all(line["rollouts/length"] < 0 for line in edited)
+        assert [line["loss"] for line in edited] != [line["loss"] for line in unedited]
 
 
 def test_the_entropy_bonus_raises_the_entropy(alone):
@@ -353,7 +360,7 @@ def test_the_entropy_bonus_raises_the_entropy(alone):
         give(groups[0], [0.0] * 4)
         loss, norm, tokens, _ = run_update(cfg, model, groups)
         assert math.isfinite(loss) and (norm > 0) == (bonus > 0)
-        batch = collate(pack_group(groups[0].prompt, [o.tokens for o in groups[0].responses]))
+        batch = collate(pack_group(groups[0].prompt, groups[0].responses))
         with torch.no_grad():
             entropy[bonus] = float(model(**vars(batch))[1].sum())
     assert entropy[1.0] > entropy[0.0] + 1e-3
