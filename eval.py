@@ -81,7 +81,7 @@ class Options:
     max_new_tokens: int = option(0, "how", "longest answer (0: 2048, as in the authors' scripts; 128 for a tiny model)", least=0)
     repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
                                        "generation_config", above=0)
-    batch: int = option(64, "how", "prompts decoded together", least=1)
+    sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
     precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
     onednn: bool = option(True, "how", "on a CPU, large float32 products by oneDNN")
 
@@ -292,7 +292,8 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
             boxes = json.loads(prompt.example.answer)
             truth = prompt.example.mask if segmenter else box_mask(boxes, prompt.original_size)
             if truth is None:
-                raise ValueError(f"example {record.id}: --masks compares with true masks; the data has no column mask")
+                raise Mistake(f"example {record.id}: --masks compares with true masks, and its column mask is empty; leave "
+                              "--masks out, or the row")
             record.intersection, record.union = intersection_union(mask, truth)
             record.area = int(mask.sum())
         yield from zip(records, chunk)
@@ -338,7 +339,7 @@ def original_frame(items: list[dict], prompt: Prompt) -> list[dict]:
 # What a person sees
 
 def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = SHOWN) -> str:
-    """{title: metrics} → a text table, one metric a line."""
+    """{title: metrics} → a text table, one metric a line, without those that none has."""
     def cell(name: str, value) -> str:
         if value is None:
             return "–"
@@ -347,6 +348,8 @@ def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = 
     lines = [" " * 22 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths))]
     for entry in (*shown, *ALWAYS):
         name, metric = entry.split(" = ") if " = " in entry else (entry, entry)
+        if all(m[metric] is None for m in columns.values()):
+            continue
         cells = (f"  {cell(metric, m[metric]):>{w}}" for m, w in zip(columns.values(), widths))
         lines.append(f"{name:<22}" + "".join(cells))
     return "\n".join(lines)
@@ -463,6 +466,8 @@ def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
 def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, device) -> None:
     """Every rank answers its share of the examples that no interrupted evaluation has left; rank 0 sums up."""
     task, shown = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
+    if cfg.masks and not source.has_masks:
+        raise Mistake(f"--masks compares with true masks, and {cfg.data} has no column mask: leave it out")
     segmenter = Segmenter(cfg.masks, device) if cfg.masks else None
     settings = what_matters(cfg, task, model, source)
     out, elsewhere = results_folder(cfg, model, settings)
@@ -476,8 +481,8 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
     if rank == 0:
         print("".join(f"{line}\n" for line in noticed(source)) + elsewhere +
               f"{cfg.model} on {cfg.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
-              f"before; greedy, {cfg.precision}, repetition penalty {cfg.repetition_penalty}, "
-              + (f"masks by {cfg.masks}" if cfg.masks else "filled boxes stand in for masks"))
+              f"before; greedy, {cfg.precision}, repetition penalty {cfg.repetition_penalty}"
+              + (f", masks by {cfg.masks}" if cfg.masks else ""))
     drawn, opened, order = [], len(source.bad), []
 
     def examples():
@@ -489,7 +494,7 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
     if path.exists() and not path.read_text().endswith("\n"):   # interrupted in the middle of a line
         path.write_text(path.read_text() + "\n")
     with open(path, "a") as file:
-        answered = evaluate(model, Processor(model.folder), examples(), longest_answer(cfg, model), cfg.batch,
+        answered = evaluate(model, Processor(model.folder), examples(), longest_answer(cfg, model), cfg.sampling_batch,
                             cfg.repetition_penalty, segmenter)
         for at, (record, prompt) in enumerate(tqdm(answered, total=len(missing), unit="ex", disable=rank > 0)):
             line = {"index": order[at], **vars(record),
@@ -517,9 +522,12 @@ def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[st
     records = [Record(**{k: v for k, v in lines[n].items() if k in names}) for n in numbers if n in lines]
     metrics = summarise(records)
     print(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
+    if metrics["gIoU"] is not None and not cfg.masks:
+        print("gIoU, cIoU and areas: filled boxes stand in for masks (--masks)")
     if bad:
         print(f"left out: {len(bad)} rows, listed in metrics.json")
-    (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": metrics}, indent=2) + "\n")
+    measured = {name: value for name, value in metrics.items() if value is not None}
+    (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": measured}, indent=2) + "\n")
     pictures = ""
     if drawn:
         draw_sheet(for_sheet(drawn), out / "overlay.png")

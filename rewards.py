@@ -531,7 +531,7 @@ def read_accepted(value, choices) -> str:
 @dataclass(frozen=True)
 class Task:
     """All that a task is."""
-    prompt: str                                   # the user's turn, with {question}
+    prompt: str                                   # the user's turn; {question} stands for the question
     render: Callable[[str, str], str]             # (answer, style) → the text of y
     reward: Callable[[str, str], Reward]          # (response, answer) → named terms
     metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: the box metrics of eval.py
@@ -547,15 +547,15 @@ GROUNDING_PROMPT = (  # the authors' evaluation prompt, to the letter
     "Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
     "Output the bbox(es) and point(s) inside the interested object(s) in JSON format."
     "i.e., <think> thinking process here </think>"
-    '<answer>[{{"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}}, '
-    '{{"bbox_2d": [225, 296, 706, 786], "point_2d": [302, 410]}}]</answer>')
+    '<answer>[{"bbox_2d": [10, 100, 200, 210], "point_2d": [30, 110]}, '
+    '{"bbox_2d": [225, 296, 706, 786], "point_2d": [302, 410]}]</answer>')
 # The prompt that their earlier trainer used: a newline after the image, no blanks inside the lists.
 GROUNDING_TRAIN_PROMPT = "\n" + GROUNDING_PROMPT.replace("[10, 100, 200, 210]", "[10,100,200,210]").replace(
     "[30, 110]", "[30,110]").replace("[225, 296, 706, 786]", "[225,296,706,786]").replace("[302, 410]", "[302,410]")
 MATH_PROMPT = (
     "{question} First think about the question and then provide the answer. The answer is in latex format and wrapped "
-    "using the \\boxed{{}} command. The thinking process and answer are enclosed within <think> </think> and "
-    "\\boxed{{}} tags, respectively. i.e., <think> thinking process here. </think>\\boxed{{2}}")
+    "using the \\boxed{} command. The thinking process and answer are enclosed within <think> </think> and "
+    "\\boxed{} tags, respectively. i.e., <think> thinking process here. </think>\\boxed{2}")
 SHORT_PROMPT = "{question}\nAnswer the question using a single word or phrase."   # Qwen2.5-VL's own, for both
 
 
@@ -597,7 +597,7 @@ def user_text(task: str, question: str) -> str:
     """The user's turn."""
     if TASKS[task].strip is not None:
         question = question.lower().strip(TASKS[task].strip)
-    return TASKS[task].prompt.format(question=question)
+    return TASKS[task].prompt.replace("{question}", question)
 
 
 reported: set[tuple[str, str]] = set()   # failures of rewards whose traceback has been printed

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data import Prompt, Response, collate_images
 from model import KVCache, Qwen2_5_VL, row_mask
+from support.mistakes import Mistake
 from support.onednn import packed_weights
 
 WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
@@ -61,6 +62,7 @@ def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     else:
         cumulative = logp.double().exp().cumsum(-1)
         token = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[-1] - 1)       # past the end where the logits are NaN (`generate`)
     return token, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
@@ -153,6 +155,9 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
             # The slots written by the end of this step; a graph reads more, so that it serves the next steps as well.
             cache.window = min(-(-(r + 1) // WINDOW) * WINDOW, max_new_tokens) if graphs else r + 1
             hidden = take_step(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
+    if not torch.cat([logp.flatten() for _, _, logp, _ in history]).isfinite().all():
+        raise Mistake("the model's log-probs are not finite: its weights hold NaN or Inf, or have become too large; begin "
+                      "from a sound model or checkpoint, with a smaller --lr if this was a training")
     return collect(history, len(prompts), G, set(model.eos_ids))
 
 

@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,8 @@ from support.options import option, parse
 from support.optimizers import make_optimizers, set_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
-from support.runs import load_optimizer, newest_checkpoint, open_run, renamed_options, save_checkpoint
+from support.runs import (checkpoint_to_resume, load_optimizer, newest_checkpoint, open_run, read_lines,
+                          renamed_options, save_checkpoint)
 from support.sources import noticed, read, take
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
@@ -100,6 +101,8 @@ class Config:
     max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]",
                                  least=1)
     temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]", above=0)
+    sampling_batch: int = option(64, "sampling", "prompts sampled or evaluated together; any value gives the same answers",
+                                 least=1)
     cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs; not tried on a GPU yet")
 
     steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1)
@@ -148,7 +151,8 @@ class Config:
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     resumable = ("resume", "dry_run", "steps", "eval_data", "eval_examples", "eval_every", "save_every", "log_every",
-                 "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "onednn")
+                 "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn",
+                 "tensorboard")
     return parse(Config, "train.py", __doc__, arguments, PRESETS, resumable, renamed_options)
 
 
@@ -187,9 +191,11 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
     if cfg.method == "sft":
         ys = [label_tokens(cfg, model, processor, prompt)[1] for prompt in prompts]
         return [Group(prompt, [Response(y, is_y=True, advantage=1.0)]) for prompt, y in zip(prompts, ys)]
-    groups = []
-    sampled = generate(model, prompts, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                       range(first, first + len(prompts)), graphs=cfg.cuda_graphs)
+    groups, sampled = [], []
+    for i in range(0, len(prompts), cfg.sampling_batch):
+        part = prompts[i:i + cfg.sampling_batch]
+        sampled += generate(model, part, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed,
+                            range(first + i, first + i + len(part)), graphs=cfg.cuda_graphs)
     for prompt, responses in zip(prompts, sampled):
         y, rollouts = None, [processor.decode(o.tokens) for o in responses]
         if cfg.method == "visurf":
@@ -305,6 +311,7 @@ class Job:
     held_out: list = field(default_factory=list)          # examples to evaluate on
     left_out: list = field(default_factory=list)          # rows of either that cannot be used, when they were opened
     run: Path = Path()
+    seconds: float = 0.0                  # of the last step
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -327,7 +334,7 @@ def open_data(cfg: Config, processor: Processor, data: str):
 def set_up() -> Job:
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
-    checkpoint = newest_checkpoint(Path(cfg.resume)) if cfg.resume else None
+    checkpoint = checkpoint_to_resume(Path(cfg.resume)) if cfg.resume else None
     processor = Processor(checkpoint or cfg.model)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
@@ -337,6 +344,8 @@ def set_up() -> Job:
     if cfg.tensorboard:
         tensorboard_writer()
     state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else dict(step=0, cursor=0, bad_steps=0)
+    if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
+        cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, dtype, device,
@@ -413,7 +422,7 @@ def run_evaluation(job: Job, history: dict[str, dict]) -> None:
     """Every rank answers its share; rank 0 draws its first answers, and prints the table of all evaluations so far."""
     cfg, step = job.cfg, job.state["step"]
     own = job.held_out[job.rank::job.world]
-    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens)
+    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch)
     pairs = list(tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0))
     if job.rank == 0:
         draw_sheet(for_sheet(pairs[:12]), job.run / "samples" / f"step_{step}.png")
@@ -424,38 +433,47 @@ def run_evaluation(job: Job, history: dict[str, dict]) -> None:
 
 
 def dry_run(job: Job) -> None:
-    """One step as expensive as any can be: the longest prompt among 256 examples, every response max_new_tokens long.
-    Nothing is written; the learning rate is 0."""
-    cfg, source = job.cfg, job.source
+    """One step and one batch of an evaluation as expensive as any can be: the longest prompt among 256 examples, every
+    response max_new_tokens long. Nothing is written; the learning rate is 0."""
+    cfg, source, model = job.cfg, job.source, job.ddp.module
     few = sorted({i * len(source) // 256 for i in range(256)})
     prompts = [job.processor.prompt(example) for _, example in read(source, few, report=job.rank == 0)]
     if not prompts:
         raise Mistake(f"--data {cfg.data}: all of the {len(few)} rows read are bad; the last: {source.bad[-1]}")
     prompt = max(prompts, key=lambda p: len(p.tokens))
     S = {"sft": 1, "rlvr": cfg.rollouts, "visurf": cfg.rollouts + 1}[cfg.method]
-    share, few = cfg.prompts_per_step // job.world, min(32, cfg.max_new_tokens)
-    groups = min(share, cfg.micro_rows)
+    share = cfg.prompts_per_step // job.world
+    groups, together = min(share, cfg.micro_rows), min(share, cfg.sampling_batch)
     fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0)] * S)
     rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
     job.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
             f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
     for group in (g for optimizer in job.optimizers for g in optimizer.param_groups):
         group["lr"] = 0.0
+    model.eos_ids = ()                 # no response ends before max_new_tokens
+    parts = {"update": (lambda: update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter()),
+                        share / groups)}
+    if cfg.method != "sft":
+        parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.rollouts, cfg.max_new_tokens,
+                                              cfg.temperature, graphs=cfg.cuda_graphs), share / together)
+    evaluated = -(-len(job.held_out) // job.world)
+    if evaluated:
+        batch = min(evaluated, cfg.sampling_batch)
+        parts["evaluation"] = (lambda: generate(model, [prompt] * batch, 1, cfg.max_new_tokens, 0), evaluated / batch)
     seconds = {}
-    for _ in range(2):                 # the first time warms up
+    for name, (call, times) in parts.items():
+        if name == "update":
+            call()                     # to warm up
         began = time.time()
-        if cfg.method != "sft":
-            sampled = generate(job.ddp.module, [prompt] * share, cfg.rollouts, few, cfg.temperature,
-                               graphs=cfg.cuda_graphs)
-            taken = max(len(o.tokens) for o in sum(sampled, []))
-            seconds["sampling"] = (time.time() - began) * cfg.max_new_tokens / taken
-        began = time.time()
-        update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter())
-        seconds["update"] = (time.time() - began) * share / groups
-    gigabytes, total = (max(gather_json(x, job.device)) for x in (peak_memory_gb(job.device), sum(seconds.values())))
-    parts = " + ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    job.say(f"peak memory {gigabytes:.1f} GB; one step at most {parts}; {cfg.steps} steps at most "
-            f"{cfg.steps * total / 3600:.1f} hours. Shorter responses take less.")
+        call()
+        seconds[name] = max(gather_json((time.time() - began) * times, job.device))
+    gigabytes = max(gather_json(peak_memory_gb(job.device), job.device))
+    step = seconds["update"] + seconds.get("sampling", 0.0)
+    evaluations = bool(evaluated) * (1 + (-(-cfg.steps // cfg.eval_every) if cfg.eval_every else 1))
+    job.say(f"peak memory {gigabytes:.1f} GB; at most " + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()) +
+            f"; {cfg.steps} steps and {evaluations} evaluations at most "
+            f"{(cfg.steps * step + evaluations * seconds.get('evaluation', 0.0)) / 3600:.1f} hours. Shorter responses take "
+            "less.")
 
 
 def main() -> None:
@@ -470,7 +488,7 @@ def main() -> None:
     job.run = open_run(cfg, {name: task.prompt for name, task in TASKS.items()}, job.rank, job.device, state["step"])
     job.say(f"writing to {job.run}{short_run(cfg)}")
     try:
-        loop(job, stop_signals())
+        loop(job, stop_signals(lambda: stopping_sentence(job)))
     except BaseException:
         if job.rank == 0 and not state["step"]:
             shutil.rmtree(job.run)      # it holds nothing yet
@@ -478,15 +496,30 @@ def main() -> None:
     leave_ranks()
 
 
+def stopping_sentence(job: Job) -> str:
+    """What a signal prints at once; torchrun prints a traceback of its own after it."""
+    if job.rank > 0:
+        return ""
+    return (f"stopping: the step at work is ended and saved first (the last one took {job.seconds:.0f} s). torchrun kills "
+            "what takes longer than its --shutdown-timeout, by default 30 s")
+
+
 def loop(job: Job, stopped: list) -> None:
     """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come (`stopped` is then not empty)."""
     cfg, state = job.cfg, job.state
-    history: dict[str, dict] = {}
+    lines = read_lines(job.run)
+    history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
+    if before := [line["lr"] for line in lines if "lr" in line][-1:]:
+        now = set_lr(cfg, job.optimizers, state["step"])
+        if not 0.5 < now / max(before[0], 1e-30) < 2:
+            job.say(f"the learning rate goes on at {now:.1e}, after {before[0]:.1e}: its schedule is that of {cfg.steps} "
+                    "steps now")
     if job.held_out and state["step"] == 0:
         run_evaluation(job, history)
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
         while state["step"] < cfg.steps:
             line = train_step(job)
+            job.seconds = line["seconds"]
             give_memory_back()
             job.log(line)
             bar.update()
@@ -495,8 +528,9 @@ def loop(job: Job, stopped: list) -> None:
             if line["skipped"]:
                 job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
-                raise Mistake(f"{MAX_BAD_STEPS} steps in a row were not finite; the last good checkpoint is "
-                              f"{newest_checkpoint(job.run)}")
+                raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (metrics.jsonl has them): try "
+                              f"a smaller --lr or --grad-clip. Last checkpoint: "
+                              f"{checkpoint_to_resume(job.run) or 'none yet'}")
             done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped), job.device))
             if job.held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
                 run_evaluation(job, history)

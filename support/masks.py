@@ -9,13 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from support.mistakes import Mistake
+
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
 class Segmenter:
     def __init__(self, folder: str, device):
         from transformers import Sam2Model
-        self.model = Sam2Model.from_pretrained(folder, use_safetensors=True).to(device).eval()
+        try:
+            self.model = Sam2Model.from_pretrained(folder, use_safetensors=True).to(device).eval()
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:150]
+            raise Mistake(f"--masks {folder}: neither a folder with a SAM 2 model nor a hub id that can be had ({reason})"
+                          ) from None
         self.side = self.model.config.prompt_encoder_config.image_size     # pixels of the square it sees: 1024
 
     def pixels(self, image: Image.Image) -> Tensor:

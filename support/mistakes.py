@@ -10,14 +10,17 @@ class Mistake(ValueError):
     """Something that the person who started the program can mend: its text says what is wrong and what to do."""
 
 
-def stop_signals() -> list[float]:
-    """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop to see; a second
-    Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the terminal and from torchrun."""
+def stop_signals(sentence) -> list[float]:
+    """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop to see, and print
+    what sentence() returns; a second Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the
+    terminal and from torchrun."""
     times: list[float] = []
 
     def note(number, _) -> None:
         if number == signal.SIGINT and times and time.time() - times[0] > 1:
             os._exit(130)
+        if not times and (text := sentence()):
+            os.write(2, f"\n{text}\n".encode())       # a handler must not print: it may stand inside another print
         times.append(time.time())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)

@@ -6,7 +6,6 @@ AdamW's two moments, 12 bytes a parameter, are sharded over the ranks.
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -58,6 +57,7 @@ def make_optimizers(cfg, model: nn.Module) -> list:
                 torch.optim.AdamW(rest, **adamw)]
     if dist.get_world_size() == 1:
         return [kind(parameters, **adamw)]
+    from torch.distributed.optim import ZeroRedundancyOptimizer     # takes more than a second: only where it is used
     return [ZeroRedundancyOptimizer(parameters, kind, **adamw)]
 
 
@@ -76,7 +76,9 @@ def short_run(cfg) -> str:
                                  f"only, of {cfg.lr:.1e} (--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
 
 
-def set_lr(cfg, optimizers: list, step: int) -> None:
+def set_lr(cfg, optimizers: list, step: int) -> float:
+    """Returns the learning rate of a step, from 0."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * share_of_lr(cfg, step)
+    return cfg.lr * share_of_lr(cfg, step)

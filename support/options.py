@@ -52,9 +52,7 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
         resume, defaults = chosen.resume, defaults | presets.get(chosen.preset, {})
         if resume:
             path = Path(resume) / "config.json"
-            if not path.exists():
-                raise Mistake(f"--resume {resume}: there is no {path}")
-            defaults |= renamed(json.loads(path.read_text())["config"])
+            defaults |= renamed(json.loads(path.read_text())["config"]) if path.exists() else {}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      usage=f"torchrun {script} [--OPTION VALUE …]", add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -3,9 +3,14 @@ import json
 import os
 import socket
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# How long ranks wait for each other before they give up. What one rank does alone must end within it: the longest is a
+# checkpoint, of a 7B model 116 GB, which takes 20 minutes at 100 MB/s.
+TIMEOUT = timedelta(hours=1)
 
 
 def start_ranks() -> tuple[int, int, torch.device]:
@@ -18,12 +23,12 @@ def start_ranks() -> tuple[int, int, torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
     else:
         device = torch.device("cpu")
         if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))  # share the cores
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     return dist.get_rank(), dist.get_world_size(), device
 
 

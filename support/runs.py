@@ -1,6 +1,7 @@
 """Runs and checkpoints: what train.py leaves on disk, and how it goes on from there. Nothing is pickled.
 
-    runs/NAME/config.json            every option, the git commit, the versions, the prompts of the tasks
+    runs/NAME/config.json            every option, the git commit, the versions, the prompts of the tasks; where the run
+                                     went on with other options, those, and under "before" what held until which step
     runs/NAME/metrics.jsonl          one line a step, one an evaluation
     runs/NAME/samples/step_N.png     answers of an evaluation
     runs/NAME/checkpoints/step_N/    a complete model folder, optimizer_K.safetensors, state.json (step, cursor)
@@ -23,7 +24,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from support.mistakes import Mistake
 from support.ranks import gather_json
@@ -40,9 +40,11 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Pat
     """Creates runs/NAME with config.json; with cfg.resume re-opens it and cuts metrics.jsonl after step `start`. The
     same path on all ranks. A run that exists is not overwritten."""
     run = Path(cfg.resume or Path("runs") / (cfg.name or time.strftime(f"{cfg.method}-%Y%m%d-%H%M%S")))
-    run, exists = gather_json([str(run), run.exists()], device)[0]
+    # A start that was killed before its first line leaves config.json alone: that is no run yet.
+    taken = run.exists() and not (run.is_dir() and {p.name for p in run.iterdir()} <= {"config.json"})
+    run, taken = gather_json([str(run), taken], device)[0]
     run = Path(run)
-    if exists and not cfg.resume:
+    if taken and not cfg.resume:
         raise Mistake(f"{run} exists and is not overwritten: choose another --name, or go on with --resume {run}")
     if rank == 0:
         try:
@@ -50,16 +52,31 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Pat
         except OSError as error:
             raise Mistake(f"{run} cannot be made: {error.strerror}; start in a folder that can be written to") from None
         record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
-                  "versions": versions(), "command": sys.argv,
-                  "prompts": prompts}
-        name = f"config.resumed_at_{start}.json" if cfg.resume else "config.json"
-        (run / name).write_text(json.dumps(record, indent=2) + "\n")
+                  "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
+        if cfg.resume:
+            old = json.loads((run / "config.json").read_text())
+            record["before"] = [*old.pop("before", []), {"until_step": start, **old}]
+        replace_file(run / "config.json", json.dumps(record, indent=2) + "\n")
         metrics = run / "metrics.jsonl"
         if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= start]
-            metrics.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in metrics.read_text().splitlines() if start and json.loads(line)["step"] <= start]
+            replace_file(metrics, "".join(line + "\n" for line in kept))
     dist.barrier()
     return run
+
+
+def replace_file(path: Path, text: str) -> None:
+    """The old file or the new one, whenever the process is killed."""
+    beside = path.with_name(f".unfinished_{path.name}")
+    beside.write_text(text)
+    sync(beside)
+    beside.rename(path)
+
+
+def read_lines(run: Path) -> list[dict]:
+    """metrics.jsonl, one record a line; none before the first."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def renamed_options(saved: dict) -> dict:
@@ -71,12 +88,23 @@ def renamed_options(saved: dict) -> dict:
     return saved
 
 
+def checkpoint_to_resume(run: Path) -> Path | None:
+    """The newest checkpoint of the run that --resume names, None where it has none yet and so begins anew. Mistake: it
+    names something else."""
+    if run.parent.name == "checkpoints" and (run / "state.json").exists():
+        raise Mistake(f"--resume {run}: that is a checkpoint; --resume {run.parent.parent} goes on with its run from the "
+                      f"newest one, --model {run} begins another run from these weights")
+    if not (run / "config.json").exists():
+        raise Mistake(f"--resume {run}: there is no {run / 'config.json'}")
+    return newest_checkpoint(run) if any((run / "checkpoints").glob("step_*")) else None
+
+
 def newest_checkpoint(run: Path) -> Path:
     """The last complete checkpoint of a run folder."""
     steps = sorted((int(p.name.removeprefix("step_")), p) for p in (run / "checkpoints").glob("step_*")
                    if p.name.removeprefix("step_").isdecimal())
     if not steps:
-        raise Mistake(f"{run} holds no checkpoint yet; start it again under another --name")
+        raise Mistake(f"{run} holds no checkpoint yet; torchrun train.py --resume {run} goes on with it")
     return steps[-1][1]
 
 
@@ -84,7 +112,7 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
     """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is complete."""
     folder = run / "checkpoints" / f"step_{state['step']}"
     for optimizer in optimizers:
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
+        if is_sharded(optimizer):
             optimizer.consolidate_state_dict(to=0)
     if rank == 0 and not folder.exists():
         temporary = folder.with_name(f".unfinished_{folder.name}")
@@ -97,7 +125,15 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
             sync(path)
         temporary.rename(folder)
         sync(folder.parent)
+    for optimizer in optimizers:
+        if is_sharded(optimizer):
+            optimizer._all_state_dicts.clear()      # the state of all ranks, which was gathered for the file
     dist.barrier()
+
+
+def is_sharded(optimizer) -> bool:
+    """Whether it is a ZeroRedundancyOptimizer, which takes more than a second to import and so is not named here."""
+    return hasattr(optimizer, "consolidate_state_dict")
 
 
 def sync(path: Path) -> None:
@@ -126,3 +162,5 @@ def load_optimizer(optimizer, path: Path) -> None:
     if set(state) != set(range(first)):
         raise ValueError(f"{path} holds the state of {len(state)} parameters; the optimizer has {first}")
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    if is_sharded(optimizer):
+        optimizer.state.clear()         # a second copy of what its inner optimizer has just taken

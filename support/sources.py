@@ -75,7 +75,7 @@ class Rules:
 
 class Scenes:
     """The built-in world, `scenes:SPLIT`."""
-    bad, odd = (), {}
+    bad, odd, has_masks = (), {}, False
 
     def __init__(self, split: str):
         if split not in scenes.SPLITS:
@@ -391,6 +391,7 @@ class StoredExamples:
         if not self.rows:
             raise Mistake(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
         self.fingerprint = digest.hexdigest()[:16]
+        self.has_masks = any(file.has_masks for file in files)
 
     def leave_out(self, error: BadRow, report: bool = True) -> None:
         """BadRow, unless such rows are to be left out: then its reason is noted and, with `report` printed at once."""

@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_what_was_not_measured_is_a_dash_not_a_zero():
     metrics = summarise([Record("id", "vqa", "", "", 1, False, None, [], [], (0, 0), (0, 0), score=1.0)])
     assert metrics["N-acc strict"] is None and metrics["gIoU"] is None and metrics["answers"] == 1
-    assert [line.split()[-1] for line in table({"step 0": metrics}).splitlines() if "N-acc" in line] == ["–", "–"]
+    assert "N-acc" not in table({"step 0": metrics})                 # a row that nobody measured is left out
+    other = metrics | {"N-acc strict": 0.5}
+    assert [line.split() for line in table({"a": metrics, "b": other}).splitlines() if "N-acc" in line] == [
+        ["N-acc", "strict", "–", "0.500"]]
 
 
 def test_an_answer_is_judged_in_the_frame_the_model_saw_and_reported_in_the_pictures_own():
@@ -50,7 +53,7 @@ def run(*flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
         port = free.getsockname()[1]
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
                            "--master-port", str(port), "eval.py", "--model", "assets/tiny", "--max-new-tokens", "8",
-                           "--batch", "2", *flags],
+                           "--sampling-batch", "2", *flags],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -163,8 +166,8 @@ def test_finished_records_are_kept_only_where_all_that_matters_is_the_same(small
 def test_an_evaluation_that_meets_a_bad_picture_can_be_finished(small, monkeypatch, capsys):
     """It stops with the row's name; with --skip-bad-rows the same command goes on from there."""
     with pytest.raises(BadRow, match="a.jsonl, row 3 .id 3.: the image cannot be read"):
-        evaluate_here(monkeypatch, capsys, *FLAGS[:-1], "--batch", "1")
-    assert "3 examples, 2 of them done before" in evaluate_here(monkeypatch, capsys, *FLAGS, "--batch", "1")
+        evaluate_here(monkeypatch, capsys, *FLAGS[:-1], "--sampling-batch", "1")
+    assert "3 examples, 2 of them done before" in evaluate_here(monkeypatch, capsys, *FLAGS, "--sampling-batch", "1")
 
 
 def test_a_photo_lying_on_its_side_is_turned(small, monkeypatch, capsys):

@@ -6,6 +6,7 @@ from PIL import Image
 
 from experiments.made_data import write_sam2
 from support.masks import Segmenter
+from support.mistakes import Mistake
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +62,11 @@ def test_pixels_are_normalised(segmenter):
 
 def test_no_objects_anywhere(segmenter):
     assert not segmenter([picture(30, 30, 0)], [[]])[0].any()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_what_is_no_sam2_is_one_sentence(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Mistake, match=f"--masks {name}: neither a folder with a SAM 2 model nor a hub id") as mistake:
+        Segmenter(name, "cpu")
+    assert "\n" not in str(mistake.value)

@@ -1,6 +1,7 @@
 """A newcomer's mistakes: one sentence each, as the last thing on the screen."""
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,9 @@ def place(tmp_path, monkeypatch, one_rank):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{")
     (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/taken/checkpoints/step_2").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "checkpoints/step_2/state.json"):
+        (tmp_path / "runs/taken" / name).write_text("")
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     row = {"image": "a.png", "problem": "x", "task": "grounding"}
     for name, solution in (("three", [{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]), ("none", None),
@@ -48,6 +52,9 @@ MISTAKES = [
     ("train", "--cooldown 1.5", "--cooldown 1.5: must be at most 1"),
     ("train", "--name ../../x", "--name ../../x: must be a folder's name"), ("train", "--name ..", "--name"),
     ("train", "--preset papr", "invalid choice: 'papr'"), ("train", "--resume runs/x", "--resume runs/x: there is no "),
+    ("train", "--resume runs/taken/checkpoints/step_2", "that is a checkpoint; --resume runs/taken goes on with its run"),
+    ("train", "--name taken --eval-data= --onednn", "runs/taken exists and is not overwritten"),
+    ("train", "--learning-rate 1", r"--learning-rate: did you mean --lr\?"),
     ("train", "--model nowhere", "--model nowhere: there is no such folder, and it is no hub id"),
     ("train", "--model own/er", "--model own/er: there is no such folder, and the hub does not give it"),
     ("train", "--model empty", "--model empty: empty has no config.json"),
@@ -70,6 +77,10 @@ MISTAKES = [
     ("eval", "--model assets/tiny --image empty", "--image empty: .*is a folder"),
     ("eval", "--model assets/tiny --image http://x.org/a.png", "--image http://.*is an address"),
     ("eval", "--model assets/tiny --data none.jsonl --columns answer=truth", "none of the columns truth holds one"),
+    ("eval", "--model assets/tiny --image a.png --question=", "--question is empty"),
+    ("eval", "--data scenes:test", "--model is missing"),
+    ("eval", "--model assets/tiny --data scenes:test --masks empty", "scenes:test has no column mask"),
+    ("eval", "--model assets/tiny --precision float16", "--precision: invalid choice"),
     ("eval", "--model assets/tiny --question x", "--question needs the picture"),
 ]
 
@@ -86,6 +97,7 @@ def test_one_sentence(place, monkeypatch, script, flags, sentence):
 
 @pytest.mark.parametrize("make", [lambda: Path("runs").write_text(""), lambda: Path("runs").mkdir(mode=0o500)])
 def test_runs_that_cannot_be_written(place, monkeypatch, make):
+    shutil.rmtree("runs")
     make()
     if os.access("runs", os.W_OK) and Path("runs").is_dir():
         pytest.skip("this user may write anywhere")

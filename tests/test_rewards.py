@@ -873,7 +873,12 @@ def test_the_task_of_the_readme():
     assert task.render("red ring", "spaced") == "<answer>red ring</answer>"
     assert task.reward("<answer>A red box</answer>", "red ring").terms == {"format": 1.0, "accuracy": 0.5}
     assert task.metric("the ring is red", "red ring") == 1.0
-    assert task.prompt.format(question="it").startswith("Read out: it.")
+    assert task.prompt.startswith("Read out: {question}.")
+
+
+def test_braces_in_a_prompt_and_in_a_question_stay(monkeypatch):
+    monkeypatch.setitem(rewards.TASKS, "own", replace(rewards.TASKS["vqa"], prompt='{question} As {"answer": {}}: {x}'))
+    assert rewards.user_text("own", "Is {question} in {y}?") == 'Is {question} in {y}? As {"answer": {}}: {x}'
 
 
 def test_doctests():

@@ -9,6 +9,7 @@ import rollout
 from data import Processor, Response, collate, pack_group
 from model import KVCache, Qwen2_5_VL, row_mask
 from rollout import generate, sample, uniforms
+from support.mistakes import Mistake
 from support.sources import Scenes
 
 FOLDER = "assets/tiny"
@@ -228,3 +229,12 @@ def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
         for response, again in zip(group, same):
             assert response.tokens == again.tokens
             torch.testing.assert_close(torch.tensor(response.logp), torch.tensor(again.logp), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_weights_that_are_not_finite_are_one_sentence(processor, temperature):
+    model = Qwen2_5_VL.from_pretrained(FOLDER)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(Mistake, match="log-probs are not finite: its weights hold NaN or Inf"):
+        generate(model, [processor.prompt(Scenes("test")[0])], 1 if temperature == 0 else 2, 4, temperature)
