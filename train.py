@@ -36,7 +36,7 @@ from eval import Record, evaluate, for_sheet, summarise, table
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, label_reward, label_text, reward_group
 from rollout import generate
-from support.curves import tensorboard_writer, write_line
+from support.curves import draw_curves, tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
 from support.mistakes import Mistake, run_main, stop_signals
 from support.onednn import give_memory_back, use_onednn
@@ -538,10 +538,12 @@ def loop(job: Job, stopped: list) -> None:
                 save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
             if stopping and not done:
                 return job.say(f"stopped at step {state['step']}; go on with torchrun train.py --resume {job.run}")
-    pictures = f"   curves: {job.run}/curves.png   pictures: {job.run}/samples/" if history else ""
+    if job.rank == 0:
+        draw_curves([job.run], job.run / "curves.png")
+    pictures = f"   pictures: {job.run}/samples/" if history else ""
     bad = {reason for rank in gather_json(list(job.source.bad), job.device) for reason in rank}
     left_out = f"   left out: {len(bad)} rows of {cfg.data}" if bad else ""
-    job.say(f"metrics: {job.run}/metrics.jsonl{pictures}   model: {newest_checkpoint(job.run)}{left_out}")
+    job.say(f"metrics: {job.run}/metrics.jsonl   curves: {job.run}/curves.png{pictures}   model: {newest_checkpoint(job.run)}{left_out}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,19 @@
     python experiments/compare.py runs/A runs/B … [--out compare.png]
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.curves import draw_curves, read_metrics  # noqa: E402
 from support.mistakes import run_main  # noqa: E402
+
+
+def evaluated_on(run: Path) -> str:
+    """The examples of a run's evaluations; runs of others are not to be compared."""
+    config = json.loads((run / "config.json").read_text())["config"] if (run / "config.json").exists() else {}
+    return f"the first {config.get('eval_examples')} of {config.get('eval_data')}"
 
 
 def compare(runs: list[Path]) -> str:
@@ -33,6 +40,9 @@ def main() -> None:
     parser.add_argument("--out", default="compare.png", help="the picture")
     args = parser.parse_args()
     print(compare(args.runs))
+    examples = {run.name: evaluated_on(run) for run in args.runs}
+    if len(set(examples.values())) > 1:
+        print("not the same examples were evaluated: " + "; ".join(f"{run}: {what}" for run, what in examples.items()))
     draw_curves(args.runs, Path(args.out))
     print(f"curves: {args.out}")
 

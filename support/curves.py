@@ -20,6 +20,8 @@ PANELS = {   # title → names of metrics.jsonl (EVAL: of its evaluations), with
                     "EVAL answers": "short answers"},
 }
 
+DRAWN_EVERY = 50     # steps
+
 # What metrics.jsonl holds besides and is not drawn. Any other name is new, of an edit, and gets a panel of its own.
 UNDRAWN = re.compile("step|loss|lr|grad_norm|skipped|seconds.*|.*_per_s|peak_memory_gb|unreadable|truncated|left_out|"
                      "logp_gap|clipped_(rollouts|y)|errors/.*|y/.*|EVAL .*|"
@@ -43,49 +45,68 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     return series
 
 
-def smooth_line(values: list[float], width: int = 15) -> list[float]:
-    """Each value's mean with up to `width` before it: what the eye follows over the scatter of single steps."""
-    return [sum(values[max(0, i - width):i + 1]) / len(values[max(0, i - width):i + 1]) for i in range(len(values))]
+def smooth_line(values: list[float], width: int = 8) -> list[float]:
+    """Each value's mean with up to `width` on either side, as many before as after it, so that nothing lags behind."""
+    means = []
+    for i in range(len(values)):
+        half = min(width, i, len(values) - 1 - i)
+        means.append(sum(values[i - half:i + half + 1]) / (2 * half + 1))
+    return means
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:
-    """One run: a line a metric. Several: a colour a run, a line style a metric. Panels without numbers are left out."""
+    """One run: a colour and a marker a quantity. Several: a colour a run, named once above all; a line style and a
+    marker a quantity, named beside its panel. Panels without numbers are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
     series = {Path(run).name: read_metrics(run) for run in runs}
     panels = {title: names for title, names in PANELS.items() if any(n in s for s in series.values() for n in names)}
     drawn = {name for names in PANELS.values() for name in names}
     panels |= {name: {name: name} for s in series.values() for name in s
                if name not in drawn and not UNDRAWN.fullmatch(name)}
-    columns = min(3, max(1, len(panels)))
+    columns = min(2, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(6.4 * columns, 2.9 * rows), layout="constrained")
     FigureCanvasAgg(figure)
+    several = len(runs) > 1
     for at, (title, names) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, at + 1, title=title, xlabel="step")
-        for r, (run, metrics) in enumerate(series.items()):
-            for k, (name, label) in enumerate((n, l) for n, l in names.items() if n in metrics):
+        shown = [name for name in names if any(name in metrics for metrics in series.values())]
+        looks = {name: {"linestyle": ("-", "--", ":", "-.")[k % 4] if several else "-", "marker": "osD^vX"[k % 6]}
+                 for k, name in enumerate(shown)}
+        for r, metrics in enumerate(series.values()):
+            for k, name in enumerate(name for name in shown if name in metrics):
                 steps, values = metrics[name]
-                colour = COLOURS[(r if len(runs) > 1 else k) % len(COLOURS)]
-                style = ("-", "--", ":", "-.")[k % 4] if len(runs) > 1 else "-"
-                label = f"{run}: {label}" if len(runs) > 1 else label
-                if name.startswith("EVAL"):
-                    axes.plot(steps, values, style, color=colour, marker="o", markersize=4, label=label)
-                else:
+                colour = COLOURS[(r if several else k) % len(COLOURS)]
+                if name.startswith("EVAL"):     # a little beside each other: points of the same value stay visible
+                    aside = (r if several else k) * 0.006 * max(1, steps[-1])
+                    axes.plot([step + aside for step in steps], values, color=colour, markersize=5, **looks[name])
+                else:                   # few markers, not at the same steps: lines at one height stay visible
+                    every = max(1, len(steps) // 6)
                     axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
-                    axes.plot(steps, smooth_line(values), style, color=colour, label=label)
+                    axes.plot(steps, smooth_line(values), color=colour, markersize=4,
+                              markevery=(k * every // max(1, len(shown)), every), **looks[name])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6 if len(runs) > 1 else 8)
-    figure.savefig(path, dpi=110)
+        entries = [Line2D([], [], color="black" if several else COLOURS[k % len(COLOURS)], label=names[name], **looks[name])
+                   for k, name in enumerate(shown)]
+        axes.legend(handles=entries, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    if several:
+        figure.legend(handles=[Line2D([], [], color=COLOURS[r % len(COLOURS)], linewidth=3, label=run)
+                               for r, run in enumerate(series)], loc="outside upper center", ncols=min(4, len(runs)))
+    figure.savefig(path, dpi=100)
 
 
 def write_line(run: Path, line: dict, tensorboard: bool) -> None:
-    """Adds a line to metrics.jsonl, and to the event files; after an evaluation the curves are drawn anew."""
+    """Adds a line to metrics.jsonl, and to the event files; the curves are drawn anew after an evaluation, and every
+    DRAWN_EVERY steps."""
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     if tensorboard:
         write_events(run, line)
-    if "eval" in line:
+    if "eval" in line or line["step"] % DRAWN_EVERY == 0:
         draw_curves([run], run / "curves.png")
 
 

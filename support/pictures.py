@@ -28,7 +28,7 @@ def cut(text: str, width: int, lines: int) -> list[str]:
 def draw_sheet(shown: list[tuple], path: Path, columns: int = 4, side: int = 320) -> None:
     """shown: (eval.Record, data.Prompt, reward terms, right?) of each answer. Its picture with the true boxes and masks
     green and the predicted boxes red; below it the question, the truth, the answer and what it earned."""
-    width, text_height = side + 16, 11 * LINE
+    width = side + 16
     cells = []
     for record, prompt, terms, right in shown:
         image = prompt.image or Image.new("RGB", (side, LINE), "white")
@@ -45,7 +45,7 @@ def draw_sheet(shown: list[tuple], path: Path, columns: int = 4, side: int = 320
                  *((line, TRUTH) for line in cut(f"truth: {prompt.answer}", 54, 2)),
                  *((line, PREDICTED) for line in cut(f"answer: {record.response}", 54, 4)), verdict,
                  *((line, "black") for line in cut(f"earned {sum(terms.values()):g}: {earned}", 54, 2))]
-        cell = Image.new("RGB", (width, picture.height + text_height), "white")
+        cell = Image.new("RGB", (width, picture.height + 20 + LINE * len(lines)), "white")
         cell.paste(picture, (8, 8))
         pen = ImageDraw.Draw(cell)
         for at, (line, colour) in enumerate(lines):

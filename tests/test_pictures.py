@@ -83,7 +83,7 @@ def test_curves_of_any_run(tmp_path, lines):
 def test_no_run_and_smoothing(tmp_path):
     with pytest.raises(Mistake, match="is no run of train.py"):
         read_metrics(tmp_path)
-    assert smooth_line([1, 3, 5], 1) == [1, 2, 4]
+    assert smooth_line([1, 4, 10, 3], 1) == [1, 5, 17 / 3, 3]        # centred, and the ends as they are
 
 
 def test_a_step_is_one_line_of_a_terminal():
