@@ -7,7 +7,7 @@
     python eval.py --model assets/tiny --image photo.png --question "red ring"
 
 MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as
-it goes; the same command again goes on where it was interrupted. The metrics are those of docs/paper.md, section 6.
+it goes; the same command again goes on where it was interrupted. The metrics are those of docs/paper.md, section 5.
 
 Glossary
     record     an example with its answer and all that the metrics need of both; a line of records.jsonl

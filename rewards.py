@@ -8,7 +8,7 @@ Glossary
     control    1 align the text of y, 2 no thinking reward for y, 3 smooth r(y): `label_text`, `label_reward`, `smooth`
 Model output is never evaluated: `json.loads`, a schema, bounds on length, depth and magnitude.
 
-Grounding totals are those of the authors' released scorer (docs/paper.md, section 5):
+Grounding totals are those of the authors' released scorer (docs/paper.md, section 4):
     r = thinking (0, 1) + answer_format (0 … 2) + accuracy (0 … 3) + non_repeat (0, 1)  ≤ 7
 Departure 1: with truth `[]` the released code gives a correct `[]` 2 points and a hallucinated box 4. Here an empty
     prediction of an empty truth earns full format and accuracy, and exactly one of the two being empty has accuracy 0.

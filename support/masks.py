@@ -1,4 +1,4 @@
-"""Masks of boxes and points, by SAM 2 (docs/paper.md, section 6): for each object its point and its box are the prompt,
+"""Masks of boxes and points, by SAM 2 (docs/paper.md, section 5): for each object its point and its box are the prompt,
 the best-scored of three masks is taken, and the union of all objects is the answer.
 
 The model is transformers' Sam2Model. Its Sam2Processor needs torchvision, so resizing, normalisation and the way back

@@ -1,5 +1,6 @@
 """What design and README promise of the layout, read off the files."""
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,3 +39,11 @@ def test_imports_run_down_only():
 
 def test_the_model_knows_nothing_of_faster_products():
     assert "onednn" not in (ROOT / "model.py").read_text().lower()
+
+
+def test_links_of_the_pages_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*.md"), *ROOT.glob("experiments/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
+    assert len(links) > 10
+    for page, link in links:
+        assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"

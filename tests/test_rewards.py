@@ -44,7 +44,7 @@ def one_pair(box, point, true_box, true_point):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Totals of the released scorer (docs/paper.md, section 5) and the repaired empty answers
+# Totals of the released scorer (docs/paper.md, section 4) and the repaired empty answers
 
 @pytest.mark.parametrize("response, truth, expected", [
     (THINK + answer(CAT), [CAT], 7),
@@ -808,7 +808,7 @@ def test_control_3_smooths(r_y, r_o, expected):
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and the check of labels
 
-EXPECTED_PROMPT = (  # docs/paper.md, section 4
+EXPECTED_PROMPT = (  # docs/paper.md, section 3
     """Please find "{Question}" with bboxs and points.Compare the difference between object(s) and find the most """
     """closely matched object(s).Output the thinking process in <think> </think> and final answer in <answer> """
     """</answer> tags.Output the bbox(es) and point(s) inside the interested object(s) in JSON format.i.e., <think> """
