@@ -522,8 +522,8 @@ def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[st
     records = [Record(**{k: v for k, v in lines[n].items() if k in names}) for n in numbers if n in lines]
     metrics = summarise(records)
     print(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
-    if metrics["gIoU"] is not None and not cfg.masks:
-        print("gIoU, cIoU and areas: filled boxes stand in for masks (--masks)")
+    if metrics["gIoU"] is not None and not cfg.masks and {"gIoU", "anomaly accuracy"} & set(shown):
+        print("filled boxes stand in for masks (--masks)")
     if bad:
         print(f"left out: {len(bad)} rows, listed in metrics.json")
     measured = {name: value for name, value in metrics.items() if value is not None}
