@@ -78,7 +78,8 @@ class Options:
     image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
     question: str = option(None, "what is answered", "about --image; without it, one question a line is read")
 
-    max_new_tokens: int = option(0, "how", "longest answer (0: 2048, as in the authors' scripts; 128 for a tiny model)", least=0)
+    max_new_tokens: int = option(0, "how", "longest answer (0: 2048, as in the authors' scripts; 128 "
+                                 "for a tiny model)", least=0)
     repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
                                        "generation_config", above=0)
     sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
@@ -87,8 +88,8 @@ class Options:
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
-    out: str = option("", "output", "folder for metrics.json, records.jsonl, overlay.png (default: evaluations/MODEL-DATA, "
-                      "or RUN/evaluations/step_N-DATA); with --image the picture")
+    out: str = option("", "output", "folder for metrics.json, records.jsonl, overlay.png (default: "
+                      "evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); with --image the picture")
 
     def check(self) -> None:
         """Mistake: options that cannot be together."""
@@ -292,8 +293,8 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
             boxes = json.loads(prompt.example.answer)
             truth = prompt.example.mask if segmenter else box_mask(boxes, prompt.original_size)
             if truth is None:
-                raise Mistake(f"example {record.id}: --masks compares with true masks, and its column mask is empty; leave "
-                              "--masks out, or the row")
+                raise Mistake(f"example {record.id}: --masks compares with true masks, and its column mask is empty; "
+                              "leave --masks out, or the row")
             record.intersection, record.union = intersection_union(mask, truth)
             record.area = int(mask.sum())
         yield from zip(records, chunk)

@@ -156,8 +156,8 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
             cache.window = min(-(-(r + 1) // WINDOW) * WINDOW, max_new_tokens) if graphs else r + 1
             hidden = take_step(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
     if not torch.cat([logp.flatten() for _, _, logp, _ in history]).isfinite().all():
-        raise Mistake("the model's log-probs are not finite: its weights hold NaN or Inf, or have become too large; begin "
-                      "from a sound model or checkpoint, with a smaller --lr if this was a training")
+        raise Mistake("the model's log-probs are not finite: its weights hold NaN or Inf, or have become too large; "
+                      "begin from a sound model or checkpoint, with a smaller --lr if this was a training")
     return collect(history, len(prompts), G, set(model.eos_ids))
 
 

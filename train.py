@@ -101,8 +101,8 @@ class Config:
     max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]",
                                  least=1)
     temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]", above=0)
-    sampling_batch: int = option(64, "sampling", "prompts sampled or evaluated together; any value gives the same answers",
-                                 least=1)
+    sampling_batch: int = option(64, "sampling", "prompts sampled or evaluated together; any value gives the same "
+                                 "answers", least=1)
     cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs; not tried on a GPU yet")
 
     steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1)
@@ -470,10 +470,10 @@ def dry_run(job: Job) -> None:
     gigabytes = max(gather_json(peak_memory_gb(job.device), job.device))
     step = seconds["update"] + seconds.get("sampling", 0.0)
     evaluations = bool(evaluated) * (1 + (-(-cfg.steps // cfg.eval_every) if cfg.eval_every else 1))
-    job.say(f"peak memory {gigabytes:.1f} GB; at most " + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()) +
-            f"; {cfg.steps} steps and {evaluations} evaluations at most "
-            f"{(cfg.steps * step + evaluations * seconds.get('evaluation', 0.0)) / 3600:.1f} hours. Shorter responses take "
-            "less.")
+    hours = (cfg.steps * step + evaluations * seconds.get("evaluation", 0.0)) / 3600
+    shown = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    job.say(f"peak memory {gigabytes:.1f} GB; at most {shown}; {cfg.steps} steps and {evaluations} evaluations at most "
+            f"{hours:.1f} hours. Shorter responses take less.")
 
 
 def main() -> None:
@@ -490,7 +490,7 @@ def main() -> None:
     try:
         loop(job, stop_signals(lambda: stopping_sentence(job)))
     except BaseException:
-        if job.rank == 0 and not state["step"]:
+        if job.rank == 0 and not state["step"] and not cfg.resume:
             shutil.rmtree(job.run)      # it holds nothing yet
         raise
     leave_ranks()
@@ -500,8 +500,8 @@ def stopping_sentence(job: Job) -> str:
     """What a signal prints at once; torchrun prints a traceback of its own after it."""
     if job.rank > 0:
         return ""
-    return (f"stopping: the step at work is ended and saved first (the last one took {job.seconds:.0f} s). torchrun kills "
-            "what takes longer than its --shutdown-timeout, by default 30 s")
+    return (f"stopping: the step at work is ended and saved first (the last one took {job.seconds:.0f} s). torchrun "
+            "kills what takes longer than its --shutdown-timeout, by default 30 s")
 
 
 def loop(job: Job, stopped: list) -> None:
@@ -512,8 +512,8 @@ def loop(job: Job, stopped: list) -> None:
     if before := [line["lr"] for line in lines if "lr" in line][-1:]:
         now = set_lr(cfg, job.optimizers, state["step"])
         if not 0.5 < now / max(before[0], 1e-30) < 2:
-            job.say(f"the learning rate goes on at {now:.1e}, after {before[0]:.1e}: its schedule is that of {cfg.steps} "
-                    "steps now")
+            job.say(f"the learning rate goes on at {now:.1e}, after {before[0]:.1e}: its schedule is now that of "
+                    f"{cfg.steps} steps")
     if job.held_out and state["step"] == 0:
         run_evaluation(job, history)
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
@@ -528,9 +528,8 @@ def loop(job: Job, stopped: list) -> None:
             if line["skipped"]:
                 job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
-                raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (metrics.jsonl has them): try "
-                              f"a smaller --lr or --grad-clip. Last checkpoint: "
-                              f"{checkpoint_to_resume(job.run) or 'none yet'}")
+                raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (metrics.jsonl has them): "
+                              f"try a smaller --lr. Last checkpoint: {checkpoint_to_resume(job.run) or 'none yet'}")
             done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped), job.device))
             if job.held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
                 run_evaluation(job, history)
@@ -543,7 +542,8 @@ def loop(job: Job, stopped: list) -> None:
     pictures = f"   pictures: {job.run}/samples/" if history else ""
     bad = {reason for rank in gather_json(list(job.source.bad), job.device) for reason in rank}
     left_out = f"   left out: {len(bad)} rows of {cfg.data}" if bad else ""
-    job.say(f"metrics: {job.run}/metrics.jsonl   curves: {job.run}/curves.png{pictures}   model: {newest_checkpoint(job.run)}{left_out}")
+    job.say(f"metrics: {job.run}/metrics.jsonl   curves: {job.run}/curves.png{pictures}   model: "
+            f"{newest_checkpoint(job.run)}{left_out}")
 
 
 if __name__ == "__main__":

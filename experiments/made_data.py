@@ -3,8 +3,8 @@
     python experiments/made_data.py FOLDER
 
     FOLDER/train/         Parquet as the authors' training set: id, problem, solution, image, img_height, img_width
-    FOLDER/NAME.parquet   as the test sets: grefcoco, reasonseg, isic, realiad, omniact, mathvista, chartqa, docvqa; their
-                          questions are ones that assets/tiny understands (docs/benchmarks.md)
+    FOLDER/NAME.parquet   as the test sets, with questions that assets/tiny understands (docs/benchmarks.md): grefcoco,
+                          reasonseg, isic, realiad, omniact, mathvista, chartqa, docvqa
     FOLDER/sam2/          a SAM 2 with random weights
 
 and the built-in world's own pictures in the layouts that other people's data comes in (docs/data.md):
@@ -30,7 +30,8 @@ from support import scenes  # noqa: E402
 
 ROWS, TEST_ROWS = 12, 64
 # benchmark: the split its rows are taken from. An absent target stands for a part without an anomaly.
-GROUNDING = {"grefcoco": "test", "reasonseg": "reasoning-test", "isic": "lesion-test", "realiad": "test", "omniact": "test"}
+GROUNDING = {"grefcoco": "test", "reasonseg": "reasoning-test", "isic": "lesion-test", "realiad": "test",
+             "omniact": "test"}
 
 
 def examples(split: str, task: str = "scene_grounding", absent: bool = True):

@@ -90,8 +90,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
                               markevery=(k * every // max(1, len(shown)), every), **looks[name])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        entries = [Line2D([], [], color="black" if several else COLOURS[k % len(COLOURS)], label=names[name], **looks[name])
-                   for k, name in enumerate(shown)]
+        entries = [Line2D([], [], color="black" if several else COLOURS[k % len(COLOURS)], label=names[name],
+                          **looks[name]) for k, name in enumerate(shown)]
         axes.legend(handles=entries, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
     if several:
         figure.legend(handles=[Line2D([], [], color=COLOURS[r % len(COLOURS)], linewidth=3, label=run)

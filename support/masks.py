@@ -21,8 +21,8 @@ class Segmenter:
             self.model = Sam2Model.from_pretrained(folder, use_safetensors=True).to(device).eval()
         except (OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [""])[0][:150]
-            raise Mistake(f"--masks {folder}: neither a folder with a SAM 2 model nor a hub id that can be had ({reason})"
-                          ) from None
+            raise Mistake(f"--masks {folder}: neither a folder with a SAM 2 model nor a hub id that can be had "
+                          f"({reason})") from None
         self.side = self.model.config.prompt_encoder_config.image_size     # pixels of the square it sees: 1024
 
     def pixels(self, image: Image.Image) -> Tensor:

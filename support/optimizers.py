@@ -72,8 +72,9 @@ def share_of_lr(cfg, step: int) -> float:
 def short_run(cfg) -> str:
     """What a person should know of a run whose warm-up and cool-down meet."""
     most = max(share_of_lr(cfg, step) for step in range(cfg.steps))
-    return "" if most == 1 else (f"; {cfg.steps} steps are so few that the learning rate reaches {most * cfg.lr:.1e} "
-                                 f"only, of {cfg.lr:.1e} (--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
+    return "" if most == 1 else (
+        f"; {cfg.steps} steps are so few that the learning rate reaches {most * cfg.lr:.1e} only, of {cfg.lr:.1e} "
+        f"(--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
 
 
 def set_lr(cfg, optimizers: list, step: int) -> float:

@@ -92,8 +92,8 @@ def checkpoint_to_resume(run: Path) -> Path | None:
     """The newest checkpoint of the run that --resume names, None where it has none yet and so begins anew. Mistake: it
     names something else."""
     if run.parent.name == "checkpoints" and (run / "state.json").exists():
-        raise Mistake(f"--resume {run}: that is a checkpoint; --resume {run.parent.parent} goes on with its run from the "
-                      f"newest one, --model {run} begins another run from these weights")
+        raise Mistake(f"--resume {run}: that is a checkpoint; --resume {run.parent.parent} goes on with its run from "
+                      f"the newest one, --model {run} begins another run from these weights")
     if not (run / "config.json").exists():
         raise Mistake(f"--resume {run}: there is no {run / 'config.json'}")
     return newest_checkpoint(run) if any((run / "checkpoints").glob("step_*")) else None
