@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from support.optimizers import MasterAdamW, make_optimizers
+from support.runs import load_optimizer, optimizer_tensors
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 
@@ -89,6 +90,16 @@ def three_steps(rank: int, world: int, port: int, precision: str, folder: Path) 
     model = train.Qwen2_5_VL.from_pretrained(root / "assets/tiny", getattr(torch, precision), random_weights=True)
     optimizers = make_optimizers(train.Config(precision=precision, lr=1e-3), model)
     for step in range(3):
+        if world > 1 and step == 2:         # a stop: saved, and loaded by new optimizers
+            [sharded] = optimizers
+            sharded.consolidate_state_dict(to=0)
+            if rank == 0:
+                save_file(optimizer_tensors(sharded), folder / "optimizer.safetensors")
+            torch.distributed.barrier()
+            optimizers = make_optimizers(train.Config(precision=precision, lr=1e-3), model)
+            load_optimizer(optimizers[0], folder / "optimizer.safetensors")
+            held = sum(len(part["params"]) for part in optimizers[0].optim.param_groups)
+            assert not optimizers[0].state and len(optimizers[0].optim.state) == held < len(list(model.parameters()))
         for p in model.parameters():
             p.grad = gradients(step, p)
         for optimizer in optimizers:
