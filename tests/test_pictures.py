@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import Processor
 from eval import for_sheet, judge
-from support.curves import read_metrics, smooth_line, write_line
+from support.curves import DRAWN_EVERY, read_metrics, smooth_line, write_line
 from support.log import progress_line
 from support.mistakes import Mistake
 from support.pictures import PREDICTED, TRUTH, WRONG, cut, draw_answer, draw_sheet
@@ -92,3 +92,32 @@ def test_a_step_is_one_line_of_a_terminal():
                "response_length": 2000.0}
     line = progress_line(extreme)
     assert len(line) <= 120 and "lr 1e-06" in line and "12345" in line, len(line)
+
+
+def test_a_run_without_evaluations_has_curves_too(tmp_path):
+    for step in range(1, DRAWN_EVERY + 1):
+        assert not (tmp_path / "curves.png").exists()
+        write_line(tmp_path, {"step": step, "loss": 0.1, "entropy": 1.0 / step}, False)
+    assert Image.open(tmp_path / "curves.png").width > 300
+
+
+def test_runs_evaluated_on_different_examples_are_not_compared_without_a_word(tmp_path):
+    for name, count in (("a", 192), ("b", 64)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval": {"T-acc": 0.5, "gIoU": None}}) + "\n")
+        config = {"config": {"eval_data": "scenes:val", "eval_examples": count}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    done = subprocess.run([sys.executable, str(ROOT / "experiments/compare.py"), "a", "b"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert "not the same examples were evaluated: a: the first 192 of scenes:val; b: the first 64" in done.stdout
+    assert "gIoU" not in done.stdout
+
+
+def test_a_cell_is_as_high_as_its_text(tmp_path):
+    heights = []
+    for thought in ("", "a long thought about it " * 12):
+        draw_sheet(for_sheet([cell(f"<think>{thought}</think><answer>[]</answer>", "[]")]), tmp_path / "a.png")
+        picture = np.array(Image.open(tmp_path / "a.png").convert("RGB"))
+        heights.append(len(picture))
+        assert (picture[-8:-5, 8:-8] == 255).all()      # nothing between the last line and the frame
+    assert heights[0] < heights[1]
