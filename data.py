@@ -25,16 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import TASKS, Reward, earned, label_text, read_label, user_text
+from rewards import SPECIAL, TASKS, Reward, earned, label_text, read_label, user_text
 from support import sources
 from support.mistakes import Mistake
 from support.sources import Example
 from support.weights import local_folder, read_eos_ids
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
-
-
-SPECIAL = re.compile(r"<\|\w+\|>")     # <|im_start|> and its like must never come out of data; <tool_call> is text
 
 
 def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None):
@@ -258,9 +255,10 @@ class Processor:
         sizes = (image.size, original.size) if image else ((0, 0), (0, 0))
         return Prompt(example, tokens, position, patches, grids, answer, *sizes, image)
 
-    def check_length(self, example: Example, size: tuple[int, int] | None, max_row_tokens: int, longest: int) -> None:
+    def check_length(self, example: Example, size: tuple[int, int] | None, max_row_tokens: int, longest: int,
+                     thought: bool) -> None:
         """ValueError: the prompt, and y or a rollout of `longest` tokens, exceed max_row_tokens. size: (width, height)
-        of the picture, which is not decoded for this."""
+        of the picture, which is not decoded for this. thought: y may have a rollout's thought in front of it."""
         pieces = self.chat(user_text(example.task, example.question), size is not None)
         count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)
         if size is not None:
@@ -269,8 +267,9 @@ class Processor:
             h, w = smart_resize(height, width, side, self.min_pixels, self.max_pixels)
             count += h * w // side ** 2 - 1
         label = len(self.encode(label_text(example.task, example.answer, "spaced", example.thought)))
-        if count + max(label, longest) > max_row_tokens:
-            raise ValueError(f"its prompt of {count} tokens, and a response of {max(label, longest)}, exceed "
+        response = label + longest if thought else max(label, longest)
+        if count + response > max_row_tokens:
+            raise ValueError(f"its prompt of {count} tokens, and a response of {response}, exceed "
                              f"--max-row-tokens {max_row_tokens}")
 
     def encode(self, response: str) -> list[int]:

@@ -16,12 +16,15 @@ Departure 2: the released limits of 10 and 30 px belong to 840×840 pictures. In
     would pass nearly any box on the right thing; there they are 1.33 and 4 px, the same share of a side.
 Departure 3: the released code splits sentences at every '.', and so takes the decimals of "10.5, 20.5, 30.5" for
     sentences that repeat each other. Here a '.' between two digits ends no sentence.
+Departure 4, with --label-thought rollout only: the paper's y has no thought. There y is the thought of one rollout of its
+    own group and the label's answer, and is rewarded as the complete response that it then is (`borrowed_thought`).
 """
 import ast
 import functools
 import itertools
 import json
 import math
+import random
 import re
 import traceback
 from collections import Counter
@@ -59,6 +62,9 @@ def answer_text(response: str) -> str | None:
     start = response.find("<answer>")
     end = response.find("</answer>", start)
     return None if start < 0 or end < 0 else response[start + len("<answer>"):end].strip()
+
+
+SPECIAL = re.compile(r"<\|\w+\|>")     # <|im_start|> and its like must never come out of data; <tool_call> is text
 
 
 def has_thinking_format(response: str) -> bool:
@@ -636,10 +642,21 @@ def read_label(task: str, value, choices=None) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The three reward controls (section 3.4). All of them act on the label y only.
 
-def label_text(task: str, answer: str, style: str, thought: str = "") -> str:
+def label_text(task: str, answer: str, style: str, thought: str = "", before: str = "") -> str:
     """Control 1, align: y in the style that the model itself writes ("spaced" for Qwen2.5-VL), so that tokenisation
-    alone does not make y unlikely. A thought comes first where the data has one (pretraining)."""
-    return (f"<think>{thought}</think>" if thought else "") + TASKS[task].render(answer, style)
+    alone does not make y unlikely. thought: comes first where the data has one (pretraining). before: the beginning of
+    a rollout, its thought with the tags (`borrowed_thought`), in the place of it."""
+    return (before or (f"<think>{thought}</think>" if thought else "")) + TASKS[task].render(answer, style)
+
+
+def borrowed_thought(rollouts: list[str], seed: int, place: int) -> str:
+    """Departure 4: what a rollout says in front of its answer, "<think>…</think>" with the blanks behind it, of one
+    that is drawn by (seed, place) among those that think; "" where none does. place: of the prompt in the endless
+    sequence of examples. A thought that holds a special token is not borrowed."""
+    before = [o.partition("<answer>")[0] for o in rollouts if has_thinking_format(o)]
+    thoughts = [text for text in before
+                if re.fullmatch(r"<think>.*</think>\s*", text, re.DOTALL) and not SPECIAL.search(text)]
+    return random.Random(f"{seed}/{place}/thought").choice(thoughts) if thoughts else ""
 
 
 def label_reward(task: str, y: str, answer: str, no_thinking_reward: bool = True) -> Reward:
@@ -659,7 +676,8 @@ def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str]
     r = [reward.total for reward in rewards]
     if y is None:
         return rewards, r, False
-    y_reward = label_reward(task, y, answer, not cfg.reward_label_thinking)                    # control 2
+    complete = cfg.label_thought == "rollout" and has_thinking_format(y)                       # departure 4
+    y_reward = label_reward(task, y, answer, not (complete or cfg.reward_label_thinking))      # control 2
     r_y, smoothed = smooth(y_reward.total, r) if cfg.smoothing else (y_reward.total, False)    # control 3
     return [y_reward, *rewards], [r_y, *r], smoothed
 

@@ -34,7 +34,7 @@ import objective
 from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_group
 from eval import Record, evaluate, for_sheet, summarise, table
 from model import Qwen2_5_VL
-from rewards import LABEL_STYLES, TASKS, label_reward, label_text, reward_group
+from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
 from rollout import generate
 from support.curves import draw_curves, tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
@@ -87,6 +87,9 @@ class Config:
 
     label_style: str = option("spaced", "controls", "control 1, the text of y: spaced (the paper's), compact (off), "
                               "auto (what the policy finds likeliest)", (*LABEL_STYLES, "auto"))
+    label_thought: str = option("none", "controls", "what y says in front of its answer: none (the paper's), rollout "
+                                "(the thought of a rollout of its group, y then being rewarded for it)",
+                                ("none", "rollout"))
     reward_label_thinking: bool = option(False, "controls", "switches control 2 off: y earns the thinking reward too")
     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
 
@@ -144,6 +147,7 @@ class Config:
                 ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
+                ("label_thought", self.label_thought != "none" and self.method == "rlvr", "rlvr has no label"),
                 ("kl", self.kl and self.method == "sft", "has no meaning with --method sft")):
             if wrong:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
@@ -171,10 +175,11 @@ class Group:
         return [o for o in self.responses if not o.is_y]
 
 
-def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: Prompt) -> tuple[str, list[int]]:
-    """Control 1: the text of y and its ids, tok(y) + EOS."""
+def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: Prompt, before: str = ""
+                 ) -> tuple[str, list[int]]:
+    """Control 1: the text of y and its ids, tok(y) + EOS. before: a thought that y borrows (rewards.borrowed_thought)."""
     styles = LABEL_STYLES if cfg.label_style == "auto" else (cfg.label_style,)
-    texts = [label_text(prompt.example.task, prompt.answer, style, prompt.example.thought) for style in styles]
+    texts = [label_text(prompt.example.task, prompt.answer, style, prompt.example.thought, before) for style in styles]
     ids = [processor.encode(text) for text in texts]
     best = 0
     if len(set(texts)) > 1:
@@ -188,19 +193,23 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
 def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int) -> list[Group]:
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
     place of the first prompt in the endless sequence of examples."""
-    if cfg.method == "sft":
-        ys = [label_tokens(cfg, model, processor, prompt)[1] for prompt in prompts]
-        return [Group(prompt, [Response(y, is_y=True, advantage=1.0)]) for prompt, y in zip(prompts, ys)]
-    groups, sampled = [], []
+    thinks = cfg.label_thought == "rollout"
+    G = int(thinks) if cfg.method == "sft" else cfg.rollouts       # sft samples only what its label borrows
+    sampled: list[list[Response]] = []
     for i in range(0, len(prompts), cfg.sampling_batch):
         part = prompts[i:i + cfg.sampling_batch]
-        sampled += generate(model, part, cfg.rollouts, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                            range(first + i, first + i + len(part)), graphs=cfg.cuda_graphs)
-    for prompt, responses in zip(prompts, sampled):
+        sampled += generate(model, part, G, cfg.max_new_tokens, cfg.temperature, cfg.seed,
+                            range(first + i, first + i + len(part)), graphs=cfg.cuda_graphs) if G else [[] for _ in part]
+    groups = []
+    for place, (prompt, responses) in enumerate(zip(prompts, sampled), first):
         y, rollouts = None, [processor.decode(o.tokens) for o in responses]
-        if cfg.method == "visurf":
-            y, ids = label_tokens(cfg, model, processor, prompt)
-            responses = [Response(ids, is_y=True), *responses]
+        if cfg.method != "rlvr":
+            before = borrowed_thought(rollouts, cfg.seed, place) if thinks else ""
+            y, ids = label_tokens(cfg, model, processor, prompt, before)
+            responses = [Response(ids, is_y=True, advantage=1.0), *responses]      # of sft; else Eq. 7 comes
+        if cfg.method == "sft":
+            groups.append(Group(prompt, responses[:1]))
+            continue
         rewards, r, smoothed = reward_group(cfg, prompt.example.task, prompt.answer, y, rollouts)
         advantage = objective.group_advantages(torch.tensor(r, dtype=torch.float64), cfg.std).tolist()
         if smoothed:
@@ -324,10 +333,10 @@ class Job:
 
 def open_data(cfg: Config, processor: Processor, data: str):
     """The source of --data or --eval-data, by the same options."""
-    longest = 1 if cfg.method == "sft" else cfg.max_new_tokens
+    longest = 1 if cfg.method == "sft" and cfg.label_thought == "none" else cfg.max_new_tokens
 
     def fits(example, size) -> None:
-        processor.check_length(example, size, cfg.max_row_tokens, longest)
+        processor.check_length(example, size, cfg.max_row_tokens, longest, cfg.label_thought == "rollout")
     return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits if cfg.max_row_tokens else None)
 
 

@@ -876,6 +876,17 @@ def test_the_task_of_the_readme():
     assert task.prompt.startswith("Read out: {question}.")
 
 
+def test_which_thought_is_borrowed():
+    thinking = [f"<think>thought {i}</think>\n<answer>[]</answer>" for i in range(4)]
+    odd = ["<answer>[]</answer>", "<think>a", "<think>x <answer>[1]</answer></think><answer>[]</answer>",
+           "<think><|im_start|></think><answer>[]</answer>", "", "</think><answer></answer>"]
+    assert rewards.borrowed_thought(odd, 0, 0) == "" == rewards.borrowed_thought([], 0, 0)
+    drawn = {place: rewards.borrowed_thought(odd + thinking, 42, place) for place in range(40)}
+    assert set(drawn.values()) == {f"<think>thought {i}</think>\n" for i in range(4)}
+    assert drawn == {place: rewards.borrowed_thought(odd + thinking, 42, place) for place in drawn}
+    assert drawn != {place: rewards.borrowed_thought(odd + thinking, 43, place) for place in drawn}
+
+
 def test_braces_in_a_prompt_and_in_a_question_stay(monkeypatch):
     monkeypatch.setitem(rewards.TASKS, "own", replace(rewards.TASKS["vqa"], prompt='{question} As {"answer": {}}: {x}'))
     assert rewards.user_text("own", "Is {question} in {y}?") == 'Is {question} in {y}? As {"answer": {}}: {x}'

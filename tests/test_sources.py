@@ -695,8 +695,8 @@ def test_a_row_over_the_limit_is_found_when_the_data_is_opened(tmp_path):
     prompts = [processor.prompt(example) for example in load(path)]
     lengths = [len(p.tokens) + len(processor.encode(f"<answer>{p.example.answer}</answer>")) for p in prompts]
 
-    def fits(limit: int, longest: int):
-        return lambda example, size: processor.check_length(example, size, limit, longest)
+    def fits(limit: int, longest: int, thought: bool = False):
+        return lambda example, size: processor.check_length(example, size, limit, longest, thought)
     assert len(load(path, fits=fits(max(lengths), 1))) == 3          # the very number of tokens that a row has
     for limit, left in ((max(lengths) - 1, 2), (sorted(lengths)[1] - 1, 1), (min(lengths) - 1, 0)):
         with pytest.raises(BadRow, match=f"exceed --max-row-tokens {limit}"):
@@ -706,6 +706,9 @@ def test_a_row_over_the_limit_is_found_when_the_data_is_opened(tmp_path):
     longest = max(len(p.tokens) for p in prompts) + 999
     with pytest.raises(BadRow, match="row 2: its prompt of .* and a response of 999, exceed"):
         load(path, fits=fits(longest - 1, 999))
+    assert len(load(path, fits=fits(max(lengths) + 9, 9, thought=True))) == 3      # a borrowed thought makes y longer
+    with pytest.raises(BadRow, match="exceed"):
+        load(path, fits=fits(max(lengths) + 8, 9, thought=True))
 
 
 def test_a_list_is_no_lines_of_json(tmp_path):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import objective
+import rewards
 import support.ranks
 import train
 from data import Processor, collate, pack_group
@@ -231,6 +232,40 @@ def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
     assert len(group.responses) == len(group.rollouts) == 3 and sum(advantages(group)) == pytest.approx(0)
     group, = train.make_groups(replace(cfg, method="sft"), model, processor, [absent], 0)
     assert advantages(group) == [1.0] and processor.decode(group.responses[0].tokens) == "<answer>[]</answer>"
+
+
+def test_the_label_borrows_a_thought(alone, monkeypatch):
+    """--label-thought rollout: y is a rollout's beginning and the label's answer, earns 7, and these are the ids that
+    carry r(y); without a rollout that thinks, and without the option, y is the paper's."""
+    model, processor = small_model()
+    texts = ["<think>Is it red?</think> <answer>[1]</answer>", "<answer>[]</answer>", "<think>no end"]
+    asked = []
+
+    def fake(_, prompts, G, *__, **___):
+        asked.append(G)
+        return [[train.Response(processor.encode(text), [0.0] * len(processor.encode(text))) for text in texts[:G]]
+                for _ in prompts]
+    monkeypatch.setattr(train, "generate", fake)
+    cfg = train.Config(rollouts=3, label_thought="rollout")
+    prompts = [processor.prompt(Scenes("test")[i]) for i in (0, 1)]
+    for prompt, group in zip(prompts, train.make_groups(cfg, model, processor, prompts, 5)):
+        y, *rollouts = group.responses
+        answer = rewards.label_text("scene_grounding", prompt.answer, "spaced")
+        assert processor.decode(y.tokens) == "<think>Is it red?</think> " + answer
+        assert y.tokens == processor.encode("<think>Is it red?</think> " + answer)
+        assert y.r == y.reward.total == 7 and y.reward.terms["thinking"] == 1 and not group.smoothed
+        expected = objective.group_advantages(torch.tensor([7.0, *(o.r for o in rollouts)], dtype=torch.float64))
+        assert advantages(group) == expected.tolist() and y.advantage == max(advantages(group)) > 0
+    ours, = train.make_groups(replace(cfg, method="sft"), model, processor, prompts[:1], 5)
+    assert [o.advantage for o in ours.responses] == [1.0] and "Is it red?" in processor.decode(ours.responses[0].tokens)
+    paper = [train.make_groups(replace(cfg, label_thought="none"), model, processor, prompts, 5)]
+    texts[0] = "<answer>[1]</answer>"
+    for groups in (train.make_groups(cfg, model, processor, prompts, 5), *paper):
+        assert [g.responses[0].reward.total for g in groups] == [6, 6]
+        assert [processor.decode(g.responses[0].tokens) for g in groups] == [
+            rewards.label_text("scene_grounding", p.answer, "spaced") for p in prompts]
+    train.make_groups(train.Config(method="sft"), model, processor, prompts, 5)
+    assert asked == [3, 1, 3, 3]        # sft samples nothing unless its label borrows
 
 
 def test_a_prompt_that_comes_twice_in_a_step_is_answered_anew(alone):
