@@ -7,11 +7,22 @@ Glossary
     ratio                 ρ = π_θ / π_old, per token
     loss                  Eq. 8: −min(ρÂ, clip(ρ)Â), for rollouts and y alike, and every other term: edit it there
 
-The four methods are four settings of one loss:
-    sft      rows hold y            −log π(y)    (cross-entropy; its gradient is Eq. 8's with Â = 1 and ρ = 1)
-    rlvr     rows hold o_1 … o_G    Â over G     (GRPO)
-    visurf   rows hold y, o_1 … o_G Â over G+1, after reward control (rewards.py)
+The methods are settings of one loss. A token of y, of probability p, has this weight on its ∇log π:
+    sft      y alone                1             (cross-entropy)
+    rlvr     o_1 … o_G              –             Â over G (GRPO)
+    visurf   y, o_1 … o_G           Â_y           Â over G+1, after reward control (rewards.py)
+    luffy    y, o_1 … o_G           Â_y γp/(p+γ)² γ = 0.1, Â = r − mean R over G+1. arXiv 2504.14945;
+                                                  ElliottYan/LUFFY, luffy/verl/verl/mix_src/mix_core_alg.py
+    hpt      y or o_1 … o_G         1             y where the group fails, else Â = r − mean R over G:
+                                                  TsinghuaC3I/Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py
+    chord    y, o_1 … o_G           μ p(1−p)      (1−μ) Â over G: CHORD-φ, arXiv 2508.11408; modelscope/Trinity-RFT,
+                                                  trinity/algorithm/policy_loss_fn/chord_policy_loss.py
+    sgrpo    y, o_1 … o_G           Â_y           over G+1 where the group fails, else over G: S-GRPO, arXiv 2604.16557
+    sum      y, o_1 … o_G           λ             Â over G: SFT and RLVR added up
     two-stage: sft, then rlvr from its weights
+A group fails if no rollout is as good as y, max r(o) < r(y): the test of control 3. μ and λ are --label-weight. Control 3
+itself is ViSurf's alone. Learning rate, entropy bonus and length normalisation are this file's for all methods: one
+denominator for y and rollouts, where the repositories named average over the two apart.
 
 Departures
     1. Probabilities are per token (as in every GRPO trainer); the paper writes them per sequence. With one update per
@@ -22,6 +33,8 @@ Departures
 import torch
 from torch import Tensor
 
+METHODS = ("visurf", "rlvr", "sft", "luffy", "hpt", "chord", "sgrpo", "sum")
+LUFFY_GAMMA = 0.1
 TIED = 1e-6  # a group with a smaller std says nothing about which response is better
 
 
@@ -43,10 +56,10 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of all elements is
     taken. A name that is new here reaches metrics.jsonl and curves.png by itself.
     """
-    if cfg.method == "sft":
-        gain, cut = logp, torch.zeros_like(is_y)
-    else:
-        gain, cut = clipped_surrogate(logp, old_logp, advantage, cfg.clip, cfg.clip_high or cfg.clip)
+    gain, cut = clipped_surrogate(logp, old_logp, advantage, cfg.clip, cfg.clip_high or cfg.clip)
+    gain_y, weight_y = label_term(cfg.method, logp, advantage)
+    if gain_y is not None:
+        gain, cut = torch.where(is_y, gain_y, gain), cut & ~is_y
     if cfg.kl:
         gain = gain - cfg.kl * kl_k3(logp, ref_logp)
     if cfg.entropy_bonus:
@@ -57,7 +70,7 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
         if cfg.method == "sft":
             logged["entropy"] = entropy[y]
         else:
-            size = (weight * advantage.abs()).double() / denominator        # of the two terms of Eq. 9
+            size = (weight * torch.where(is_y, weight_y, advantage).abs()).double() / denominator   # of the terms of Eq. 9
             logged |= {"logp_gap": (logp - sampled_logp).abs()[rollouts],
                        "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
                        "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
@@ -85,6 +98,24 @@ def trained_on(cfg, advantage: Tensor, reward: Tensor, is_y: Tensor) -> tuple[Te
     return ((by_logp != 0) | (by_entropy != 0)).any(0), bool((by_entropy != 0).any())
 
 
+def advantages(cfg, r: Tensor) -> Tensor:
+    """The advantages of a group by --method; for y of chord, hpt and sum the constant weight of its term. r [S], r(y)
+    first unless the method is rlvr."""
+    y, o = r[:1], r[1:]
+    fails = bool(o.max() < y) if cfg.method in ("hpt", "sgrpo") else None
+    if cfg.method == "luffy":
+        return group_advantages(r, "none")
+    if cfg.method == "hpt":
+        return torch.cat((torch.full_like(y, fails), torch.zeros_like(o) if fails else group_advantages(o, "none")))
+    if cfg.method == "chord":
+        return torch.cat((torch.full_like(y, cfg.label_weight), (1 - cfg.label_weight) * group_advantages(o, cfg.std)))
+    if cfg.method == "sum":
+        return torch.cat((torch.full_like(y, cfg.label_weight), group_advantages(o, cfg.std)))
+    if cfg.method == "sgrpo" and not fails:
+        return torch.cat((torch.zeros_like(y), group_advantages(o, cfg.std)))
+    return group_advantages(r, cfg.std)         # visurf, rlvr
+
+
 def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
     """Eq. 6 and 7 (and GRPO's, over rollouts only): Â = (r − mean R) / std R over the last dimension.
 
@@ -99,6 +130,24 @@ def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
     deviation = r.std(-1, correction=1 if std == "sample" else 0, keepdim=True)
     scaled = centred if std == "none" else centred / deviation.clamp(min=TIED)
     return torch.where(deviation < TIED, torch.zeros_like(r), scaled)
+
+
+def label_term(method: str, logp: Tensor, advantage: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What a token of y of probability p = exp(logp) adds to the gain where that is not the surrogate (then None), and
+    the weight that ∇log π has in it; elementwise. See the table at the top.
+
+    >>> label_term("luffy", torch.tensor([0.1]).log(), torch.tensor([2.]))[1]
+    tensor([0.5000])
+    """
+    p = logp.exp()
+    if method == "luffy":
+        return advantage * p / (p + LUFFY_GAMMA), advantage * LUFFY_GAMMA * p / (p + LUFFY_GAMMA) ** 2
+    if method == "chord":
+        weight = (advantage * p * (1 - p)).detach()
+        return weight * logp, weight
+    if method in ("sft", "hpt", "sum"):
+        return advantage * logp, advantage
+    return None, advantage
 
 
 def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float

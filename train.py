@@ -70,8 +70,9 @@ PRESETS = {
 class Config:
     """Every option; saved with the run."""
     preset: str = option("laptop", "method", "named set of options, the defaults of all others", tuple(PRESETS))
-    method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy)",
-                         ("visurf", "rlvr", "sft"))
+    method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy); the others: see "
+                         "objective.py", objective.METHODS)
+    label_weight: float = option(0.1, "method", "μ of chord, λ of sum", least=0, most=1)
     model: str = option("assets/tiny", "method", "model folder in the Hugging Face layout, run folder, or hub id")
     random_weights: bool = option(False, "method", "take only config and tokenizer from --model (for pretraining)")
     std: str = option("sample", "method", "std R of Eq. 6 and 7", ("sample", "population", "none"))
@@ -177,7 +178,7 @@ class Group:
 
 def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: Prompt, before: str = ""
                  ) -> tuple[str, list[int]]:
-    """Control 1: the text of y and its ids, tok(y) + EOS. before: a thought that y borrows (rewards.borrowed_thought)."""
+    """Control 1: the text of y and its ids, tok(y) + EOS. before: a borrowed thought (rewards.borrowed_thought)."""
     styles = LABEL_STYLES if cfg.label_style == "auto" else (cfg.label_style,)
     texts = [label_text(prompt.example.task, prompt.answer, style, prompt.example.thought, before) for style in styles]
     ids = [processor.encode(text) for text in texts]
@@ -193,13 +194,15 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
 def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int) -> list[Group]:
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
     place of the first prompt in the endless sequence of examples."""
+    controls = cfg if cfg.method == "visurf" else replace(cfg, smoothing=False)     # the rivals have no control 3
     thinks = cfg.label_thought == "rollout"
     G = int(thinks) if cfg.method == "sft" else cfg.rollouts       # sft samples only what its label borrows
     sampled: list[list[Response]] = []
     for i in range(0, len(prompts), cfg.sampling_batch):
         part = prompts[i:i + cfg.sampling_batch]
-        sampled += generate(model, part, G, cfg.max_new_tokens, cfg.temperature, cfg.seed,
-                            range(first + i, first + i + len(part)), graphs=cfg.cuda_graphs) if G else [[] for _ in part]
+        places = range(first + i, first + i + len(part))
+        sampled += [[] for _ in part] if not G else generate(
+            model, part, G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places, graphs=cfg.cuda_graphs)
     groups = []
     for place, (prompt, responses) in enumerate(zip(prompts, sampled), first):
         y, rollouts = None, [processor.decode(o.tokens) for o in responses]
@@ -210,8 +213,8 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         if cfg.method == "sft":
             groups.append(Group(prompt, responses[:1]))
             continue
-        rewards, r, smoothed = reward_group(cfg, prompt.example.task, prompt.answer, y, rollouts)
-        advantage = objective.group_advantages(torch.tensor(r, dtype=torch.float64), cfg.std).tolist()
+        rewards, r, smoothed = reward_group(controls, prompt.example.task, prompt.answer, y, rollouts)
+        advantage = objective.advantages(cfg, torch.tensor(r, dtype=torch.float64)).tolist()
         if smoothed:
             advantage[0] = 0.0        # it is the mean: what else comes out is rounding
         for response, *values in zip(responses, rewards, r, advantage, strict=True):
@@ -450,7 +453,7 @@ def dry_run(job: Job) -> None:
     if not prompts:
         raise Mistake(f"--data {cfg.data}: all of the {len(few)} rows read are bad; the last: {source.bad[-1]}")
     prompt = max(prompts, key=lambda p: len(p.tokens))
-    S = {"sft": 1, "rlvr": cfg.rollouts, "visurf": cfg.rollouts + 1}[cfg.method]
+    S = {"sft": 1, "rlvr": cfg.rollouts}.get(cfg.method, cfg.rollouts + 1)
     share = cfg.prompts_per_step // job.world
     groups, together = min(share, cfg.micro_rows), min(share, cfg.sampling_batch)
     fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0)] * S)
@@ -537,7 +540,7 @@ def loop(job: Job, stopped: list) -> None:
             if line["skipped"]:
                 job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
-                raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (metrics.jsonl has them): "
+                raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (see metrics.jsonl): "
                               f"try a smaller --lr. Last checkpoint: {checkpoint_to_resume(job.run) or 'none yet'}")
             done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped), job.device))
             if job.held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):

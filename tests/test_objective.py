@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import objective
-from objective import clipped_surrogate, divisor, group_advantages, kl_k3, token_weight, trained_on
+from objective import (METHODS, advantages, clipped_surrogate, divisor, group_advantages, kl_k3, label_term, token_weight,
+                       trained_on)
 from rewards import smooth
 
 NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
@@ -70,7 +71,7 @@ def toy_batch(logits, groups, T=0, pad_logp=-3.0):
 
 def cfg(**options):
     """The options that the loss reads."""
-    return types.SimpleNamespace(**{"method": "visurf", "clip": 0.2, "clip_high": 0.0, "kl": 0.0, "entropy_bonus": 0.0}
+    return types.SimpleNamespace(**{"method": "visurf", "label_weight": 0.1, "std": "sample", "clip": 0.2, "clip_high": 0.0, "kl": 0.0, "entropy_bonus": 0.0}
                                  | options)
 
 
@@ -263,7 +264,7 @@ def test_sft_loss_is_cross_entropy(normaliser):
     logits = toy_logits(1).requires_grad_()
     groups = [([4, 2], [[1, 2, 0]]), ([3], [[0]]), ([0], [[4, 4, 3, 2, 1]])]
     logp, segment = toy_batch(logits, groups)
-    loss = loss_of(logp, logp.detach(), torch.zeros_like(logp), segment, normaliser, count(groups, normaliser),
+    loss = loss_of(logp, logp.detach(), torch.ones_like(logp), segment, normaliser, count(groups, normaliser),
                    method="sft")
     each = [torch.nn.functional.cross_entropy(logits[[prompt[-1], *y[:-1]]], torch.tensor(y), reduction="none")
             for prompt, (y,) in groups]
@@ -420,6 +421,70 @@ def test_order_of_the_responses_is_irrelevant(normaliser):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The rivals
+
+FAILED, SOLVED = (torch.tensor(r, dtype=torch.float64) for r in ([6, 4, 2, 0], [6, 7, 1, 4]))      # r(y) first
+
+
+@pytest.mark.parametrize("method, failed, solved", [
+    ("visurf", [3 / math.sqrt(20 / 3), 1 / math.sqrt(20 / 3), -1 / math.sqrt(20 / 3), -3 / math.sqrt(20 / 3)],
+     [1.5 / math.sqrt(7), 2.5 / math.sqrt(7), -3.5 / math.sqrt(7), -0.5 / math.sqrt(7)]),   # squares 2.25+6.25+12.25+0.25
+    ("luffy", [3, 1, -1, -3], [1.5, 2.5, -3.5, -0.5]),
+    ("hpt", [1, 0, 0, 0], [0, 3, -3, 0]),
+    ("chord", [0.1, 0.9, 0, -0.9], [0.1, 0.9, -0.9, 0]),
+    ("sgrpo", [3 / math.sqrt(20 / 3), 1 / math.sqrt(20 / 3), -1 / math.sqrt(20 / 3), -3 / math.sqrt(20 / 3)], [0, 1, -1, 0]),
+    ("sum", [0.1, 1, 0, -1], [0.1, 1, -1, 0])])
+def test_advantages_of_each_method_by_hand(method, failed, solved):
+    for r, expected in ((FAILED, failed), (SOLVED, solved)):
+        close(advantages(cfg(method=method), r), expected)
+    assert advantages(cfg(method="rlvr"), SOLVED[1:]).tolist() == group_advantages(SOLVED[1:]).tolist()
+
+
+@pytest.mark.parametrize("method", ["sft", "hpt", "sum", "luffy", "chord"])
+def test_the_term_of_y_has_the_weight_of_the_table(method):
+    """The gradient of the gain by autograd is the weight that is claimed, at any p, and follows p to its limits."""
+    logp = torch.linspace(-12, -1e-6, 50).requires_grad_()
+    gain, weight = label_term(method, logp, torch.full((50,), 2.0))
+    close(torch.autograd.grad(gain.sum(), logp)[0], weight)
+    p = logp.detach().exp()
+    expected = {"luffy": 2 * 0.1 * p / (p + 0.1) ** 2, "chord": 2 * p * (1 - p)}.get(method, torch.full((50,), 2.0))
+    close(weight, expected)
+    if method in ("luffy", "chord"):        # an unlikely label gets nearly no pull, where SFT and ViSurf keep theirs
+        assert weight[0] < 2e-4 * 2 and (method == "luffy" or weight[-1] < 1e-5)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("sft", "rlvr")])
+@pytest.mark.parametrize("r", [FAILED, SOLVED])
+def test_the_gradient_of_each_method_is_its_weights_on_separate_gradients(method, r):
+    """Σ over tokens of (weight of the table) ∇log π, each token by its own autograd call; ρ = 1."""
+    logits, prompt, responses = toy_logits(), [1, 2], [[3, 1], [0, 2, 4], [4], [2, 2]]
+    a = advantages(cfg(method=method), r)
+    leaf = logits.clone().requires_grad_()
+    logp, segment = toy_batch(leaf, [(prompt, responses)])
+    loss = loss_of(logp, logp.detach(), per_token(a[None], segment), segment, "seq-sum", 4, method=method)
+    found, = torch.autograd.grad(loss, leaf)
+    expected = torch.zeros_like(logits)
+    for s, response in enumerate(responses):
+        for t in range(len(response)):
+            leaf = logits.clone().requires_grad_()
+            one = response_logp(leaf, prompt, response)[t]
+            p, A = float(one.detach().exp()), float(a[s])
+            weight = {"luffy": A * 0.1 * p / (p + 0.1) ** 2, "chord": A * p * (1 - p)}.get(method, A) if s == 0 else A
+            expected -= weight * torch.autograd.grad(one, leaf)[0] / 4
+    close(found, expected, 1e-10)
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method, failed, solved", [
+    ("hpt", [1, 0, 0, 0], [0, 1, 1, 0]), ("chord", [1, 1, 0, 1], [1, 1, 1, 0]), ("sgrpo", [1, 1, 1, 1], [0, 1, 1, 0]),
+    ("luffy", [1, 1, 1, 1], [1, 1, 1, 1])])
+def test_each_method_leaves_out_what_it_does_not_move(method, failed, solved):
+    for r, expected in ((FAILED, failed), (SOLVED, solved)):
+        kept, _ = trained_on(cfg(method=method), advantages(cfg(method=method), r), r, torch.arange(4) == 0)
+        assert kept.int().tolist() == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is left out of the rows, and what is logged
 
 ADVANTAGES = torch.tensor([0.0, 1.5, -0.5, 0.0, 1e-30, float("nan")])
@@ -427,7 +492,7 @@ ADVANTAGES = torch.tensor([0.0, 1.5, -0.5, 0.0, 1e-30, float("nan")])
 
 @pytest.mark.parametrize("options, kept, by_entropy", [
     ({}, [0, 1, 1, 0, 1, 1], False), ({"clip": 0.0}, [0, 1, 1, 0, 1, 1], False), ({"kl": 1e-6}, [1] * 6, False),
-    ({"entropy_bonus": 1e-6}, [1] * 6, True), ({"method": "sft"}, [1] * 6, False), ({"method": "rlvr"}, [0, 1, 1, 0, 1, 1], False)])
+    ({"entropy_bonus": 1e-6}, [1] * 6, True), ({"method": "sft"}, [0, 1, 1, 0, 1, 1], False), ({"method": "rlvr"}, [0, 1, 1, 0, 1, 1], False)])
 def test_what_is_left_out_follows_from_the_loss(options, kept, by_entropy):
     found, needed = trained_on(cfg(**options), ADVANTAGES, torch.zeros(6), torch.arange(6) == 0)
     assert found.tolist() == [bool(k) for k in kept] and needed is by_entropy

@@ -234,6 +234,28 @@ def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
     assert advantages(group) == [1.0] and processor.decode(group.responses[0].tokens) == "<answer>[]</answer>"
 
 
+@pytest.mark.parametrize("method", objective.METHODS)
+def test_every_method_goes_from_rewards_to_an_update(alone, monkeypatch, method):
+    """The rivals take the rewards without control 3, and their own advantages; rows and update are the same for all."""
+    model, processor = small_model()
+    texts = ("<answer>[]</answer>", "nothing", "<think>hm</think><answer>[]</answer>")
+    monkeypatch.setattr(train, "generate", lambda *_, **__: [[
+        train.Response(processor.encode(text), [0.0] * len(processor.encode(text))) for text in texts]])
+    cfg = train.Config(rollouts=3, method=method)
+    group, = train.make_groups(cfg, model, processor, [processor.prompt(Scenes("test")[1])], 0)
+    if method == "sft":
+        assert advantages(group) == [1.0]
+    else:
+        r = {"visurf": [14 / 3, 6, 1, 7], "rlvr": [6, 1, 7]}.get(method, [6, 6, 1, 7])
+        assert [o.r for o in group.responses] == pytest.approx(r) and group.smoothed == (method == "visurf")
+        expected = objective.advantages(cfg, torch.tensor(r, dtype=torch.float64))
+        assert advantages(group) == pytest.approx(expected.tolist(), abs=1e-12)
+    loss, norm, tokens, log = run_update(cfg, model, [group])
+    assert math.isfinite(loss) and norm > 0 and tokens > 0
+    if method != "sft":         # a solved group: y is smoothed, or enters failed groups only, or always
+        assert (log["sft_weight"] > 0) == (method in ("luffy", "chord", "sum"))
+
+
 def test_the_label_borrows_a_thought(alone, monkeypatch):
     """--label-thought rollout: y is a rollout's beginning and the label's answer, earns 7, and these are the ids that
     carry r(y); without a rollout that thinks, and without the option, y is the paper's."""
