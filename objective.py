@@ -1,5 +1,7 @@
 """The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no collectives, no `.item()`.
 
+    python objective.py [--r-y 6 --r-o 5 5 1]      what each method makes of a group's rewards
+
 Glossary
     r          [B, S]     rewards of a group; with the label, r[:, 0] = r(y) and r[:, 1:] = r(o_1) … r(o_G)
     advantage             Â: Eq. 6 (rollouts) and Eq. 7 (y), normalised together over S = G+1 rewards
@@ -30,6 +32,9 @@ Departures
     2. The paper leaves the length normalisation open: `token_weight` names three, "seq-sum" being Eq. 9 to the letter.
     3. A group whose std is below 1e-6 has advantage exactly 0; nothing is added to the std otherwise.
 """
+import argparse
+import types
+
 import torch
 from torch import Tensor
 
@@ -193,3 +198,37 @@ def token_weight(segment: Tensor, normaliser: str) -> Tensor:
 def divisor(tokens: int, responses: int, normaliser: str) -> int:
     """The loss's denominator: counted over all micro-batches and ranks, before the first backward."""
     return tokens if normaliser == "token-mean" else responses
+
+
+def worked_example(groups: dict[str, tuple[float, list[float]]]) -> str:
+    """Of each group (r(y), r(o_1) … r(o_G)) and method: r(y) after control 3, the advantages, and the weight that ∇log π
+    has for a token of y, at three probabilities of it."""
+    from rewards import smooth
+    lines = []
+    for title, (r_y, r_o) in groups.items():
+        lines += [f"{title}: r(y) = {r_y:g}, r(o) = {', '.join(f'{r:g}' for r in r_o)}",
+                  f"  {'':8}{'r(y)':>6}{'Â_y':>8}   {'Â_o':<{7 * len(r_o)}}   weight of y at p = 0.01, 0.5, 0.99"]
+        for method in METHODS:
+            cfg = types.SimpleNamespace(method=method, std="sample", label_weight=0.1)
+            r = torch.tensor([smooth(r_y, r_o)[0] if method == "visurf" else r_y, *r_o], dtype=torch.float64)
+            if method == "sft":
+                a = torch.ones(1)
+            elif method == "rlvr":
+                a = torch.cat((torch.zeros(1), advantages(cfg, r[1:])))
+            else:
+                a = advantages(cfg, r)
+            _, weight = label_term(method, torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64).log(), a[0])
+            shown_o = "".join(f"{x:>7.2f}" for x in a[1:].tolist())
+            lines.append(f"  {method:8}{float(r[0]):>6.2f}{float(a[0]):>8.2f}   {shown_o:<{7 * len(r_o)}}   "
+                         + "".join(f"{x:>7.3f}" for x in weight.expand(3).tolist()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="What each method makes of a group's rewards.")
+    parser.add_argument("--r-y", type=float, default=6.0, help="reward of the label")
+    parser.add_argument("--r-o", type=float, nargs="+", help="rewards of the rollouts, two or more")
+    arguments = parser.parse_args()
+    print(worked_example({"your group": (arguments.r_y, arguments.r_o)} if arguments.r_o else {
+        "failed": (arguments.r_y, [4.0, 2.0, 2.0, 0.0]), "half solved": (arguments.r_y, [7.0, 7.0, 2.0, 0.0]),
+        "solved": (arguments.r_y, [7.0, 7.0, 7.0, 7.0])}))

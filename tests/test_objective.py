@@ -528,6 +528,14 @@ def test_what_is_logged_by_hand():
     close(logged["logp_gap"], [0.25] * 3)
 
 
+def test_the_worked_example():
+    table = objective.worked_example({"a": (6.0, [4.0, 2.0, 2.0, 0.0]), "b": (6.0, [7.0, 7.0, 2.0, 0.0])})
+    rows = [line.split() for line in table.splitlines()]
+    assert ["luffy", "6.00", "3.20", "1.20", "-0.80", "-0.80", "-2.80", "0.264", "0.444", "0.267"] in rows
+    assert ["visurf", "4.00", "0.00", "0.97", "0.97", "-0.65", "-1.30", "0.000", "0.000", "0.000"] in rows     # smoothed
+    assert [row[0] for row in rows].count("hpt") == 2
+
+
 def test_doctests():
     torch.set_default_dtype(torch.float32)  # as printed in the docstrings
     result = doctest.testmod(objective)
