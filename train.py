@@ -57,7 +57,7 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
 # Named sets of options; what is given on the command line wins. `paper` is the authors' earlier public recipe, as the
 # paper leaves much open, without its KL and entropy bonus: docs/paper.md, section 1, has all of it.
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
-           "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0, "micro_rows": 1,
+           "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0,
            "precision": "bfloat16", "checkpoint_activations": True}
 PRESETS = {
     "laptop": {},
@@ -123,7 +123,7 @@ class Config:
     grad_clip: float = option(1.0, "optimisation", "largest gradient norm [recipe 1.0]", above=0)
     precision: str = option("float32", "optimisation", "of weights and gradients; the optimizer keeps float32 weights "
                             "either way", ("float32", "bfloat16"))
-    micro_rows: int = option(4, "optimisation", "rows per forward; any value gives the same update", least=1)
+    micro_rows: int = option(1, "optimisation", "rows per forward; any value gives the same update", least=1)
     max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)",
                                  least=0)
     checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward: less memory, about "
