@@ -456,7 +456,9 @@ def dry_run(job: Job) -> None:
     S = {"sft": 1, "rlvr": cfg.rollouts}.get(cfg.method, cfg.rollouts + 1)
     share = cfg.prompts_per_step // job.world
     groups, together = min(share, cfg.micro_rows), min(share, cfg.sampling_batch)
-    fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0)] * S)
+    fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0) for _ in range(S)])
+    if cfg.label_thought == "rollout":      # y is as long as the longest thought and its answer
+        fake.responses[0].tokens = fake.responses[0].tokens + label_tokens(cfg, model, job.processor, prompt)[1]
     rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
     job.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
             f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
