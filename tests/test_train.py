@@ -447,6 +447,7 @@ def test_a_step_that_is_not_finite_changes_nothing(alone):
     loss, norm, *_ = run_update(replace(cfg, method="visurf"), model, groups)
     assert loss != loss and norm != norm
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    give(groups[0], [1.0])
     run_update(cfg, model, groups)
     assert not all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
