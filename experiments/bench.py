@@ -488,7 +488,7 @@ def full_step(table: Table, size: str, model, prompts: list[Prompt], R: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repeat of less, two to three minutes")
+    parser.add_argument("--quick", action="store_true", help="one repeat of less, a few minutes")
     parser.add_argument("--json", default="", help="file for the table")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
