@@ -41,11 +41,11 @@ from support.log import Meter, measure_groups, memory_line, peak_memory_gb, prog
 from support.mistakes import Mistake, run_main, stop_signals
 from support.onednn import give_memory_back, use_onednn
 from support.options import option, parse
-from support.optimizers import make_optimizers, set_lr, short_run
+from support.optimizers import make_optimizers, set_lr, share_of_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
-from support.runs import (checkpoint_to_resume, load_optimizer, newest_checkpoint, open_run, read_lines,
-                          renamed_options, save_checkpoint)
+from support.runs import (last_checkpoint, load_optimizer, newest_checkpoint, open_run, read_lines, save_checkpoint,
+                          saved_options)
 from support.sources import noticed, read, take
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
@@ -158,7 +158,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     resumable = ("resume", "dry_run", "steps", "eval_data", "eval_examples", "eval_every", "save_every", "log_every",
                  "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn",
                  "tensorboard")
-    return parse(Config, "train.py", __doc__, arguments, PRESETS, resumable, renamed_options)
+    return parse(Config, "train.py", __doc__, arguments, PRESETS, resumable, saved_options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,6 @@ class Job:
     state: dict                           # step, cursor, bad_steps: with the weights and optimizers, a checkpoint
     source: object                        # of examples, to train on
     held_out: list = field(default_factory=list)          # examples to evaluate on
-    left_out: list = field(default_factory=list)          # rows of either that cannot be used, when they were opened
     run: Path = Path()
     seconds: float = 0.0                  # of the last step
 
@@ -346,7 +345,7 @@ def open_data(cfg: Config, processor: Processor, data: str):
 def set_up() -> Job:
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
-    checkpoint = checkpoint_to_resume(Path(cfg.resume)) if cfg.resume else None
+    checkpoint = last_checkpoint(Path(cfg.resume)) if cfg.resume else None
     processor = Processor(checkpoint or cfg.model)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
@@ -514,8 +513,9 @@ def stopping_sentence(job: Job) -> str:
     """What a signal prints at once; torchrun prints a traceback of its own after it."""
     if job.rank > 0:
         return ""
-    return (f"stopping: the step at work is ended and saved first (the last one took {job.seconds:.0f} s). torchrun "
-            "kills what takes longer than its --shutdown-timeout, by default 30 s")
+    took = f" (the last one took {job.seconds:.0f} s)" if job.seconds else ""
+    return (f"stopping: the step at work is ended and saved first{took}. torchrun kills what takes longer than its "
+            "--shutdown-timeout, by default 30 s")
 
 
 def loop(job: Job, stopped: list) -> None:
@@ -524,7 +524,7 @@ def loop(job: Job, stopped: list) -> None:
     lines = read_lines(job.run)
     history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
     if before := [line["lr"] for line in lines if "lr" in line][-1:]:
-        now = set_lr(cfg, job.optimizers, state["step"])
+        now = cfg.lr * share_of_lr(cfg, state["step"])
         if not 0.5 < now / max(before[0], 1e-30) < 2:
             job.say(f"the learning rate goes on at {now:.1e}, after {before[0]:.1e}: its schedule is now that of "
                     f"{cfg.steps} steps")
@@ -543,7 +543,7 @@ def loop(job: Job, stopped: list) -> None:
                 job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
                 raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (see metrics.jsonl): "
-                              f"try a smaller --lr. Last checkpoint: {checkpoint_to_resume(job.run) or 'none yet'}")
+                              f"try a smaller --lr. Last checkpoint: {last_checkpoint(job.run) or 'none yet'}")
             done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped), job.device))
             if job.held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
                 run_evaluation(job, history)

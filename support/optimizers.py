@@ -77,9 +77,7 @@ def short_run(cfg) -> str:
         f"(--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
 
 
-def set_lr(cfg, optimizers: list, step: int) -> float:
-    """Returns the learning rate of a step, from 0."""
+def set_lr(cfg, optimizers: list, step: int) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * share_of_lr(cfg, step)
-    return cfg.lr * share_of_lr(cfg, step)

@@ -1,7 +1,6 @@
 """Command lines of a dataclass: one flag a field, grouped, with the defaults of a preset or of a run that goes on."""
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -33,12 +32,11 @@ def check_numbers(options) -> None:
 
 
 def parse(kind: type, script: str, description: str, arguments: list[str] | None = None,
-          presets: dict[str, dict] | None = None, resumable: tuple[str, ...] = (), renamed=None):
+          presets: dict[str, dict] | None = None, resumable: tuple[str, ...] = (), saved_options=None):
     """Flags → a `kind`. Unknown flags are errors. --help shows the defaults that hold with the flags beside it.
 
-    presets: where `kind` has --preset and --resume. Defaults are then those of --preset or, with --resume RUN, the
-    options saved there, which `renamed(saved)` brings to today's names; then only the `resumable` ones can be given
-    another value."""
+    presets: where `kind` has --preset and --resume. Defaults are then those of --preset or, with --resume RUN,
+    saved_options(RUN); then only the `resumable` ones can be given another value."""
     arguments = sys.argv[1:] if arguments is None else arguments
     defaults, resume = {f.name: f.default for f in dataclasses.fields(kind)}, None
     if presets is not None:
@@ -51,8 +49,7 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
             chosen = argparse.Namespace(preset=None, resume=None)
         resume, defaults = chosen.resume, defaults | presets.get(chosen.preset, {})
         if resume:
-            path = Path(resume) / "config.json"
-            defaults |= renamed(json.loads(path.read_text())["config"]) if path.exists() else {}
+            defaults |= saved_options(Path(resume))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      usage=f"torchrun {script} [--OPTION VALUE …]", add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

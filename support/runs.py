@@ -79,8 +79,14 @@ def read_lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def renamed_options(saved: dict) -> dict:
-    """The options of a run that an earlier version saved, under today's names."""
+def saved_options(run: Path) -> dict:
+    """The options of the run that --resume names, under today's names. Mistake: it names something else."""
+    if run.parent.name == "checkpoints" and (run / "state.json").exists():
+        raise Mistake(f"--resume {run}: that is a checkpoint; --resume {run.parent.parent} goes on with its run from "
+                      f"the newest one, --model {run} begins another run from these weights")
+    if not (run / "config.json").exists():
+        raise Mistake(f"--resume {run}: there is no {run / 'config.json'}")
+    saved = json.loads((run / "config.json").read_text())["config"]
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if "cooldown_steps" in saved:
@@ -88,24 +94,18 @@ def renamed_options(saved: dict) -> dict:
     return saved
 
 
-def checkpoint_to_resume(run: Path) -> Path | None:
-    """The newest checkpoint of the run that --resume names, None where it has none yet and so begins anew. Mistake: it
-    names something else."""
-    if run.parent.name == "checkpoints" and (run / "state.json").exists():
-        raise Mistake(f"--resume {run}: that is a checkpoint; --resume {run.parent.parent} goes on with its run from "
-                      f"the newest one, --model {run} begins another run from these weights")
-    if not (run / "config.json").exists():
-        raise Mistake(f"--resume {run}: there is no {run / 'config.json'}")
-    return newest_checkpoint(run) if any((run / "checkpoints").glob("step_*")) else None
+def last_checkpoint(run: Path) -> Path | None:
+    """The last complete checkpoint of a run folder, None before the first."""
+    steps = {int(p.name.removeprefix("step_")): p for p in (run / "checkpoints").glob("step_*")
+             if p.name.removeprefix("step_").isdecimal()}
+    return steps[max(steps)] if steps else None
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The last complete checkpoint of a run folder."""
-    steps = sorted((int(p.name.removeprefix("step_")), p) for p in (run / "checkpoints").glob("step_*")
-                   if p.name.removeprefix("step_").isdecimal())
-    if not steps:
+    """The last complete checkpoint of a run folder. Mistake: there is none."""
+    if not (found := last_checkpoint(run)):
         raise Mistake(f"{run} holds no checkpoint yet; torchrun train.py --resume {run} goes on with it")
-    return steps[-1][1]
+    return found
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, rank: int) -> None:

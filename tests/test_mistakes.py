@@ -31,6 +31,8 @@ def place(tmp_path, monkeypatch, one_rank):
     (tmp_path / "runs/taken/checkpoints/step_2").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl", "checkpoints/step_2/state.json"):
         (tmp_path / "runs/taken" / name).write_text("")
+    (tmp_path / "runs/taken/checkpoints/step_2/config.json").write_text('{"model_type": "qwen2_5_vl"}')     # the model's
+    (tmp_path / "runs/taken/checkpoints/step_2_backup").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     row = {"image": "a.png", "problem": "x", "task": "grounding"}
     for name, solution in (("three", [{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]), ("none", None),
@@ -53,6 +55,7 @@ MISTAKES = [
     ("train", "--name ../../x", "--name ../../x: must be a folder's name"), ("train", "--name ..", "--name"),
     ("train", "--preset papr", "invalid choice: 'papr'"), ("train", "--resume runs/x", "--resume runs/x: there is no "),
     ("train", "--resume runs/taken/checkpoints/step_2", "that is a checkpoint; --resume runs/taken goes on with its run"),
+    ("train", "--resume runs/x --lr 3", "--resume runs/x: there is no "),
     ("train", "--name taken --eval-data= --onednn", "runs/taken exists and is not overwritten"),
     ("train", "--learning-rate 1", r"--learning-rate: did you mean --lr\?"),
     ("train", "--model nowhere", "--model nowhere: there is no such folder, and it is no hub id"),
