@@ -1,5 +1,5 @@
-"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no collectives; the loss waits for no
-number from the device.
+"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no collectives; the loss waits for
+no number from the device.
 
     python objective.py [--r-y 6 --r-o 5 5 1]      what each method makes of a group's rewards
 
@@ -23,9 +23,9 @@ The methods are settings of one loss. A token of y, of probability p, has this w
     sgrpo    y, o_1 … o_G           Â_y           over G+1 where the group fails, else over G: S-GRPO, arXiv 2604.16557
     sum      y, o_1 … o_G           λ             Â over G: SFT and RLVR added up
     two-stage: sft, then rlvr from its weights
-A group fails if no rollout is as good as y, max r(o) < r(y): the test of control 3. μ and λ are --label-weight. Control 3
-itself is ViSurf's alone. Learning rate, entropy bonus and length normalisation are this file's for all methods: one
-denominator for y and rollouts, where the repositories named average over the two apart.
+A group fails if no rollout is as good as y, max r(o) < r(y): the test of control 3. μ and λ are --label-weight. Control
+3 itself is ViSurf's alone. Learning rate, entropy bonus and length normalisation are the same for all methods, and
+y and the rollouts share one denominator; CHORD takes a mean over each of the two.
 
 Departures
     1. Probabilities are per token (as in every GRPO trainer); the paper writes them per sequence. With one update per
@@ -76,7 +76,7 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
         if cfg.method == "sft":
             logged["entropy"] = entropy[y]
         else:
-            size = (weight * torch.where(is_y, weight_y, advantage).abs()).double() / denominator   # of the terms of Eq. 9
+            size = (weight * torch.where(is_y, weight_y, advantage).abs()).double() / denominator   # of Eq. 9's terms
             logged |= {"logp_gap": (logp - sampled_logp).abs()[rollouts],
                        "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
                        "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
@@ -202,8 +202,8 @@ def divisor(tokens: int, responses: int, normaliser: str) -> int:
 
 
 def worked_example(groups: dict[str, tuple[float, list[float]]]) -> str:
-    """Of each group (r(y), r(o_1) … r(o_G)) and method: r(y) after control 3, the advantages, and the weight that ∇log π
-    has for a token of y, at three probabilities of it."""
+    """Of each group (r(y), r(o_1) … r(o_G)) and method: r(y) after control 3, the advantages, and the weight that
+    ∇log π has for a token of y, at three probabilities of it."""
     from rewards import smooth
     lines = []
     for title, (r_y, r_o) in groups.items():

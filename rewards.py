@@ -16,8 +16,8 @@ Departure 2: the released limits of 10 and 30 px belong to 840×840 pictures. In
     would pass nearly any box on the right thing; there they are 1.33 and 4 px, the same share of a side.
 Departure 3: the released code splits sentences at every '.', and so takes the decimals of "10.5, 20.5, 30.5" for
     sentences that repeat each other. Here a '.' between two digits ends no sentence.
-Departure 4, with --label-thought rollout only: the paper's y has no thought. There y is the thought of one rollout of its
-    own group and the label's answer, and is rewarded as the complete response that it then is (`borrowed_thought`).
+Departure 4, with --label-thought rollout only: the paper's y has no thought. There y is the thought of one rollout of
+    its own group and the label's answer, and is rewarded as the complete response that it then is (`borrowed_thought`).
 """
 import ast
 import functools

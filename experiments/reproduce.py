@@ -1,11 +1,11 @@
 """Trains, evaluates and tabulates what the paper claims, on the built-in world: several seeds of every method.
 
-    python experiments/reproduce.py run                      all of EXPERIMENTS, two at a time; goes on where it was stopped
+    python experiments/reproduce.py run                      all of EXPERIMENTS; goes on where it was stopped
     python experiments/reproduce.py run visurf rlvr --seeds 42 43
     python experiments/reproduce.py tables                   from experiments/results/ alone
 
-A seed of an experiment is one small file, experiments/results/NAME-SEED.json: commit, machine, flags, seconds, metrics of
-every split. A file that exists is not made again. Seeds are paired: the same base, the same order of the data.
+A seed of an experiment is one small file, experiments/results/NAME-SEED.json: commit, machine, flags, seconds, metrics
+of every split. A file that exists is not made again. Seeds are paired: the same base, the same order of the data.
 """
 import argparse
 import json

@@ -13,13 +13,13 @@ def result(n_acc: float) -> dict:
 
 def test_interval_by_hand():
     mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)       # t of 2 degrees of freedom, s = 1
+    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)       # t of 2 degrees, s = 1
     assert interval([0.5])[0] == 0.5 and math.isnan(interval([0.5])[1])
 
 
 def test_tables_by_hand():
-    printed = tables({"visurf": {1: result(0.9), 2: result(0.8), 3: result(0.7)}, "rlvr": {1: result(0.1), 2: result(0.2)},
-                      "base": {1: result(0.0)}}, "scenes:test")
+    printed = tables({"visurf": {1: result(0.9), 2: result(0.8), 3: result(0.7)},
+                      "rlvr": {1: result(0.1), 2: result(0.2)}, "base": {1: result(0.0)}}, "scenes:test")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
     assert ["visurf", "3", "0.800 ± 0.248", "1.000 ± 0.000", "–", "–", "–", "–"] in rows
     assert ["base", "1", "-0.900", "+0.000", "–", "–", "–", "–"] in rows

@@ -449,13 +449,15 @@ def test_bfloat16_is_as_exact_as_the_published_implementation():
     ys = [processor.encode(p.answer) for p in prompts]
     ours, theirs = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
-        model, reference = (kind.from_pretrained(TINY, dtype=dtype) for kind in (Qwen2_5_VL, AutoModelForImageTextToText))
+        model, reference = (kind.from_pretrained(TINY, dtype=dtype)
+                            for kind in (Qwen2_5_VL, AutoModelForImageTextToText))
         with torch.no_grad():
             parts = [(rows_of([p], [y]), reference_inputs([p], [y]), p, y) for p, y in zip(prompts, ys)]
             ours[dtype] = torch.cat([model(**vars(b))[0][b.segment > 0].float() for b, *_ in parts])
-            logits = [reference(**{**inputs, "mm_token_type_ids": (inputs["input_ids"] == model.config.image_token_id).int(),
-                                   "pixel_values": p.patches.to(dtype)}).logits[0, len(p.tokens) - 1:-1].float()
-                      for _, inputs, p, _ in parts]
+            for _, inputs, p, _ in parts:
+                inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+                inputs["pixel_values"] = p.patches.to(dtype)
+            logits = [reference(**inputs).logits[0, len(p.tokens) - 1:-1].float() for _, inputs, p, _ in parts]
             theirs[dtype] = torch.cat([x.masked_fill(model.banned, -torch.inf).log_softmax(-1)[range(len(y)), y]
                                        for x, y in zip(logits, ys)])
 

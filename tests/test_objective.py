@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import objective
-from objective import (METHODS, advantages, clipped_surrogate, divisor, group_advantages, kl_k3, label_term, token_weight,
-                       trained_on)
+from objective import (METHODS, advantages, clipped_surrogate, divisor, group_advantages, kl_k3, label_term,
+                       token_weight, trained_on)
 from rewards import smooth
 
 NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
@@ -71,8 +71,8 @@ def toy_batch(logits, groups, T=0, pad_logp=-3.0):
 
 def cfg(**options):
     """The options that the loss reads."""
-    return types.SimpleNamespace(**{"method": "visurf", "label_weight": 0.1, "std": "sample", "clip": 0.2, "clip_high": 0.0, "kl": 0.0, "entropy_bonus": 0.0}
-                                 | options)
+    return types.SimpleNamespace(**{"method": "visurf", "label_weight": 0.1, "std": "sample", "clip": 0.2, "clip_high": 0.0,
+                                    "kl": 0.0, "entropy_bonus": 0.0} | options)
 
 
 def per_token(advantage, segment):
@@ -428,11 +428,12 @@ FAILED, SOLVED = (torch.tensor(r, dtype=torch.float64) for r in ([6, 4, 2, 0], [
 
 @pytest.mark.parametrize("method, failed, solved", [
     ("visurf", [3 / math.sqrt(20 / 3), 1 / math.sqrt(20 / 3), -1 / math.sqrt(20 / 3), -3 / math.sqrt(20 / 3)],
-     [1.5 / math.sqrt(7), 2.5 / math.sqrt(7), -3.5 / math.sqrt(7), -0.5 / math.sqrt(7)]),   # squares 2.25+6.25+12.25+0.25
+     [1.5 / math.sqrt(7), 2.5 / math.sqrt(7), -3.5 / math.sqrt(7), -0.5 / math.sqrt(7)]),       # squares add up to 21
     ("luffy", [3, 1, -1, -3], [1.5, 2.5, -3.5, -0.5]),
     ("hpt", [1, 0, 0, 0], [0, 3, -3, 0]),
     ("chord", [0.1, 0.9, 0, -0.9], [0.1, 0.9, -0.9, 0]),
-    ("sgrpo", [3 / math.sqrt(20 / 3), 1 / math.sqrt(20 / 3), -1 / math.sqrt(20 / 3), -3 / math.sqrt(20 / 3)], [0, 1, -1, 0]),
+    ("sgrpo", [3 / math.sqrt(20 / 3), 1 / math.sqrt(20 / 3), -1 / math.sqrt(20 / 3), -3 / math.sqrt(20 / 3)],
+     [0, 1, -1, 0]),
     ("sum", [0.1, 1, 0, -1], [0.1, 1, -1, 0])])
 def test_advantages_of_each_method_by_hand(method, failed, solved):
     for r, expected in ((FAILED, failed), (SOLVED, solved)):
