@@ -14,7 +14,6 @@ Glossary
 """
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
