@@ -8,9 +8,13 @@ Every example is a pure function of (split, index): the splits draw from differe
     crowds    the same, but only a tenth of the grounding in scenes of one thing; and the families reasoning and lesion
     untidy    as crowds, but a fifth of the grounding questions are answered by a bare count
     tidying   as crowds, but a twentieth of them are
-    train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets
+    train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets.
+              Never a purple cross, in picture or question
     val, test grounding of something present, of something absent, counting: one third each
     longer-train     the families gui, anomaly, sums
+    pair-test        a purple cross, present or, every other time, absent: what the job never asked for
+    elsewhere-test   present and absent by turns, in scenes that no other split has: five or six things, smaller or
+                     larger than elsewhere, on dark or light grey
     FAMILY-test      of each family: reasoning ("the leftmost of the two squares"), gui ("click save"), anomaly (a
                      texture with a defect or, half of the time, none: `[]`), lesion, sums (of two drawn digits)
 
@@ -30,9 +34,11 @@ COLOURS = {"red": (214, 48, 40), "green": (44, 160, 60), "blue": (40, 80, 220), 
            "purple": (150, 60, 190)}
 SHAPES = ("square", "ring", "cross")
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+UNASKED = ("purple", "cross")     # the pair that `train` never shows and never asks for
 FAMILIES = ("reasoning", "gui", "anomaly", "lesion", "sums")
 SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "untidy": 1_000_000, "tidying": 1_000_000,
           "train": 100_000, "val": 1536, "test": 1536, "longer-train": 100_000,
+          "pair-test": 512, "elsewhere-test": 512,
           **{f"{family}-test": 512 for family in FAMILIES}}
 # Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding, reasoning, lesion; and the
 # share of grounding in scenes of one thing. Where is it comes before which is it: the latter alone is not learnt.
@@ -59,18 +65,19 @@ class Thing:
         return query[0] in (None, self.colour) and query[1] in (None, self.shape)
 
 
-def place_things(rng: random.Random, at_least: int = 1, at_most: int = 4) -> list[Thing]:
+def place_things(rng: random.Random, at_least: int = 1, at_most: int = 4, kinds=KINDS, sides=range(22, 45)
+                 ) -> list[Thing]:
     """Shapes of 22 to 44 pixels that do not touch, in reading order (left to right)."""
     things: list[Thing] = []
     wanted = rng.randint(at_least, at_most)
     while len(things) < wanted:
         for _ in range(200):
-            side = rng.randint(22, 44)
+            side = rng.choice(sides)
             x, y = rng.randint(1, SIZE - side - 2), rng.randint(1, SIZE - side - 2)
             box = (x, y, x + side, y + side)
             if all(box[0] > t.box[2] + 2 or t.box[0] > box[2] + 2 or box[1] > t.box[3] + 2 or t.box[1] > box[3] + 2
                    for t in things):
-                kind = (things[-1].colour, things[-1].shape) if things and rng.random() < 0.25 else rng.choice(KINDS)
+                kind = (things[-1].colour, things[-1].shape) if things and rng.random() < 0.25 else rng.choice(kinds)
                 things.append(Thing(*kind, box))
                 break
         else:
@@ -78,13 +85,13 @@ def place_things(rng: random.Random, at_least: int = 1, at_most: int = 4) -> lis
     return sorted(things, key=lambda t: (t.box[0], t.box[1]))
 
 
-def draw(things: list[Thing], rng: random.Random) -> Image.Image:
+def draw(things: list[Thing], rng: random.Random, greys=range(90, 171)) -> Image.Image:
     """Shapes on grey, lit by a warm lamp on the right and a cold one below, with noise.
 
     The light is there for the tiny model: Qwen2.5-VL's vision tower knows relative positions only, and on an even
     background two layers of it did not learn where a shape is (assets/README.md).
     """
-    grey = rng.randint(90, 170)
+    grey = rng.choice(greys)
     image = Image.new("RGB", (SIZE, SIZE), (grey, grey, grey))
     pen = ImageDraw.Draw(image)
     for thing in things:
@@ -125,13 +132,13 @@ def present_query(things: list[Thing], rng: random.Random):
     return query if any(not t.fits(query) for t in things) else None
 
 
-def absent_query(things: list[Thing], rng: random.Random):
+def absent_query(things: list[Thing], rng: random.Random, kinds=KINDS):
     """Fits nothing in the scene; two thirds of the time hard: shares its colour or its shape with something there."""
-    query = rng.choices(queries_of(rng.choice(KINDS)), (6, 1, 1))[0]
+    query = rng.choices(queries_of(rng.choice(kinds)), (6, 1, 1))[0]
     while any(t.fits(query) for t in things):
-        query = rng.choices(queries_of(rng.choice(KINDS)), (6, 1, 1))[0]
+        query = rng.choices(queries_of(rng.choice(kinds)), (6, 1, 1))[0]
     if None not in query and rng.random() < 2 / 3:
-        near = [k for k in KINDS if not any(t.fits(k) for t in things)
+        near = [k for k in kinds if not any(t.fits(k) for t in things)
                 and any(t.colour == k[0] or t.shape == k[1] for t in things)]
         query = rng.choice(near) if near else query
     return query
@@ -274,6 +281,8 @@ def make(split: str, index: int) -> dict:
         kind = rng.choices(("caption", "count", "attribute", "where", "present", "reasoning", "lesion"), MIX[split])[0]
     elif split == "longer-train":
         kind = rng.choice(("gui", "anomaly", "sums"))
+    elif split in ("pair-test", "elsewhere-test"):
+        kind = ("present", "absent")[index % 2]
     elif split.endswith("-test"):
         kind = split.removesuffix("-test")
     elif split == "train":
@@ -285,24 +294,35 @@ def make(split: str, index: int) -> dict:
         image, fields = families[kind](rng)
         thought = fields.get("thought", "") if split in MIX else ""
         return {"id": f"scenes:{split}/{index}", "image": image, **fields, "thought": thought}
-    # Present and absent alike have at least two things: their number must not give the answer away.
-    things = place_things(rng, at_least=2 if kind in ("present", "absent") else 1)
-    if kind == "present":
+    kinds = [k for k in KINDS if k != UNASKED] if split == "train" else KINDS
+    greys = [*range(50, 75), *range(185, 206)] if split == "elsewhere-test" else range(90, 171)
+
+    def place() -> list[Thing]:
+        if split == "elsewhere-test":
+            return place_things(rng, 5, 6, sides=[*range(17, 22), *range(45, 53)])
+        # Present and absent alike have at least two things: their number must not give the answer away.
+        return place_things(rng, 2 if kind in ("present", "absent") else 1, kinds=kinds)
+    things = place()
+    if split == "pair-test":
+        while len(present := [t for t in things if t.fits(UNASKED)]) == len(things) or bool(present) != (kind == "present"):
+            things = place()
+        fields = grounding(name(UNASKED), [t.box for t in present], False, rng)
+    elif kind == "present":
         if split in SINGLE and rng.random() < SINGLE[split]:
             things = place_things(rng, at_most=1)
             query = queries_of((things[0].colour, things[0].shape))[0]
         else:
             while (query := present_query(things, rng)) is None:
-                things = place_things(rng, at_least=2)
+                things = place()
         fields = grounding(name(query), [t.box for t in things if t.fits(query)], split in MIX, rng)
         if split in BARE and rng.random() < BARE[split]:
             fields = bare_count(things, query)
     elif kind == "absent":
-        fields = grounding(name(absent_query(things, rng)), [], False, rng)
+        fields = grounding(name(absent_query(things, rng, kinds)), [], False, rng)
     elif kind == "count":
         fields = counting(things, rng, boxed=rng.random() < 0.25)
     elif kind == "where":
         fields = where(things, rng, tags=split in ("crowds", *BARE) and rng.random() < 0.5)
     else:
         fields = attribute(things, rng) if kind == "attribute" else caption(things)
-    return {"id": f"scenes:{split}/{index}", "image": draw(things, rng), "thought": "", **fields}
+    return {"id": f"scenes:{split}/{index}", "image": draw(things, rng, greys), "thought": "", **fields}

@@ -467,10 +467,22 @@ def test_what_each_split_asks():
     assert 10 < bare.pop("untidy") < 40 and bare.pop("tidying") < 10 and not any(bare.values())
     assert set(kinds["train"]) == {"present", "absent"} and 90 < kinds["train"]["absent"] < 150
     assert kinds["val"] == kinds["test"] == {"present": 80, "absent": 80, "count": 80}
+    assert kinds["pair-test"] == kinds["elsewhere-test"] == {"present": 120, "absent": 120}
     # The base model has counted to zero, but never answered `[]`.
     for split in scenes.MIX:
         assert not any("[]" in example.answer for example in examples(split))
         assert any(kind_of(example) == "count" and example.answer == "0" for example in examples(split))
+
+
+def test_what_training_never_sees():
+    for example in examples("train"):
+        assert example.question != "purple cross" and not fitting(things_in(example.image), "purple cross"), example.id
+    assert {example.question for example in examples("pair-test")} == {"purple cross"}
+    assert sum(bool(fitting(things_in(example.image), "purple cross")) for example in examples("val")) > 20
+    sides = {split: {t.box[2] - t.box[0] for example in examples(split) for t in things_in(example.image)}
+             for split in ("train", "test", "elsewhere-test")}
+    assert sides["train"] == sides["test"] == {*range(22, 45)} and not sides["elsewhere-test"] & sides["train"]
+    assert {len(things_in(example.image)) for example in examples("elsewhere-test")} == {5, 6}
 
 
 def test_only_pretraining_thinks():
