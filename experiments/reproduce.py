@@ -1,49 +1,69 @@
 """Trains, evaluates and tabulates what the paper claims, on the built-in world: several seeds of every method.
 
     python experiments/reproduce.py run                      all of EXPERIMENTS; goes on where it was stopped
-    python experiments/reproduce.py run visurf rlvr --seeds 42 43
-    python experiments/reproduce.py tables                   from experiments/results/ alone
+    python experiments/reproduce.py run visurf rlvr --seeds 42 43 --rates 0.001
+    python experiments/reproduce.py tables                   tables and figures, from experiments/results/ alone
 
-A seed of an experiment is one small file, experiments/results/NAME-SEED.json: commit, machine, flags, seconds, metrics
-of every split. A file that exists is not made again. Seeds are paired: the same base, the same order of the data.
+A result is one small file, experiments/results/NAME-RATE-SEED.json: commit, machine, flags, seconds, metrics of every
+split, the course of the training. A file that exists is not made again. Seeds are paired: the same base, the same order
+of the data. The first seed tries every learning rate; the rate with the best score on scenes:val is the method's, and
+the other seeds are trained at it. `tables` writes the tables into README.md and experiments/README.md, between the
+lines `<!-- table: NAME -->` and `<!-- end -->`, and the figures into experiments/figures/.
 """
 import argparse
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "experiments/results"
 SEEDS = (42, 43, 44, 45, 46)
-SPLITS = ("scenes:test", "scenes:reasoning-test")
+RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every method may choose from
+SPLITS = ("test", "reasoning-test", "elsewhere-test", "pair-test")
 # Name → the stages of its training, flags of train.py each; a later stage begins from the weights of the one before.
-EXPERIMENTS = {
-    "base": [],
-    "visurf": [[]],
-    "visurf-thought": [["--label-thought", "rollout"]],
-    "rlvr": [["--method", "rlvr"]],
-    "sft": [["--method", "sft"]],
-    "sft-thought": [["--method", "sft", "--label-thought", "rollout"]],
-    "sft-rlvr": [["--method", "sft", "--steps", "100"], ["--method", "rlvr", "--steps", "300"]],
-    "luffy": [["--method", "luffy"]],
-    "hpt": [["--method", "hpt"]],
-    "chord": [["--method", "chord"]],
-    "sgrpo": [["--method", "sgrpo"]],
-    "sum": [["--method", "sum"]],
+THOUGHT = ["--label-thought", "rollout"]
+LENGTHS = (25, 50, 100, 200)                    # steps of SFT, of 400, before RLVR
+TWO_STAGE = {f"sft{n}-rlvr": [["--method", "sft", "--steps", str(n)], ["--method", "rlvr", "--steps", str(400 - n)]]
+             for n in LENGTHS}
+RIVALS = ("luffy", "hpt", "chord", "sgrpo", "sum")
+CONTROLS = {
     "visurf-no-align": [["--label-style", "compact"]],
     "visurf-no-rule": [["--reward-label-thinking"]],
     "visurf-no-smoothing": [["--no-smoothing"]],
     "visurf-no-controls": [["--label-style", "compact", "--reward-label-thinking", "--no-smoothing"]],
 }
-SHOWN = {"N-acc strict": "N-acc", "T-acc": "T-acc", "bbox accuracy": "boxes", "thinks, present": "thinks, present",
-         "thinks, absent": "thinks, absent", "answers": "counting"}
+# Answers that look at nothing, for scale.
+POLICIES = {"always []": "<answer>[]</answer>",
+            "always the whole picture": '<answer>[{"bbox_2d": [0, 0, 111, 111], "point_2d": [56, 56]}]</answer>'}
+UNTRAINED = ("base", *POLICIES)
+EXPERIMENTS = {
+    **{name: [] for name in UNTRAINED},
+    "visurf": [[]],
+    "rlvr": [["--method", "rlvr"]],
+    "sft": [["--method", "sft"]],
+    **TWO_STAGE,
+    "visurf-thought": [THOUGHT],
+    **{name: [["--method", name]] for name in RIVALS},
+    **CONTROLS,
+    "sft-thought": [["--method", "sft", *THOUGHT]],
+    "sft50-rlvr-thought": [["--method", "sft", "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
+}
+COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "response_length", "logp_y",
+          "r_rollouts", "rollouts/thinking", "unreadable")
+Results = dict[str, dict[float, dict[int, dict]]]          # name → learning rate → seed → result
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and evaluation: one result
 
 def call(script: str, *flags: str) -> None:
     """Runs a script of ours on one core; what it prints goes to runs/reproduce.log."""
@@ -52,38 +72,133 @@ def call(script: str, *flags: str) -> None:
                        env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def train(name: str, stage: list[str], seed: int, model: str) -> tuple[str, float]:
-    """A stage, gone on with where it was stopped. Returns its newest checkpoint and the seconds of its steps."""
+def train(name: str, flags: list[str]) -> Path:
+    """A stage, gone on with where it was stopped. Returns its run."""
     run = ROOT / "runs" / name
     if not (run / "config.json").exists():
-        call("train.py", "--name", name, "--seed", str(seed), "--model", model, "--eval-data", "", *stage)
-    else:
+        call("train.py", "--name", name, *flags)
+    elif not (run / "checkpoints" / f"step_{json.loads((run / 'config.json').read_text())['steps']}").is_dir():
         call("train.py", "--resume", str(run))
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return str(run / "checkpoints" / f"step_{steps[-1]['step']}"), sum(line.get("seconds", 0) for line in steps)
+    return run
 
 
-def make(name: str, seed: int) -> str:
+def steps_of(run: Path) -> list[dict]:
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "eval" not in line]
+
+
+def answer(model: str, split: str, out: str) -> dict[str, float]:
+    """The metrics of a model's greedy answers to scenes:SPLIT."""
+    folder = ROOT / "runs" / out / split
+    call("eval.py", "--model", model, "--data", f"scenes:{split}", "--out", str(folder))
+    return rounded(json.loads((folder / "metrics.json").read_text())["metrics"])
+
+
+def answer_blindly(response: str, split: str) -> dict[str, float]:
+    """The metrics of a policy that gives every question the same response."""
+    from data import Processor, load
+    from eval import judge, summarise
+    processor, source = Processor(ROOT / "assets/tiny"), load(f"scenes:{split}")
+    return rounded(summarise([judge(processor.prompt(source[i]), response, 0) for i in range(len(source))]))
+
+
+def rounded(values: dict) -> dict:
+    return {name: round(value, 4) for name, value in values.items() if value is not None}
+
+
+def score(metrics: dict[str, float]) -> float:
+    """What a learning rate and a checkpoint are chosen by, on scenes:val: the mean of the shares of absent and of
+    present things that are answered right."""
+    return (metrics["N-acc strict"] + metrics["bbox accuracy"]) / 2
+
+
+def make(name: str, rate: float, seed: int) -> str:
     """One file of results. Returns a line about it."""
-    path = RESULTS / f"{name}-{seed}.json"
+    path = RESULTS / f"{name.replace(' ', '-')}-{rate:g}-{seed}.json"
     if path.exists():
         return f"{path.name}: there already"
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
                             check=True).stdout.strip()
-    model, seconds = str(ROOT / "assets/tiny"), 0.0
+    result = {"experiment": name, "rate": rate, "seed": seed, "commit": commit,
+              "machine": f"{platform.machine()}, {os.cpu_count()} cores", "stages": EXPERIMENTS[name]}
+    model, lines, own = str(ROOT / "assets/tiny"), [], f"reproduce-{name}-{rate:g}-{seed}"
     for number, stage in enumerate(EXPERIMENTS[name], 1):
-        model, took = train(f"reproduce-{name}-{seed}-{number}", stage, seed, model)
-        seconds += took
-    metrics = {}
-    for split in SPLITS:
-        out = ROOT / "runs" / f"reproduce-{name}-{seed}-{split.removeprefix('scenes:')}"
-        call("eval.py", "--model", model, "--data", split, "--out", str(out))
-        metrics[split] = json.loads((out / "metrics.json").read_text())["metrics"]
+        run = train(f"{own}-{number}", ["--seed", str(seed), "--model", model, "--lr", str(rate), *stage])
+        stage_lines = steps_of(run)
+        model, lines = str(run / "checkpoints" / f"step_{stage_lines[-1]['step']}"), lines + stage_lines
+    splits = SPLITS + (("val",) if seed == SEEDS[0] else ())
+    if name in POLICIES:
+        result["metrics"] = {split: answer_blindly(POLICIES[name], split) for split in splits}
+    else:
+        result["metrics"] = {split: answer(model, split, f"{own}-answers") for split in splits}
+    if lines:
+        result |= {"seconds": round(sum(line["seconds"] for line in lines)),
+                   "peak_memory_gb": max(line["peak_memory_gb"] for line in lines), "course": course(lines)}
+        evaluated = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+        evaluated = {line["step"]: line["eval"] for line in evaluated if "eval" in line and line["step"]}
+        step = max(evaluated, key=lambda s: score(evaluated[s]))      # of the last stage, the first of the best
+        last = step == stage_lines[-1]["step"]
+        result["best"] = {"step": step, "test": result["metrics"]["test"] if last else answer(
+            str(run / "checkpoints" / f"step_{step}"), "test", f"{own}-best")}
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"experiment": name, "seed": seed, "commit": commit, "stages": EXPERIMENTS[name],
-                                "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": round(seconds),
-                                "metrics": metrics}, indent=1) + "\n")
-    return f"{path.name}: " + ", ".join(f"{label} {metrics[SPLITS[0]][key]:.3f}" for key, label in SHOWN.items())
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return f"{path.name}: " + ", ".join(f"{label} {column(result):.3f}" for label, column in MAIN.items())
+
+
+def course(lines: list[dict], width: int = 20) -> dict[str, list]:
+    """Means over 20 steps each, of what COURSE names; None where no step has it."""
+    def means(name: str) -> list:
+        parts = [[line[name] for line in lines[i:i + width] if name in line] for i in range(0, len(lines), width)]
+        return [round(statistics.fmean(part), 4) if part else None for part in parts]
+    return {name: means(name) for name in COURSE}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+Column = Callable[[dict], float | None]
+
+
+def at(split: str, key: str) -> Column:
+    return lambda result: result["metrics"][split].get(key)
+
+
+def at_end(name: str) -> Column:
+    """The last 20 steps of the training."""
+    return lambda result: result["course"][name][-1]
+
+
+MAIN = {"N-acc": at("test", "N-acc strict"), "T-acc": at("test", "T-acc"), "boxes": at("test", "bbox accuracy"),
+        "thinks, present": at("test", "thinks, present"), "thinks, absent": at("test", "thinks, absent"),
+        "counting": at("test", "answers"), "reasoning": at("reasoning-test", "bbox accuracy")}
+ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
+    ("here", "test"), ("pair", "pair-test"), ("elsewhere", "elsewhere-test"))
+    for label, key in (("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"))}
+AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
+          "entropy": at_end("entropy"), "smoothed": at_end("smoothed"), "tied": at_end("tied"),
+          "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
+BEST = {"step": lambda r: r["best"]["step"], **{label: lambda r, key=key: r["best"]["test"].get(key) for label, key in (
+    ("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"), ("thinks, present", "thinks, present"))}}
+COST = {"seconds": lambda r: r["seconds"], "peak memory, GB": lambda r: r["peak_memory_gb"]}
+
+
+def read_results() -> Results:
+    results: Results = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        results.setdefault(result["experiment"], {}).setdefault(result["rate"], {})[result["seed"]] = result
+    return results
+
+
+def chosen_rate(rates: dict[float, dict[int, dict]]) -> float:
+    """Of the rates tried with the first seed the best on scenes:val; of equal ones the smallest."""
+    tried = {rate: score(seeds[SEEDS[0]]["metrics"]["val"]) for rate, seeds in rates.items() if SEEDS[0] in seeds}
+    return max(sorted(tried), key=tried.get) if tried else min(rates)
+
+
+def chosen(results: Results) -> dict[str, dict[int, dict]]:
+    """Name → seed → result, at each method's own learning rate."""
+    return {name: results[name][chosen_rate(results[name])] for name in EXPERIMENTS if name in results}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -94,25 +209,85 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def tables(results: dict[str, dict[int, dict]], split: str) -> str:
-    """Two tables in Markdown: mean ± 95 % interval over the seeds; difference to visurf on the seeds that both have."""
-    def number(values: list[float], signed: bool) -> str:
-        mean, half = interval(values)
-        return f"{mean:{'+' if signed else ''}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
-    lines = []
-    for against in (None, "visurf"):
-        lines += [f"{split}, " + (f"minus {against}, paired by seed" if against else "mean ± 95 % interval"), "",
-                  "| | seeds | " + " | ".join(SHOWN.values()) + " |", "|---" * (2 + len(SHOWN)) + "|"]
-        for name in (n for n in EXPERIMENTS if n in results and n != against):
-            seeds = sorted(set(results[name]) & set(results.get(against, results[name])))
-            row = [results[name][seed]["metrics"][split] for seed in seeds]
-            other = [results[against][seed]["metrics"][split] for seed in seeds] if against else [{}] * len(row)
-            cells = [[a[key] - b.get(key, 0.0) for a, b in zip(row, other) if key in a] for key in SHOWN]
-            if seeds and (not against or against in results):
-                lines.append(f"| {name} | {len(seeds)} | " +
-                             " | ".join(number(c, bool(against)) if c else "–" for c in cells) + " |")
-        lines.append("")
+def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against: str | None = None) -> str:
+    """Mean ± 95 % interval over the seeds; with `against` of the differences to it, on the seeds that both have."""
+    lines = ["| | lr | seeds | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
+    for name, seeds in rows.items():
+        if name == against or against and against not in rows:
+            continue
+        common = sorted(set(seeds) & set(rows[against])) if against and name not in UNTRAINED else sorted(seeds)
+        cells = []
+        for column in columns.values():
+            values = [column(seeds[seed]) for seed in common]
+            if against and name in UNTRAINED:      # one result, for every seed of the other
+                values = [column(*seeds.values()) - column(other) for other in rows[against].values()
+                          if column(*seeds.values()) is not None]
+            elif against:
+                values = [a - b for a, b in zip(values, [column(rows[against][seed]) for seed in common])
+                          if a is not None and b is not None]
+            cells.append(shown([value for value in values if value is not None], bool(against)))
+        if common:
+            rate = "–" if name in UNTRAINED else f"{seeds[common[0]]['rate']:g}"
+            lines.append(f"| {name} | {rate} | {len(common)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def shown(values: list[float], signed: bool) -> str:
+    if not values:
+        return "–"
+    mean, half = interval(values)
+    digits = 0 if abs(mean) >= 100 else 3
+    return f"{mean:{'+' if signed else ''}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def grid(results: Results) -> str:
+    """score on scenes:val of the first seed, for every learning rate."""
+    lines = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---" * (1 + len(RATES)) + "|"]
+    for name in (n for n in EXPERIMENTS if n in results and n not in UNTRAINED):
+        tried = [results[name].get(rate, {}).get(SEEDS[0]) for rate in RATES]
+        lines.append(f"| {name} | " + " | ".join(f"{score(r['metrics']['val']):.3f}" if r else "–" for r in tried) + " |")
+    return "\n".join(lines)
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Name of a table → its Markdown."""
+    rows = chosen(results)
+
+    def of(*names: str) -> dict[str, dict[int, dict]]:
+        return {name: rows[name] for name in names if name in rows}
+    stages = {name: score(rows[name][SEEDS[0]]["metrics"]["val"]) for name in TWO_STAGE
+              if SEEDS[0] in rows.get(name, ())}
+    two_stage = [max(stages, key=stages.get)] if stages else []
+    main = of(*UNTRAINED, "sft", "rlvr", *two_stage, "visurf", "visurf-thought", *RIVALS)
+    trained = {name: seeds for name, seeds in main.items() if name not in UNTRAINED}
+    return {
+        "first": table(of("base", "visurf", "rlvr", "sft", *two_stage, "visurf-thought"), MAIN),
+        "main": table(main, MAIN), "paired": table(main, MAIN, against="visurf"), "grid": grid(results),
+        "lengths": table(of("sft", *TWO_STAGE, "rlvr", "visurf"), MAIN),
+        "thought": table(of("visurf", "visurf-thought", "sft", "sft-thought", "sft50-rlvr", "sft50-rlvr-thought"), MAIN),
+        "controls": table(of("visurf", *CONTROLS), AT_END), "course": table(trained, AT_END),
+        "elsewhere": table(main, ELSEWHERE), "best": table(trained, BEST), "cost": table(trained, COST)}
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """The text with every table renewed."""
+    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{made[m[2]]}\n{m[3]}", text,
+                  flags=re.DOTALL)
+
+
+def run(names: list[str], seeds: list[int], rates: list[float], jobs: int) -> None:
+    """The first seed at every rate, then the others at the chosen one; what is left undone is said at the end."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+
+    def all_of(wanted: list[tuple]) -> None:
+        with ThreadPoolExecutor(jobs) as pool:
+            for line in pool.map(lambda job: make(*job), wanted):
+                print(line, flush=True)
+    all_of([(name, rate, seeds[0]) for name in names for rate in (rates if name not in UNTRAINED else [0.0])])
+    results = read_results()
+    # Seed by seed, so that a table of few seeds is there early.
+    all_of([(name, chosen_rate({rate: results[name][rate] for rate in rates if rate in results[name]}), seed)
+            for seed in seeds[1:] for name in names if name not in UNTRAINED])
 
 
 def main() -> None:
@@ -120,24 +295,19 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "tables"))
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--jobs", type=int, default=2, help="at a time")
     args = parser.parse_args()
     if unknown := set(args.names) - set(EXPERIMENTS):
         parser.error(f"there is no experiment {', '.join(unknown)}")
     if args.what == "run":
-        (ROOT / "runs").mkdir(exist_ok=True)
-        # Seed by seed, so that a table of few seeds is there early; the base has none.
-        wanted = [(name, seed) for seed in args.seeds for name in args.names or EXPERIMENTS
-                  if name != "base" or seed == args.seeds[0]]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for line in pool.map(lambda job: make(*job), wanted):
-                print(line, flush=True)
-    results: dict[str, dict[int, dict]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        results.setdefault(result["experiment"], {})[result["seed"]] = result
-    for split in SPLITS:
-        print(tables(results, split))
+        run(args.names or [*EXPERIMENTS], list(args.seeds), list(args.rates), args.jobs)
+    made = tables(read_results())
+    for path in (ROOT / "README.md", ROOT / "experiments/README.md"):
+        if path.exists():
+            path.write_text(fill(path.read_text(), made))
+    for name, text in made.items():
+        print(f"{name}\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,19 @@ import math
 import pytest
 
 import train
-from experiments.reproduce import EXPERIMENTS, interval, tables
+from experiments.reproduce import (EXPERIMENTS, MAIN, POLICIES, answer_blindly, chosen, chosen_rate, course, fill, grid,
+                                   interval, score, table, tables)
+
+LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
 
 
-def result(n_acc: float) -> dict:
-    return {"metrics": {"scenes:test": {"N-acc strict": n_acc, "T-acc": 1.0}}}
+def result(n_acc: float, boxes: float | None = None, val: float = 0.0, rate: float = 0.001) -> dict:
+    test = {"N-acc strict": n_acc} | ({} if boxes is None else {"bbox accuracy": boxes})
+    return {"rate": rate, "metrics": {"test": test, "val": {"N-acc strict": val, "bbox accuracy": val}}}
+
+
+def cells(printed: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
 
 
 def test_interval_by_hand():
@@ -17,14 +25,43 @@ def test_interval_by_hand():
     assert interval([0.5])[0] == 0.5 and math.isnan(interval([0.5])[1])
 
 
-def test_tables_by_hand():
-    printed = tables({"visurf": {1: result(0.9), 2: result(0.8), 3: result(0.7)},
-                      "rlvr": {1: result(0.1), 2: result(0.2)}, "base": {1: result(0.0)}}, "scenes:test")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
-    assert ["visurf", "3", "0.800 ± 0.248", "1.000 ± 0.000", "–", "–", "–", "–"] in rows
-    assert ["base", "1", "-0.900", "+0.000", "–", "–", "–", "–"] in rows
-    assert ["rlvr", "2", "-0.700 ± 1.271", "+0.000 ± 0.000", "–", "–", "–", "–"] in rows        # −0.8 and −0.6
-    assert [row[0] for row in rows].count("visurf") == 1
+def test_a_table_by_hand():
+    rows = {"base": {42: result(0.0)}, "visurf": {42: result(0.9), 43: result(0.8), 44: result(0.7, boxes=0.5)},
+            "rlvr": {42: result(0.1), 44: result(0.2)}}
+    assert cells(table(rows, LABELS)) == [["base", "–", "1", "0.000", "–"],
+                                          ["visurf", "0.001", "3", "0.800 ± 0.248", "0.500"],
+                                          ["rlvr", "0.001", "2", "0.150 ± 0.635", "–"]]
+    # The base is one result, taken from every seed of ViSurf; the others are paired: −0.8 and −0.5.
+    assert cells(table(rows, LABELS, against="visurf")) == [["base", "–", "1", "-0.800 ± 0.248", "–"],
+                                                            ["rlvr", "0.001", "2", "-0.650 ± 1.906", "–"]]
+
+
+def test_the_learning_rate_is_chosen_on_val():
+    tried = {0.0005: {42: result(0.9, val=0.5, rate=0.0005)}, 0.001: {42: result(0.1, val=0.7), 43: result(0.2)},
+             0.002: {43: result(1.0)}}                     # not tried with the first seed
+    assert chosen_rate(tried) == 0.001 and score({"N-acc strict": 1.0, "bbox accuracy": 0.5}) == 0.75
+    assert chosen({"visurf": tried}) == {"visurf": tried[0.001]}
+    assert cells(grid({"visurf": tried})) == [["visurf", "0.500", "0.700", "–"]]
+
+
+def test_tables_are_written_between_their_marks():
+    text = "a\n<!-- table: main -->\nold\nold\n<!-- end -->\nb\n<!-- table: grid -->\n<!-- end -->\n"
+    made = {"main": "| new |", "grid": "| 1 |"}
+    filled = "a\n<!-- table: main -->\n| new |\n<!-- end -->\nb\n<!-- table: grid -->\n| 1 |\n<!-- end -->\n"
+    assert fill(text, made) == fill(filled, made) == filled
+    assert set(tables({})) >= {"main", "grid"}             # with no result at all
+
+
+def test_the_course_by_hand():
+    lines = [{"advantage_y": float(step), "smoothed": 0.5} for step in range(30)]
+    made = course(lines)
+    assert made["advantage_y"] == [9.5, 24.5] and made["smoothed"] == [0.5, 0.5] and made["logp_y"] == [None, None]
+
+
+def test_policies_that_look_at_nothing():
+    nothing, everything = (answer_blindly(response, "pair-test") for response in POLICIES.values())
+    assert (nothing["N-acc strict"], nothing["T-acc"], nothing["bbox accuracy"]) == (1.0, 0.0, 0.0)
+    assert (everything["N-acc strict"], everything["T-acc"]) == (0.0, 1.0) and everything["bbox accuracy"] < 0.05
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
