@@ -59,6 +59,9 @@ EXPERIMENTS = {
 }
 COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "response_length", "logp_y",
           "r_rollouts", "rollouts/thinking", "unreadable")
+COURSES = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
+           "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats", "response_length": "tokens of a rollout",
+           "rollouts/thinking": "thinking of o"}
 Results = dict[str, dict[float, dict[int, dict]]]          # name → learning rate → seed → result
 
 
@@ -196,11 +199,6 @@ def chosen_rate(rates: dict[float, dict[int, dict]]) -> float:
     return max(sorted(tried), key=tried.get) if tried else min(rates)
 
 
-def chosen(results: Results) -> dict[str, dict[int, dict]]:
-    """Name → seed → result, at each method's own learning rate."""
-    return {name: results[name][chosen_rate(results[name])] for name in EXPERIMENTS if name in results}
-
-
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % interval by Student's t (nan for one value)."""
     from scipy.stats import t
@@ -213,22 +211,20 @@ def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against:
     """Mean ± 95 % interval over the seeds; with `against` of the differences to it, on the seeds that both have."""
     lines = ["| | lr | seeds | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
     for name, seeds in rows.items():
-        if name == against or against and against not in rows:
+        others = rows.get(against, {})
+        if name in UNTRAINED:                      # one result, compared with every seed of the other
+            [only] = seeds.values()
+            pairs = [(only, other) for other in others.values()] or [(only, None)]
+        else:
+            pairs = [(seeds[seed], others.get(seed)) for seed in seeds if not against or seed in others]
+        if name == against or not pairs or against and not others:
             continue
-        common = sorted(set(seeds) & set(rows[against])) if against and name not in UNTRAINED else sorted(seeds)
         cells = []
         for column in columns.values():
-            values = [column(seeds[seed]) for seed in common]
-            if against and name in UNTRAINED:      # one result, for every seed of the other
-                values = [column(*seeds.values()) - column(other) for other in rows[against].values()
-                          if column(*seeds.values()) is not None]
-            elif against:
-                values = [a - b for a, b in zip(values, [column(rows[against][seed]) for seed in common])
-                          if a is not None and b is not None]
-            cells.append(shown([value for value in values if value is not None], bool(against)))
-        if common:
-            rate = "–" if name in UNTRAINED else f"{seeds[common[0]]['rate']:g}"
-            lines.append(f"| {name} | {rate} | {len(common)} | " + " | ".join(cells) + " |")
+            values = [(column(own), column(other) if other else 0.0) for own, other in pairs]
+            cells.append(shown([a - b for a, b in values if a is not None and b is not None], bool(against)))
+        rate = "–" if name in UNTRAINED else f"{pairs[0][0]['rate']:g}"
+        lines.append(f"| {name} | {rate} | {1 if name in UNTRAINED else len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -249,9 +245,9 @@ def grid(results: Results) -> str:
     return "\n".join(lines)
 
 
-def tables(results: Results) -> dict[str, str]:
-    """Name of a table → its Markdown."""
-    rows = chosen(results)
+def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
+    """The rows of each table: name → seed → result, at each method's own learning rate; of two stages the best."""
+    rows = {name: results[name][chosen_rate(results[name])] for name in EXPERIMENTS if name in results}
 
     def of(*names: str) -> dict[str, dict[int, dict]]:
         return {name: rows[name] for name in names if name in rows}
@@ -259,14 +255,42 @@ def tables(results: Results) -> dict[str, str]:
               if SEEDS[0] in rows.get(name, ())}
     two_stage = [max(stages, key=stages.get)] if stages else []
     main = of(*UNTRAINED, "sft", "rlvr", *two_stage, "visurf", "visurf-thought", *RIVALS)
-    trained = {name: seeds for name, seeds in main.items() if name not in UNTRAINED}
+    return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
+            "first": of("base", "visurf", "rlvr", "sft", *two_stage, "visurf-thought"),
+            "lengths": of("rlvr", *TWO_STAGE, "sft", "visurf"), "controls": of("visurf", *CONTROLS),
+            "thought": of("visurf", "visurf-thought", "sft", "sft-thought", "sft50-rlvr", "sft50-rlvr-thought"),
+            "injection": of("base", "rlvr", "sgrpo", "visurf", "visurf-no-smoothing", "visurf-no-controls", "sft")}
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Name of a table → its Markdown."""
+    of = parts(results)
     return {
-        "first": table(of("base", "visurf", "rlvr", "sft", *two_stage, "visurf-thought"), MAIN),
-        "main": table(main, MAIN), "paired": table(main, MAIN, against="visurf"), "grid": grid(results),
-        "lengths": table(of("sft", *TWO_STAGE, "rlvr", "visurf"), MAIN),
-        "thought": table(of("visurf", "visurf-thought", "sft", "sft-thought", "sft50-rlvr", "sft50-rlvr-thought"), MAIN),
-        "controls": table(of("visurf", *CONTROLS), AT_END), "course": table(trained, AT_END),
-        "elsewhere": table(main, ELSEWHERE), "best": table(trained, BEST), "cost": table(trained, COST)}
+        "first": table(of["first"], MAIN), "main": table(of["main"], MAIN), "grid": grid(results),
+        "paired": table(of["main"], MAIN, against="visurf"), "lengths": table(of["lengths"], MAIN),
+        "thought": table(of["thought"], MAIN), "controls": table(of["controls"], AT_END),
+        "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
+        "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
+        "cost": table(of["trained"], COST)}
+
+
+def draw(results: Results, root: Path) -> None:
+    """Every figure that there are results for, into the repository at root."""
+    from experiments import figures
+    of, folder = parts(results), root / "experiments/figures"
+    for needed in (folder, root / "assets", root / "docs"):
+        needed.mkdir(parents=True, exist_ok=True)
+    figures.draw_weights(root / "docs/weights.png")
+    if of["trained"]:
+        figures.draw_points(of["first"], MAIN, interval, root / "assets/methods.png")
+        figures.draw_points(of["main"], MAIN, interval, folder / "methods.png")
+        figures.draw_points(of["injection"], ELSEWHERE, interval, folder / "elsewhere.png")
+        figures.draw_course(of["trained"], COURSES, folder / "course.png")
+    if of["controls"]:
+        figures.draw_course(of["controls"], COURSES, folder / "controls.png")
+    if len(of["lengths"]) > 1:
+        figures.draw_lengths(of["lengths"], interval, {k: MAIN[k] for k in (
+            "N-acc", "boxes", "thinks, present", "thinks, absent")}, folder / "lengths.png")
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -306,6 +330,7 @@ def main() -> None:
     for path in (ROOT / "README.md", ROOT / "experiments/README.md"):
         if path.exists():
             path.write_text(fill(path.read_text(), made))
+    draw(read_results(), ROOT)
     for name, text in made.items():
         print(f"{name}\n\n{text}\n")
 

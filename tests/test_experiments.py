@@ -4,8 +4,8 @@ import math
 import pytest
 
 import train
-from experiments.reproduce import (EXPERIMENTS, MAIN, POLICIES, answer_blindly, chosen, chosen_rate, course, fill, grid,
-                                   interval, score, table, tables)
+from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, chosen_rate, course,
+                                   draw, fill, grid, interval, parts, score, table, tables)
 
 LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
 
@@ -40,7 +40,9 @@ def test_the_learning_rate_is_chosen_on_val():
     tried = {0.0005: {42: result(0.9, val=0.5, rate=0.0005)}, 0.001: {42: result(0.1, val=0.7), 43: result(0.2)},
              0.002: {43: result(1.0)}}                     # not tried with the first seed
     assert chosen_rate(tried) == 0.001 and score({"N-acc strict": 1.0, "bbox accuracy": 0.5}) == 0.75
-    assert chosen({"visurf": tried}) == {"visurf": tried[0.001]}
+    assert parts({"visurf": tried})["main"] == {"visurf": tried[0.001]}
+    stages = {f"sft{n}-rlvr": {0.001: {42: result(0.5, val=n / 100 if n < 200 else 0.0)}} for n in (25, 100, 200)}
+    assert list(parts(stages)["main"]) == ["sft100-rlvr"] and len(parts(stages)["lengths"]) == 3
     assert cells(grid({"visurf": tried})) == [["visurf", "0.500", "0.700", "–"]]
 
 
@@ -56,6 +58,27 @@ def test_the_course_by_hand():
     lines = [{"advantage_y": float(step), "smoothed": 0.5} for step in range(30)]
     made = course(lines)
     assert made["advantage_y"] == [9.5, 24.5] and made["smoothed"] == [0.5, 0.5] and made["logp_y"] == [None, None]
+
+
+def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
+    """Two seeds, the base one; a course without log π(y) at its end."""
+    metrics = {"N-acc strict": 0.5, "T-acc": 1.0, "bbox accuracy": 0.25, "answers": 0.75,
+               "thinks, present": 1.0, "thinks, absent": 0.0}
+
+    def made(seed):
+        return {"rate": 0.001, "seed": seed, "metrics": {split: metrics for split in (*SPLITS, "val")}, "seconds": 5,
+                "peak_memory_gb": 0.5, "best": {"step": 300, "test": metrics},
+                "course": {name: [0.5, None] if name == "logp_y" else [0.5, 1.0] for name in COURSE}}
+    results = {name: {0.001: {seed: made(seed) for seed in (42, 43)[:1 if name == "base" else 2]}} for name in (
+        "base", "visurf", "rlvr", "sft", "sft25-rlvr", "visurf-no-align")}
+    written = tables(results)
+    assert cells(written["cost"])[0] == ["sft", "0.001", "2", "5.000 ± 0.000", "0.500 ± 0.000"]
+    assert [row[0] for row in cells(written["lengths"])] == ["rlvr", "sft25-rlvr", "sft", "visurf"]
+    draw(results, tmp_path)
+    assert {path.name for path in tmp_path.glob("experiments/figures/*.png")} == {
+        "methods.png", "elsewhere.png", "course.png", "controls.png", "lengths.png"}
+    assert (tmp_path / "docs/weights.png").exists() and (tmp_path / "assets/methods.png").exists()
+    draw({}, tmp_path)                             # with no result at all
 
 
 def test_policies_that_look_at_nothing():

@@ -47,3 +47,10 @@ def test_links_of_the_pages_lead_somewhere():
     assert len(links) > 10
     for page, link in links:
         assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_tests_that_the_pages_name_exist():
+    tests = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in ROOT.glob("tests/test_*.py")), re.M))
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*.md")]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert len(named) > 10 and named <= tests, named - tests

@@ -1,0 +1,107 @@
+"""The figures of experiments/README.md and docs/derivation.md, from results alone: `python experiments/reproduce.py tables`."""
+import statistics
+import types
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import objective
+from support.curves import COLOURS
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
+
+
+def blank(width: float, height: float, columns: int, **options) -> tuple[Figure, list]:
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
+
+
+def draw_points(rows: dict[str, dict[int, dict]], columns: dict, interval, path: Path) -> None:
+    """A panel a column: of every method each seed's value as a dot, and mean and 95 % interval as a bar."""
+    figure, panels = blank(1.5 + 1.7 * len(columns), 0.8 + 0.28 * len(rows), len(columns), sharey=True)
+    names = list(rows)
+    for panel, (title, column) in zip(panels, columns.items()):
+        for height, name in enumerate(names):
+            values = [value for seed in rows[name].values() if (value := column(seed)) is not None]
+            if not values:
+                continue
+            colour = COLOURS[1] if name.startswith("visurf") else COLOURS[0]
+            panel.plot(values, [height] * len(values), "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
+            mean, half = interval(values)
+            panel.errorbar([mean], [height], xerr=[half] if half == half else None, fmt="|", color=colour, capsize=3,
+                           markersize=9)
+        panel.set_title(title, fontsize=9)
+        panel.grid(axis="x", alpha=0.3)
+        panel.tick_params(labelsize=8)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.savefig(path)
+
+
+def draw_course(rows: dict[str, dict[int, dict]], names: dict[str, str], path: Path) -> None:
+    """A panel a quantity: the mean over the seeds, in steps, a line a method. names: of the course → title."""
+    figure, panels = blank(2.6 * len(names), 2.6, len(names))
+    for number, (method, seeds) in enumerate(rows.items()):
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)],
+                 "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5, "markevery": (number, 5), "linewidth": 1.2}
+        for panel, name in zip(panels, names):
+            points = list(zip(*(seed["course"][name] for seed in seeds.values())))
+            means = [statistics.fmean(p) if None not in p else float("nan") for p in points]
+            panel.plot([20 * i + 10 for i in range(len(means))], means, label=method, **style)
+    for panel, title in zip(panels, names.values()):
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path)
+
+
+def draw_lengths(rows: dict[str, dict[int, dict]], interval, columns: dict, path: Path) -> None:
+    """SFT for n of 400 steps, then RLVR: the metrics over n, and ViSurf's mean as a line of the same colour."""
+    figure, [panel] = blank(4.6, 3.0, 1)
+    lengths = {name: 0 if name == "rlvr" else 400 if name == "sft" else int(name.split("-")[0].removeprefix("sft"))
+               for name in rows if name != "visurf"}
+    for number, (title, column) in enumerate(columns.items()):
+        points = sorted((n, *interval([column(seed) for seed in rows[name].values()])) for name, n in lengths.items())
+        steps, means, halves = zip(*points)
+        panel.errorbar(range(len(steps)), means, [h if h == h else 0 for h in halves], label=title, capsize=3,
+                       color=COLOURS[number], marker=MARKERS[number], linestyle=STYLES[number])
+        if "visurf" in rows:
+            panel.axhline(statistics.fmean(column(seed) for seed in rows["visurf"].values()), color=COLOURS[number],
+                          linestyle=STYLES[number], linewidth=0.8, alpha=0.6)
+    panel.set_xticks(range(len(steps)), [f"{n}" for n in steps])
+    panel.set_xlabel("steps of SFT, of 400; the rest is RLVR. Thin lines: ViSurf", fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path)
+
+
+def draw_weights(path: Path) -> None:
+    """The weight of ∇log π of a token of y, over its probability p, in the failed group of `python objective.py`."""
+    figure, [panel] = blank(5.2, 3.2, 1)
+    logit = torch.linspace(-7, 7, 141, dtype=torch.float64)
+    r = torch.tensor([6.0, 4.0, 2.0, 2.0, 0.0], dtype=torch.float64)
+    for number, (method, label) in enumerate({
+            "visurf": "ViSurf, S-GRPO", "sft": "SFT, HPT", "luffy": "LUFFY", "sum": "SFT + RLVR, λ = 0.1",
+            "chord": "CHORD-φ, μ = 0.1"}.items()):
+        cfg = types.SimpleNamespace(method=method, std="sample", label_weight=0.1)
+        own = torch.ones(1) if method == "sft" else objective.advantages(cfg, r)[:1]
+        _, weight = objective.label_term(method, torch.nn.functional.logsigmoid(logit), own)
+        panel.plot(logit, weight.expand_as(logit), label=label, color=COLOURS[number], linestyle=STYLES[number],
+                   marker=MARKERS[number], markevery=(5 * number, 28), markersize=5)
+    panel.set_yscale("log")
+    panel.set_ylim(1e-4, 5)
+    shown = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
+    panel.set_xticks(torch.logit(shown).tolist(), [f"{p:g}" for p in shown.tolist()])
+    panel.set_xlabel("p, probability of a token of y", fontsize=9)
+    panel.set_ylabel("weight of its ∇log π", fontsize=9)
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path)
