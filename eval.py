@@ -42,6 +42,7 @@ from support.onednn import use_onednn
 from support.options import option, parse
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
+from support.runs import lock, replace_file
 from support.sources import Example, noticed, read, stat_of
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
@@ -428,10 +429,15 @@ def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Pat
     said = ""
     for attempt in itertools.count(2):
         path = out / "settings.json"
-        old = json.loads(path.read_text()) if path.exists() else settings
+        try:
+            old = json.loads(path.read_text()) if path.exists() else settings
+        except ValueError:      # nothing says what the records there are of
+            old = {}
         if old == settings:
             return out, said and f"{said}; writing to {out}\n"
-        different = [name for name in settings if old.get(name) != settings[name]]
+        different = [name for name in settings if old.get(name) != settings[name]] if old else ["evaluation (damaged)"]
+        if cfg.out and not old:
+            raise Mistake(f"{path} is damaged: give another --out, or remove {out}")
         if cfg.out:
             changes = "; ".join(f"{name}: {old.get(name)!r} → {settings[name]!r}" for name in different)
             raise Mistake(f"{out} holds the results of an evaluation with other settings ({changes}): give another "
@@ -473,10 +479,12 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
     settings = what_matters(cfg, task, model, source)
     out, elsewhere = results_folder(cfg, model, settings)
     out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        lock(out)
     done = finished(out)
     gather_json(None, device)          # every rank has read the folder before rank 0 writes to it
     if rank == 0:
-        (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+        replace_file(out / "settings.json", json.dumps(settings, indent=2) + "\n")
     numbers = range(min(cfg.limit or len(source), len(source)))
     missing = [n for n in numbers if n not in done][rank::world]
     if rank == 0:

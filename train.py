@@ -36,6 +36,8 @@ from eval import Record, evaluate, for_sheet, summarise, table
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
 from rollout import generate
+from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer, newest_checkpoint, read_state, room_for,
+                                 save_checkpoint, sound_checkpoint)
 from support.curves import draw_curves, tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
 from support.mistakes import Mistake, run_main, stop_signals
@@ -44,8 +46,7 @@ from support.options import option, parse
 from support.optimizers import make_optimizers, set_lr, share_of_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
-from support.runs import (last_checkpoint, load_optimizer, newest_checkpoint, open_run, read_lines, save_checkpoint,
-                          saved_options)
+from support.runs import open_run, read_lines, run_and_step, saved_options
 from support.sources import noticed, read, take
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
@@ -111,7 +112,8 @@ class Config:
 
     steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1)
     prompts_per_step: int = option(16, "optimisation", "prompts per step over all ranks [recipe 16]", least=1)
-    lr: float = option(1e-3, "optimisation", "learning rate [recipe 1e-6, constant, for 7B]", above=0)
+    lr: float = option(1e-3, "optimisation", "learning rate [recipe 1e-6, constant, for 7B]", above=0,
+                       most=1e30)
     warmup_steps: int = option(10, "optimisation", "steps of linear warm-up", least=0)
     cooldown: float = option(0.625, "optimisation", "share of the steps, the last ones, of linear decay to 0",
                              least=0, most=1)
@@ -131,13 +133,18 @@ class Config:
     onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN")
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
-    resume: str = option("", "output", "run folder to go on with, from its newest checkpoint and its saved options")
+    resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and its saved options")
+    from_step: int = option(0, "output", "with --resume: go on from that checkpoint (0: the newest sound one)", least=0)
+    accept_changed_data: bool = option(False, "output", "go on although the data is not what it was")
     tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too")
     dry_run: bool = option(False, "output", "one step at worst-case length: memory and hours; writes nothing")
     eval_data: str = option("scenes:val", "output", "evaluated before, during and after; empty: never")
     eval_examples: int = option(192, "output", "how many of it", least=0)
     eval_every: int = option(100, "output", "steps between evaluations (0: only before and after)", least=0)
     save_every: int = option(100, "output", "steps between checkpoints (0: only at the end)", least=0)
+    keep: int = option(2, "output", "how many checkpoints stay, the newest (0: all)", least=0)
+    keep_best: str = option("", "output", "metric of the evaluations, such as T-acc, whose best checkpoint stays, too",
+                            ("", *summarise([])))
     log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step", least=1)
 
     def check(self, world: int) -> None:
@@ -155,10 +162,12 @@ class Config:
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    resumable = ("resume", "dry_run", "steps", "eval_data", "eval_examples", "eval_every", "save_every", "log_every",
+    resumable = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
+                 "eval_every", "save_every", "keep", "keep_best", "log_every",
                  "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn",
                  "tensorboard")
-    return parse(Config, "train.py", __doc__, arguments, PRESETS, resumable, saved_options)
+    cfg = parse(Config, "train.py", __doc__, arguments, PRESETS, resumable, saved_options)
+    return replace(cfg, resume=str(run_and_step(Path(cfg.resume))[0]) if cfg.resume else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +309,8 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
         if math.isfinite(loss_sum) and math.isfinite(norm):
             for optimizer in optimizers:
                 optimizer.step()
+            if not torch.stack([p.isfinite().all() for p in ddp.parameters()]).all():
+                raise Mistake("the optimizer step made weights that are not finite: try a smaller --lr")
         ddp.zero_grad(set_to_none=True)
     return loss_sum, norm, sum(int((mb.batch.segment >= 0).sum()) for mb in batches)
 
@@ -345,16 +356,19 @@ def open_data(cfg: Config, processor: Processor, data: str):
 def set_up() -> Job:
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
-    checkpoint = last_checkpoint(Path(cfg.resume)) if cfg.resume else None
+    rank, world, device = start_ranks()
+    checkpoint, passed_over = checkpoint_to_resume(cfg, rank, device) if cfg.resume else (None, [])
     processor = Processor(checkpoint or cfg.model)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
-    rank, world, device = start_ranks()
+    state = {**(read_state(checkpoint) if checkpoint else FIRST), "data": sources[0].fingerprint}
+    if checkpoint and read_state(checkpoint)["data"] not in ("", state["data"]) and not cfg.accept_changed_data:
+        raise Mistake(f"--data {cfg.data} has changed since {checkpoint}: rows were added, removed or changed. Bring it "
+                      "back, or go on with what it is now by --accept-changed-data")
     if cfg.cuda_graphs and device.type != "cuda":
         raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
     if cfg.tensorboard:
         tensorboard_writer()
-    state = json.loads((checkpoint / "state.json").read_text()) if checkpoint else dict(step=0, cursor=0, bad_steps=0)
     if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
         cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
     torch.manual_seed(cfg.seed)
@@ -378,6 +392,8 @@ def set_up() -> Job:
     job = Job(cfg, rank, world, device, ddp, reference, processor, optimizers, state, sources[0])
     changed = "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset])
     size = sum(p.numel() for p in model.parameters())
+    for line in passed_over:
+        job.say(line)
     job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on "
             f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n{memory_line(size, cfg.precision, world)}")
     for source in sources:
@@ -387,6 +403,13 @@ def set_up() -> Job:
         job.held_out = [e for _, e in read(source, range(min(cfg.eval_examples, len(source))), report=rank == 0)]
     show_example(job)
     return job
+
+
+def checkpoint_to_resume(cfg: Config, rank: int, device) -> tuple[Path | None, list[str]]:
+    """Rank 0 reads every file of it, for its digest; the others hear which it is."""
+    found, said = sound_checkpoint(Path(cfg.resume), cfg.from_step) if rank == 0 else (None, [])
+    found, said = gather_json([str(found or ""), said], device)[0]
+    return Path(found) if found else None, said
 
 
 def show_example(job: Job) -> None:
@@ -498,7 +521,11 @@ def main() -> None:
     if state["step"] >= cfg.steps:
         job.say(f"{cfg.resume} is finished: it has its {cfg.steps} steps. --steps N makes it longer")
         return leave_ranks()
-    job.run = open_run(cfg, {name: task.prompt for name, task in TASKS.items()}, job.rank, job.device, state["step"])
+    job.run, said = open_run(cfg, {name: t.prompt for name, t in TASKS.items()}, job.rank, job.device, state["step"])
+    parameters = sum(p.numel() for p in job.ddp.parameters())
+    for line in [*said, room_for(job.run, parameters, cfg.precision, cfg.keep) if job.rank == 0 else ""]:
+        if line:
+            job.say(line)
     job.say(f"writing to {job.run}{short_run(cfg)}")
     try:
         loop(job, stop_signals(lambda: stopping_sentence(job)))
@@ -518,10 +545,24 @@ def stopping_sentence(job: Job) -> str:
             "--shutdown-timeout, by default 30 s")
 
 
+def last_saved(job: Job) -> str:
+    """A sentence, for a person whose run does not go on. The weights are those of the last step that was not skipped: a
+    checkpoint of that step holds them too, and would end in the same way."""
+    before = job.state["step"] - job.state["bad_steps"]
+    earlier = [folder for step, folder in checkpoints(job.run).items() if step < before]
+    return f"Last checkpoint from before that: {earlier[-1] if earlier else 'none'}"
+
+
+def best_step(metric: str, history: dict[str, dict]) -> int | None:
+    """Of the evaluations so far the first that was best by the metric; None without --keep-best."""
+    measured = {title: metrics[metric] for title, metrics in history.items() if metric and metrics.get(metric) is not None}
+    return int(max(measured, key=measured.get).removeprefix("step ")) if measured else None
+
+
 def loop(job: Job, stopped: list) -> None:
     """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come (`stopped` is then not empty)."""
-    cfg, state = job.cfg, job.state
-    lines = read_lines(job.run)
+    cfg, state, parent = job.cfg, job.state, os.getppid()
+    lines, _ = read_lines(job.run)
     history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
     if before := [line["lr"] for line in lines if "lr" in line][-1:]:
         now = cfg.lr * share_of_lr(cfg, state["step"])
@@ -532,7 +573,10 @@ def loop(job: Job, stopped: list) -> None:
         run_evaluation(job, history)
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
         while state["step"] < cfg.steps:
-            line = train_step(job)
+            try:
+                line = train_step(job)
+            except Mistake as mistake:
+                raise Mistake(f"{mistake}. {last_saved(job)}" if state["step"] else str(mistake)) from None
             job.seconds = line["seconds"]
             give_memory_back()
             job.log(line)
@@ -543,13 +587,22 @@ def loop(job: Job, stopped: list) -> None:
                 job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
                 raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (see metrics.jsonl): "
-                              f"try a smaller --lr. Last checkpoint: {last_checkpoint(job.run) or 'none yet'}")
-            done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped), job.device))
+                              f"try a smaller --lr. {last_saved(job)}")
+            # torchrun was killed, and not its workers: another may soon be started in the same folder.
+            orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+            if orphaned:
+                job.say("torchrun is gone: stopping")
+            done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped) or orphaned, job.device))
             if job.held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
                 run_evaluation(job, history)
-            if done or stopping or cfg.save_every and state["step"] % cfg.save_every == 0:
+            if done or not state["bad_steps"] and (stopping or cfg.save_every and state["step"] % cfg.save_every == 0):
                 save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
+                if job.rank == 0:
+                    keep_newest(job.run, cfg.keep, best_step(cfg.keep_best, history))
             if stopping and not done:
+                if state["bad_steps"]:
+                    return job.say(f"stopped; the last {state['bad_steps']} step(s) were skipped and nothing is saved of "
+                                   f"them. {last_saved(job)}; go on with torchrun train.py --resume {job.run}")
                 return job.say(f"stopped at step {state['step']}; go on with torchrun train.py --resume {job.run}")
     if job.rank == 0:
         draw_curves([job.run], job.run / "curves.png")

@@ -79,10 +79,19 @@ def train(name: str, flags: list[str]) -> Path:
     """A stage, gone on with where it was stopped. Returns its run."""
     run = ROOT / "runs" / name
     if not (run / "config.json").exists():
-        call("train.py", "--name", name, *flags)
-    elif not (run / "checkpoints" / f"step_{json.loads((run / 'config.json').read_text())['steps']}").is_dir():
+        call("train.py", "--name", name, "--keep", "0", *flags)
+    elif not (run / "checkpoints" / f"step_{steps_asked(run)}").is_dir():
         call("train.py", "--resume", str(run))
     return run
+
+
+def describe() -> str:
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.strip()
+
+
+def steps_asked(run: Path) -> int:
+    return json.loads((run / "config.json").read_text())["config"]["steps"]
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -120,13 +129,12 @@ def make(name: str, rate: float, seed: int) -> str:
     path = RESULTS / f"{name.replace(' ', '-')}-{rate:g}-{seed}.json"
     if path.exists():
         return f"{path.name}: there already"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
-                            check=True).stdout.strip()
-    result = {"experiment": name, "rate": rate, "seed": seed, "commit": commit,
+    result = {"experiment": name, "rate": rate, "seed": seed, "commit": describe(),      # of a training, its own
               "machine": f"{platform.machine()}, {os.cpu_count()} cores", "stages": EXPERIMENTS[name]}
     model, lines, own = str(ROOT / "assets/tiny"), [], f"reproduce-{name}-{rate:g}-{seed}"
     for number, stage in enumerate(EXPERIMENTS[name], 1):
         run = train(f"{own}-{number}", ["--seed", str(seed), "--model", model, "--lr", str(rate), *stage])
+        result["commit"] = json.loads((run / "config.json").read_text())["versions"]["commit"]
         stage_lines = steps_of(run)
         model, lines = str(run / "checkpoints" / f"step_{stage_lines[-1]['step']}"), lines + stage_lines
     splits = SPLITS + (("val",) if seed == SEEDS[0] else ())

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from support.mistakes import Mistake
+from support.runs import read_lines
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,12 +31,10 @@ UNDRAWN = re.compile("step|loss|lr|grad_norm|skipped|seconds.*|.*_per_s|peak_mem
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     """name → (steps, values) of a run's metrics.jsonl; those of evaluations as "EVAL name". Mistake: it is no run."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.exists():
+    if not (Path(run) / "metrics.jsonl").exists():
         raise Mistake(f"{run} is no run of train.py: it has no metrics.jsonl")
     series: dict[str, tuple[list[int], list[float]]] = {}
-    for text in path.read_text().splitlines():
-        line = json.loads(text)
+    for line in read_lines(Path(run))[0]:
         values = {f"EVAL {k}": v for k, v in line["eval"].items()} if "eval" in line else line
         for name, value in values.items():
             if isinstance(value, (int, float)):

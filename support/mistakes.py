@@ -1,4 +1,5 @@
 """What a person can mend is said in one sentence, as the last thing that a program prints, without a traceback."""
+import errno
 import json
 import os
 import signal
@@ -37,7 +38,12 @@ def run_main(main) -> None:
         main()
     except KeyboardInterrupt:
         os._exit(130)
-    except Mistake as mistake:
+    except (Mistake, OSError) as mistake:
+        if isinstance(mistake, OSError):
+            if mistake.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            mistake = (f"{mistake.filename or 'a file'}: {mistake.strerror}. What was complete before is still there: free "
+                       "some space, then go on (train.py: --resume RUN; eval.py: the same command)")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)
         sys.stdout.flush()

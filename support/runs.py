@@ -1,32 +1,29 @@
-"""Runs and checkpoints: what train.py leaves on disk, and how it goes on from there. Nothing is pickled.
+"""Runs: what train.py leaves on disk beside its checkpoints (support/checkpoints.py), and who may write there.
 
     runs/NAME/config.json            every option, the git commit, the versions, the prompts of the tasks; where the run
                                      went on with other options, those, and under "before" what held until which step
     runs/NAME/metrics.jsonl          one line a step, one an evaluation
     runs/NAME/samples/step_N.png     answers of an evaluation
-    runs/NAME/checkpoints/step_N/    a complete model folder, optimizer_K.safetensors, state.json (step, cursor)
-
-All randomness of a run is a function of (seed, place in the endless sequence of examples), so a step number and a
-cursor restore it.
+    runs/NAME/.lock                  held by the process that writes to the run
 """
 import dataclasses
+import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
+from support.checkpoints import set_aside, sync
 from support.mistakes import Mistake
 from support.ranks import gather_json
+
+NO_RUN_YET = {"config.json", ".lock"}      # all that a start leaves which was killed before its first line
+locks: dict = {}                           # folder → open file: a lock ends with its process, however that ends
 
 
 def versions() -> dict[str, str]:
@@ -36,14 +33,13 @@ def versions() -> dict[str, str]:
     return {"commit": commit or "unknown", "python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
-def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Path:
-    """Creates runs/NAME with config.json; with cfg.resume re-opens it and cuts metrics.jsonl after step `start`. The
-    same path on all ranks. A run that exists is not overwritten."""
+def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tuple[Path, list[str]]:
+    """Creates runs/NAME with config.json; with cfg.resume re-opens it, cuts metrics.jsonl after step `start` and sets
+    later checkpoints aside. The same path on all ranks, and what to say. A run that exists is not overwritten."""
     run = Path(cfg.resume or Path("runs") / (cfg.name or time.strftime(f"{cfg.method}-%Y%m%d-%H%M%S")))
-    # A start that was killed before its first line leaves config.json alone: that is no run yet.
-    taken = run.exists() and not (run.is_dir() and {p.name for p in run.iterdir()} <= {"config.json"})
+    taken = run.exists() and not (run.is_dir() and {p.name for p in run.iterdir()} <= NO_RUN_YET)
     run, taken = gather_json([str(run), taken], device)[0]
-    run = Path(run)
+    run, said = Path(run), []
     if taken and not cfg.resume:
         raise Mistake(f"{run} exists and is not overwritten: choose another --name, or go on with --resume {run}")
     if rank == 0:
@@ -51,18 +47,41 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> Pat
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Mistake(f"{run} cannot be made: {error.strerror}; start in a folder that can be written to") from None
-        record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
+        lock(run)
+        record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="", from_step=0)),
                   "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
         if cfg.resume:
             old = json.loads((run / "config.json").read_text())
             record["before"] = [*old.pop("before", []), {"until_step": start, **old}]
+            lines, damaged = read_lines(run)
+            if damaged:
+                said.append(f"{run / 'metrics.jsonl'}: {damaged} unreadable line(s) are left out")
+            replace_file(run / "metrics.jsonl", "".join(
+                json.dumps(line) + "\n" for line in lines if start and line["step"] <= start))
+            said += set_aside(run, start)
         replace_file(run / "config.json", json.dumps(record, indent=2) + "\n")
-        metrics = run / "metrics.jsonl"
-        if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if start and json.loads(line)["step"] <= start]
-            replace_file(metrics, "".join(line + "\n" for line in kept))
     dist.barrier()
-    return run
+    if not run.is_dir():
+        raise Mistake(f"rank {dist.get_rank()} does not see {run.resolve()}, which rank 0 has made: all nodes must share "
+                      "the folder of the run")
+    return run, said
+
+
+def lock(folder: Path) -> None:
+    """Until this process ends, no other one writes to the folder. Mistake: another one does."""
+    if folder.resolve() in locks:
+        return
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise Mistake(f"process {file.read().strip() or 'unknown'} is writing to {folder}; wait for it, or end "
+                      "it") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    locks[folder.resolve()] = file
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -73,94 +92,49 @@ def replace_file(path: Path, text: str) -> None:
     beside.rename(path)
 
 
-def read_lines(run: Path) -> list[dict]:
-    """metrics.jsonl, one record a line; none before the first."""
+def read_lines(run: Path) -> tuple[list[dict], int]:
+    """metrics.jsonl: its records, none before the first step, and how many lines are damaged (cut off by a full disk or
+    a crash of the machine)."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines, damaged = [], 0
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            line = json.loads(text)
+            line["step"] += 0
+            lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            damaged += bool(text.strip())
+    return lines, damaged
+
+
+def read_config(run: Path) -> dict:
+    """config.json. Mistake: it is not there or damaged."""
+    path = run / "config.json"
+    if not path.exists():
+        raise Mistake(f"--resume {run}: there is no {path}")
+    try:
+        return {"config": {}, **json.loads(path.read_bytes())}
+    except (ValueError, TypeError):
+        raise Mistake(f"{path} is damaged, so the options of the run are not known; --model {run} begins another run "
+                      "from its newest weights") from None
 
 
 def saved_options(run: Path) -> dict:
-    """The options of the run that --resume names, under today's names. Mistake: it names something else."""
-    if run.parent.name == "checkpoints" and (run / "state.json").exists():
-        raise Mistake(f"--resume {run}: that is a checkpoint; --resume {run.parent.parent} goes on with its run from "
-                      f"the newest one, --model {run} begins another run from these weights")
-    if not (run / "config.json").exists():
-        raise Mistake(f"--resume {run}: there is no {run / 'config.json'}")
-    saved = json.loads((run / "config.json").read_text())["config"]
+    """The options of the run that --resume names, under today's names: runs/NAME or, for the checkpoint that it is to go
+    on from, runs/NAME/checkpoints/step_N. Mistake: it names something else."""
+    run, step = run_and_step(run)
+    saved = read_config(run)["config"]
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if "cooldown_steps" in saved:
         saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / saved["steps"])
-    return saved
+    return {**saved, "from_step": step}
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The last complete checkpoint of a run folder, None before the first."""
-    steps = {int(p.name.removeprefix("step_")): p for p in (run / "checkpoints").glob("step_*")
-             if p.name.removeprefix("step_").isdecimal()}
-    return steps[max(steps)] if steps else None
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The last complete checkpoint of a run folder. Mistake: there is none."""
-    if not (found := last_checkpoint(run)):
-        raise Mistake(f"{run} holds no checkpoint yet; torchrun train.py --resume {run} goes on with it")
-    return found
-
-
-def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, rank: int) -> None:
-    """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is complete."""
-    folder = run / "checkpoints" / f"step_{state['step']}"
-    for optimizer in optimizers:
-        if is_sharded(optimizer):
-            optimizer.consolidate_state_dict(to=0)
-    if rank == 0 and not folder.exists():
-        temporary = folder.with_name(f".unfinished_{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        for k, optimizer in enumerate(optimizers):
-            save_file(optimizer_tensors(optimizer), temporary / f"optimizer_{k}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
-        temporary.rename(folder)
-        sync(folder.parent)
-    for optimizer in optimizers:
-        if is_sharded(optimizer):
-            optimizer._all_state_dicts.clear()      # the state of all ranks, which was gathered for the file
-    dist.barrier()
-
-
-def is_sharded(optimizer) -> bool:
-    """Whether it is a ZeroRedundancyOptimizer, which takes more than a second to import and so is not named here."""
-    return hasattr(optimizer, "consolidate_state_dict")
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def optimizer_tensors(optimizer) -> dict[str, Tensor]:
-    """Optimizer state as named tensors: "number of the parameter.quantity"."""
-    return {f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
-            for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
-
-
-def load_optimizer(optimizer, path: Path) -> None:
-    """The inverse. A sharded optimizer takes its own part, so the number of ranks may have changed."""
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in load_file(path).items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = tensor
-    groups, first = [], 0
-    for group in optimizer.param_groups:
-        count = len(group["params"])
-        groups.append({**group, "params": list(range(first, first + count))})
-        first += count
-    if set(state) != set(range(first)):
-        raise ValueError(f"{path} holds the state of {len(state)} parameters; the optimizer has {first}")
-    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-    if is_sharded(optimizer):
-        optimizer.state.clear()         # a second copy of what its inner optimizer has just taken
+def run_and_step(path: Path) -> tuple[Path, int]:
+    """runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
+    if path.parent.name != "checkpoints":
+        return path, 0
+    if not path.name.removeprefix("step_").isdecimal():
+        raise Mistake(f"--resume {path}: a run goes on from a folder checkpoints/step_N")
+    return path.parent.parent, int(path.name.removeprefix("step_"))

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from support.checkpoints import newest_checkpoint
 from support.mistakes import Mistake
-from support.runs import newest_checkpoint
 
 # What a model folder holds beside config.json and the weights; copied along when a model is saved.
 COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -21,7 +21,7 @@ VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "v
 
 def local_folder(name) -> Path:
     """The folder of a model: a folder, also one of this repository wherever the program is started (assets/tiny); a run
-    of train.py, whose newest checkpoint it then is; else a hub id, downloaded (weights as safetensors only)."""
+    of train.py, whose newest sound checkpoint it then is; else a hub id, downloaded (weights as safetensors only)."""
     folder = Path(name)
     if not folder.is_dir() and (REPOSITORY / name).is_dir():
         folder = REPOSITORY / name

@@ -1,4 +1,5 @@
 """eval.py as a person runs it."""
+import fcntl
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from PIL import Image
 import eval as evaluation
 from data import Processor
 from eval import Record, box_hit, summarise, table
+from support import runs
 from support.mistakes import Mistake
 from support.sources import BadRow, Example
 
@@ -76,7 +78,7 @@ def test_the_command_writes_metrics_records_and_a_picture(complete):
     assert json.loads((out / "metrics.json").read_text())["metrics"]["examples"] == 7
     assert [record["index"] for record in lines(out)] == list(range(7))
     assert Image.open(out / "overlay.png").width > 1000
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "overlay.png", "records.jsonl", "settings.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "metrics.json", "overlay.png", "records.jsonl", "settings.json"]
 
 
 def test_two_ranks_and_interruption_give_the_same(complete, tmp_path):
@@ -161,6 +163,22 @@ def test_finished_records_are_kept_only_where_all_that_matters_is_the_same(small
     with pytest.raises(Mistake, match="other settings .repetition_penalty: 1.0 → 1.2.: give another --out, or remove"):
         again("--out", f"{folder}-{places}", "--repetition-penalty", "1.2")
     assert "2 of them done before" in again("--out", f"{folder}-{places}")
+
+
+def test_one_evaluation_a_folder_and_damaged_settings(small, monkeypatch, capsys):
+    def again(*flags: str) -> str:
+        return evaluate_here(monkeypatch, capsys, *FLAGS, *flags)
+    again()
+    folder = Path("evaluations/model-a.jsonl")
+    (folder / "settings.json").write_text("")
+    assert "holds results of another evaluation (damaged); writing to evaluations/model-a.jsonl-2" in again()
+    with pytest.raises(Mistake, match="settings.json is damaged: give another --out, or remove evaluations/model-a.jsonl"):
+        again("--out", str(folder))
+    with open("evaluations/model-a.jsonl-2/.lock") as held:        # as another process would
+        runs.locks.pop(folder.with_name("model-a.jsonl-2").resolve()).close()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Mistake, match="is writing to evaluations/model-a.jsonl-2; wait for it, or end it"):
+            again("--out", "evaluations/model-a.jsonl-2")
 
 
 def test_an_evaluation_that_meets_a_bad_picture_can_be_finished(small, monkeypatch, capsys):

@@ -1,9 +1,12 @@
 """The arithmetic of experiments/reproduce.py, and that every experiment is a command that train.py takes."""
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 import train
+from experiments import reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, chosen_rate, course,
                                    draw, fill, grid, interval, parts, score, table, tables)
 
@@ -79,6 +82,47 @@ def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
         "methods.png", "elsewhere.png", "course.png", "controls.png", "lengths.png"}
     assert (tmp_path / "docs/weights.png").exists() and (tmp_path / "assets/methods.png").exists()
     draw({}, tmp_path)                             # with no result at all
+
+
+def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypatch):
+    """Of sft25-rlvr, with scripts that only write files: the stages follow each other, a stage that was stopped goes
+    on, and the best checkpoint is that of step 300."""
+    calls = []
+
+    def call(script, *flags):
+        flag = dict(zip(flags[::2], flags[1::2]))
+        calls.append((script, flag))
+        if script == "eval.py":
+            folder = Path(flag["--out"])
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps({"metrics": {
+                key: 0.123456 for key in ("N-acc strict", "T-acc", "bbox accuracy", "thinks, present", "thinks, absent",
+                                          "answers")}}))
+            return
+        run = Path(flag.get("--resume") or tmp_path / "runs" / flag["--name"])
+        steps = int(flag.get("--steps", 375))
+        for step in {300, steps}:
+            (run / f"checkpoints/step_{step}").mkdir(parents=True, exist_ok=True)
+        lines = [{"step": step, "eval": {"N-acc strict": value, "bbox accuracy": 0.5}}
+                 for step, value in ((0, 1.0), (100, 0.2), (300, 0.9), (375, 0.8))]
+        lines += [{"step": step, "seconds": 2.0, "peak_memory_gb": 0.5, "entropy": 1.0} for step in range(1, steps + 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "config.json").write_text(json.dumps({"config": {"steps": steps}, "versions": {"commit": "abc"}}))
+    monkeypatch.setattr(reproduce, "call", call)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(reproduce, "describe", lambda: "abc")
+    stopped = tmp_path / "runs/reproduce-sft25-rlvr-0.001-43-2"
+    stopped.mkdir(parents=True)
+    (stopped / "config.json").write_text(json.dumps({"config": {"steps": 375}, "versions": {"commit": "abc"}}))
+    said = reproduce.make("sft25-rlvr", 0.001, 43)
+    first, second, *evaluations = calls
+    assert first[1] | {"--method": "sft", "--steps": "25", "--lr": "0.001", "--seed": "43"} == first[1]
+    assert second == ("train.py", {"--resume": str(stopped)}) and said.startswith("sft25-rlvr-0.001-43.json: N-acc 0.123")
+    made = json.loads((tmp_path / "results/sft25-rlvr-0.001-43.json").read_text())
+    assert made["seconds"] == 800 and len(made["course"]["entropy"]) == 20 and made["best"]["step"] == 300
+    assert [flag["--model"].rsplit("/", 1)[1] for _, flag in evaluations] == ["step_375"] * len(SPLITS) + ["step_300"]
+    assert made["metrics"]["test"]["T-acc"] == 0.1235 and reproduce.make("sft25-rlvr", 0.001, 43).endswith("already")
 
 
 def test_policies_that_look_at_nothing():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from support.optimizers import MasterAdamW, make_optimizers
-from support.runs import load_optimizer, optimizer_tensors
+from support.checkpoints import load_optimizer, optimizer_tensors
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 

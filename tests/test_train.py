@@ -28,6 +28,7 @@ import support.ranks
 import train
 from data import Processor, collate, pack_group
 from model import Qwen2_5_VL
+from support.checkpoints import read_state
 from support.mistakes import Mistake
 from support.ranks import leave_ranks, start_ranks
 from support.sources import Example, Scenes
@@ -438,7 +439,7 @@ def test_auto_label_style_is_the_rendering_the_policy_finds_likelier(alone):
     assert train.label_tokens(train.Config(label_style="compact"), model, processor, prompt)[0] != text
 
 
-def test_a_step_that_is_not_finite_changes_nothing(alone):
+def test_a_step_that_is_not_finite_changes_nothing(alone, monkeypatch):
     model, processor = small_model()
     cfg = train.Config(method="sft")
     groups = train.make_groups(cfg, model, processor, [processor.prompt(Scenes("test")[0])], 0)
@@ -450,6 +451,9 @@ def test_a_step_that_is_not_finite_changes_nothing(alone):
     give(groups[0], [1.0])
     run_update(cfg, model, groups)
     assert not all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf))
+    with pytest.raises(Mistake, match="weights that are not finite: try a smaller --lr"):
+        run_update(cfg, model, groups)
 
 
 def test_the_point_of_the_paper_on_one_question(alone):
@@ -627,5 +631,6 @@ def test_sigterm_saves_and_leaves(tmp_path):
     assert process.returncode == 0 and "stopped at step" in output, output
     step = lines(tmp_path / "runs/long")[-1]["step"]
     folder = tmp_path / f"runs/long/checkpoints/step_{step}"
-    assert json.loads((folder / "state.json").read_text()) == {"step": step, "cursor": 4 * step, "bad_steps": 0}
+    state = read_state(folder)
+    assert (state["step"], state["cursor"], state["bad_steps"]) == (step, 4 * step, 0)
     assert not list(folder.parent.glob(".unfinished*"))

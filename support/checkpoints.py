@@ -1,0 +1,200 @@
+"""Checkpoints: written whole or not at all, and used only where every file is what was written. Nothing is pickled.
+
+    runs/NAME/checkpoints/step_N/    a complete model folder, optimizer_K.safetensors, state.json
+    state.json                       step, cursor, bad_steps, the fingerprint of the data; under "files" the SHA-256 of
+                                     every other file, under "digest" that of state.json's own fields
+
+All randomness of a run is a function of (seed, place in the endless sequence of examples), so a step number and a
+cursor restore it.
+"""
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from support.mistakes import Mistake
+
+FIRST = {"step": 0, "cursor": 0, "bad_steps": 0, "data": ""}      # the state of a run before its first step
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Step → folder, in the order of the steps. Folders of any other name are no checkpoints."""
+    steps = {p.name.removeprefix("step_"): p for p in (run / "checkpoints").glob("step_*") if p.is_dir()}
+    return {step: steps[str(step)] for step in sorted(int(s) for s in steps if s.isdecimal() and str(int(s)) == s)}
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(state: dict) -> str:
+    fields = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(folder: Path) -> dict:
+    """The fields of FIRST, from state.json."""
+    state = json.loads((folder / "state.json").read_text())
+    return {name: state.get(name, value) for name, value in FIRST.items()}
+
+
+def fault(folder: Path, weights_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint, None if nothing. weights_only: whatever its optimizer's files are. Of one from
+    before there were digests only state.json is looked at."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+    except FileNotFoundError:
+        return "state.json is missing"
+    except (OSError, ValueError):
+        return "state.json cannot be read"
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in ("step", "cursor", "bad_steps")):
+        return "state.json is not that of a checkpoint"
+    if "files" not in state:
+        return None
+    if state.get("digest") != digest_of(state):
+        return "state.json is not what was written"
+    for name, written in state["files"].items():
+        if weights_only and name.startswith("optimizer_"):
+            continue
+        try:
+            if digest(folder / name) != written:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def sound_checkpoint(run: Path, step: int = 0, weights_only: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without a fault, None if there is none, and what to say of those that were passed over.
+    step: that one and no other. Mistake: it is not there or has a fault, or all have."""
+    found, said = checkpoints(run), []
+    if step and step not in found:
+        raise Mistake(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
+    for folder in [found[step]] if step else reversed(found.values()):
+        if not (reason := fault(folder, weights_only)):
+            return folder, said
+        said.append(f"{folder} is passed over: {reason}")
+    if said:
+        raise Mistake("; ".join(said) + ("" if step else ": no checkpoint of the run is sound"))
+    return None, []
+
+
+@functools.cache
+def newest_checkpoint(run: Path) -> Path:
+    """The newest one whose weights are sound; what was passed over is said once. Mistake: there is none."""
+    folder, said = sound_checkpoint(run, weights_only=True)
+    if not folder:
+        raise Mistake(f"{run} holds no checkpoint yet; torchrun train.py --resume {run} goes on with it")
+    if os.environ.get("RANK", "0") == "0":
+        print("".join(f"{line}\n" for line in said), end="", file=sys.stderr)
+    return folder
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, rank: int) -> None:
+    """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is complete."""
+    folder = run / "checkpoints" / f"step_{state['step']}"
+    for optimizer in optimizers:
+        if is_sharded(optimizer):
+            optimizer.consolidate_state_dict(to=0)
+    if rank == 0 and not folder.exists():
+        temporary = folder.with_name(f".unfinished_{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        for k, optimizer in enumerate(optimizers):
+            save_file(optimizer_tensors(optimizer), temporary / f"optimizer_{k}.safetensors")
+        written = {**state, "files": {path.name: digest(path) for path in sorted(temporary.iterdir())}}
+        (temporary / "state.json").write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        temporary.rename(folder)
+        sync(folder.parent)
+    for optimizer in optimizers:
+        if is_sharded(optimizer):
+            optimizer._all_state_dicts.clear()      # the state of all ranks, which was gathered for the file
+    dist.barrier()
+
+
+def keep_newest(run: Path, count: int, best: int | None) -> None:
+    """Removes all checkpoints but the `count` newest and that of step `best`; with count 0 none."""
+    found = checkpoints(run)
+    for step in list(found)[:-count] if count else []:
+        if step != best:
+            gone = found[step].with_name(f".unfinished_{found[step].name}")   # half removed, it is none any more
+            found[step].rename(gone)
+            shutil.rmtree(gone)
+
+
+def set_aside(run: Path, start: int) -> list[str]:
+    """Makes room for the checkpoints of a run that goes on from step `start`: later ones get another name, what was
+    never finished is removed. Returns what to say."""
+    for path in (run / "checkpoints").glob(".unfinished_*"):
+        shutil.rmtree(path, ignore_errors=True)
+    said = []
+    for step, folder in checkpoints(run).items():
+        if step > start:
+            others = len(list(folder.parent.glob(f"{folder.name}_before_resume*")))
+            aside = folder.with_name(f"{folder.name}_before_resume" + (f"_{others + 1}" if others else ""))
+            folder.rename(aside)
+            said.append(f"{folder} is later than step {start}: it is now {aside.name}")
+    return said
+
+
+def room_for(run: Path, parameters: int, precision: str, kept: int) -> str:
+    """Compares the free space with the size of the checkpoints, by arithmetic: what to say where it is scarce, else "".
+    Mistake: there is none for a single one."""
+    size = parameters * (2 + 12 if precision == "bfloat16" else 4 + 8)
+    free = shutil.disk_usage(run).free
+    if free < size:
+        raise Mistake(f"{run}: a checkpoint takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: free some, or "
+                      "start in a folder on another disk")
+    if kept and free < (kept + 1) * size:        # one more while the oldest is still there
+        return (f"{run}: --keep {kept} takes {(kept + 1) * size / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB "
+                "are free")
+    return ""
+
+
+def is_sharded(optimizer) -> bool:
+    """Whether it is a ZeroRedundancyOptimizer, which takes more than a second to import and so is not named here."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def optimizer_tensors(optimizer) -> dict[str, Tensor]:
+    """Optimizer state as named tensors: "number of the parameter.quantity"."""
+    return {f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
+            for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+
+
+def load_optimizer(optimizer, path: Path) -> None:
+    """The inverse. A sharded optimizer takes its own part, so the number of ranks may have changed."""
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in load_file(path).items():
+        index, name = key.split(".", 1)
+        state[int(index)][name] = tensor
+    groups, first = [], 0
+    for group in optimizer.param_groups:
+        count = len(group["params"])
+        groups.append({**group, "params": list(range(first, first + count))})
+        first += count
+    if set(state) != set(range(first)):
+        raise ValueError(f"{path} holds the state of {len(state)} parameters; the optimizer has {first}")
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    if is_sharded(optimizer):
+        optimizer.state.clear()         # a second copy of what its inner optimizer has just taken

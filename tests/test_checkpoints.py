@@ -1,0 +1,238 @@
+"""Faults on disk: what is damaged is found and named, the newest sound checkpoint is used, nothing else is lost."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from eval import summarise
+from support import checkpoints, runs
+from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_aside, sound_checkpoint
+from support.mistakes import Mistake
+from support.runs import lock, read_lines
+from test_train import lines, run_train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of three steps with all its checkpoints."""
+    place = tmp_path_factory.mktemp("finished")
+    code, output = run_train(place, "--steps", "3", "--name", "a", "--save-every", "1", "--keep", "0")
+    assert code == 0, output
+    return place
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    return tmp_path / "runs/a"
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {"missing": lambda path: path.unlink(), "empty": lambda path: path.write_bytes(b""),
+           "cut off": lambda path: path.write_bytes(path.read_bytes()[:-20]), "a bit": flip_a_bit,
+           "a folder": lambda path: (path.unlink(), path.mkdir())}
+FILES = ("model.safetensors", "optimizer_0.safetensors", "config.json", "tokenizer.json", "state.json")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_passed_over(run, name, damage):
+    newest = run / "checkpoints/step_3"
+    assert fault(newest) is None and sound_checkpoint(run) == (newest, [])
+    DAMAGES[damage](newest / name)
+    found, [said] = sound_checkpoint(run)
+    assert found == run / "checkpoints/step_2" and str(newest) in said and name in said
+    checkpoints.newest_checkpoint.cache_clear()
+    expected = newest if name == "optimizer_0.safetensors" else found        # an evaluation reads no optimizer
+    assert newest_checkpoint(run) == expected
+    with pytest.raises(Mistake, match=f"step_3 is passed over: {name}"):
+        sound_checkpoint(run, 3)
+
+
+def test_a_number_in_the_state_that_changed(run):
+    path = run / "checkpoints/step_3/state.json"
+    path.write_text(path.read_text().replace('"cursor": 12', '"cursor": 13'))
+    assert fault(path.parent) == "state.json is not what was written"
+    path.write_text('{"step": 3, "cursor": 12, "bad_steps": 0}')       # as it was before there were digests
+    assert fault(path.parent) is None
+
+
+def test_what_is_no_checkpoint_does_not_disturb(run):
+    folder = run / "checkpoints"
+    for name in ("step_6_backup", "step_x", ".unfinished_step_7", "step_08"):
+        shutil.copytree(folder / "step_2", folder / name)
+    (folder / "step_12").write_text("")
+    assert sound_checkpoint(run) == (folder / "step_3", [])
+    (folder / "step_9").mkdir()
+    found, [said] = sound_checkpoint(run)
+    assert found == folder / "step_3" and "step_9 is passed over: state.json is missing" in said
+
+
+def test_no_checkpoint_is_sound(run):
+    for step in (1, 2, 3):
+        flip_a_bit(run / f"checkpoints/step_{step}/model.safetensors")
+    with pytest.raises(Mistake, match="step_3 is passed over.*step_1 is passed over.*no checkpoint of the run is sound"):
+        sound_checkpoint(run)
+    with pytest.raises(Mistake, match="has no checkpoint of step 4; it has 1, 2, 3"):
+        sound_checkpoint(run, 4)
+
+
+def test_a_run_goes_on_from_its_newest_sound_checkpoint(run, finished):
+    """The same bits as without the damage, and the damaged one is kept under another name."""
+    flip_a_bit(run / "checkpoints/step_3/optimizer_0.safetensors")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'\n\x00\x00\n{"step": 4, "lo')               # the disk was full, the machine went down
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--keep", "0")
+    assert code == 0, output
+    for said in ("step_3 is passed over: optimizer_0.safetensors is not what was written", "step_3_before_resume",
+                 "metrics.jsonl: 2 unreadable line(s) are left out"):
+        assert said in output, output
+    assert lines(run) == lines(finished / "runs/a") and (run / "checkpoints/step_3_before_resume").is_dir()
+    a, b = (load_file(place / "checkpoints/step_3/model.safetensors") for place in (run, finished / "runs/a"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_can_be_chosen(run):
+    by_step = train.parse_config(["--resume", str(run), "--from-step", "2"])
+    by_path = train.parse_config(["--resume", str(run / "checkpoints/step_2")])
+    assert by_step == by_path and (by_path.resume, by_path.from_step) == (str(run), 2)
+    code, output = run_train(run.parent.parent, "--resume", "runs/a/checkpoints/step_1", "--steps", "2")
+    assert code == 0 and "step_2 is later than step 1" in output, output
+    assert [line["step"] for line in lines(run)] == [1, 2]
+    assert train.parse_config(["--resume", str(run)]).from_step == 0           # the next one goes on from the newest
+
+
+def test_later_checkpoints_are_set_aside(run):
+    (run / "checkpoints/.unfinished_step_5").mkdir()
+    assert len(set_aside(run, 1)) == 2 and len(set_aside(run, 1)) == 0
+    shutil.copytree(run / "checkpoints/step_1", run / "checkpoints/step_3")
+    set_aside(run, 2)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step_1", "step_2_before_resume", "step_3_before_resume", "step_3_before_resume_2"]
+
+
+def test_changed_data_is_not_gone_on_with_in_silence(run):
+    place = run.parent.parent
+    rows = [{"image": None, "problem": f"{i}?", "solution": "1", "task": "vqa"} for i in range(8)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (place / "a.jsonl").write_text(text)
+    code, output = run_train(place, "--steps", "1", "--name", "b", "--data", "a.jsonl")
+    assert code == 0, output
+    (place / "a.jsonl").write_text(text.replace("7?", "8?"))
+    code, output = run_train(place, "--resume", "runs/b", "--steps", "2")
+    assert code == 1 and "--data a.jsonl has changed since" in output and "Traceback" not in output, output
+    code, output = run_train(place, "--resume", "runs/b", "--steps", "2", "--accept-changed-data")
+    assert code == 0, output
+    code, output = run_train(place, "--resume", "runs/b", "--steps", "3")       # it is the data of the run by now
+    assert code == 0, output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines, locks, room
+
+@pytest.mark.parametrize("tail, damaged", [
+    (b"", 0), (b"\n\n", 0), (b'{"step": 3, "loss"', 1), (b"\x00" * 40, 1), (b"[1]\n", 1), (b'{"loss": 1}\n3\n', 2),
+    (b'{"step": "x"}\n', 1), (b"\xff\xfe\n", 1), (b'{"step": 3, "loss": NaN}\n', 0)])
+def test_lines_of_the_log_that_cannot_be_read(tmp_path, tail, damaged):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail)
+    read, count = read_lines(tmp_path)
+    assert [line["step"] for line in read][:2] == [1, 2] and count == damaged
+
+
+def test_one_writer(tmp_path):
+    """A second one is refused as long as the first lives, however that ends."""
+    code = f"import sys; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\nfrom support.runs import lock\n" \
+           "lock(Path(sys.argv[1])); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(train.Path(train.__file__).parent)],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(Mistake, match=f"process {other.pid} is writing to {tmp_path}"):
+        lock(tmp_path)
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    lock(tmp_path)
+    assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    runs.locks.popitem()[1].close()
+
+
+def test_a_run_that_is_written_to_is_not_resumed(run):
+    lock(run)
+    try:
+        code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "4")
+        assert code == 1 and f"process {os.getpid()} is writing to runs/a" in output and "Traceback" not in output, output
+    finally:
+        runs.locks.popitem()[1].close()
+
+
+def test_a_worker_whose_torchrun_was_killed_saves_and_ends(tmp_path):
+    """Else it would go on beside the run that --resume starts."""
+    process = run_train(tmp_path, "--steps", "100000", "--name", "a", ranks=2, wait=False)
+    try:
+        for _ in range(1200):
+            if process.poll() is not None or len(read_lines(tmp_path / "runs/a")[0]) >= 2:
+                break
+            time.sleep(0.1)
+        process.kill()                                     # torchrun alone
+        output, _ = process.communicate(timeout=120)       # ends when the last worker has closed its output
+    finally:
+        subprocess.run(["pkill", "-f", "steps 100000 --name a"], check=False)
+    assert "torchrun is gone: stopping" in output and "stopped at step" in output, output
+    step = read_lines(tmp_path / "runs/a")[0][-1]["step"]
+    assert fault(tmp_path / f"runs/a/checkpoints/step_{step}") is None
+
+
+def test_retention(run):
+    keep_newest(run, 0, None)
+    assert list(checkpoints.checkpoints(run)) == [1, 2, 3]
+    keep_newest(run, 1, 1)
+    assert list(checkpoints.checkpoints(run)) == [1, 3] and len(list((run / "checkpoints").iterdir())) == 2
+    history = {"step 0": {"T-acc": 1.0, "gIoU": None}, "step 100": {"T-acc": 0.5, "gIoU": 0.1},
+               "step 200": {"T-acc": 1.0, "gIoU": 0.1}}
+    assert [train.best_step(name, history) for name in ("T-acc", "gIoU", "", "answers")] == [0, 100, None, None]
+    assert "T-acc" in summarise([])
+    train.parse_config(["--keep-best", "T-acc"])
+    with pytest.raises(Mistake, match="invalid choice: 'T-ac'"):
+        train.parse_config(["--keep-best", "T-ac"])
+
+
+def test_room_on_the_disk(tmp_path, monkeypatch):
+    """1e9 parameters: 4 bytes of weights and 8 of the optimizer; in bfloat16 2 and 12."""
+    for free, precision, said in ((12e9 - 1, "float32", None), (14e9 - 1, "bfloat16", None), (36e9, "float32", ""),
+                                  (36e9 - 1, "float32", "--keep 2 takes 36.0 GB of checkpoints, and 36.0 GB are free")):
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+        if said is None:
+            with pytest.raises(Mistake, match="a checkpoint takes 1[24].0 GB"):
+                room_for(tmp_path, 10**9, precision, 2)
+        else:
+            assert room_for(tmp_path, 10**9, precision, 2).endswith(said)
+
+
+def test_weights_that_are_not_finite_are_not_saved(run):
+    """A learning rate beyond all reason, and weights that hold NaN from the start: one sentence, and what can be gone
+    on with."""
+    code, output = run_train(run.parent.parent, "--steps", "3", "--name", "b", "--lr", "1e30", "--save-every", "1")
+    assert code == 1 and "weights hold NaN or Inf" in output and "Traceback" not in output, output
+    assert "Last checkpoint from before that: none" in output        # step_1 would end in the same way
+    weights = run / "checkpoints/step_3/model.safetensors"
+    tensors = load_file(weights)
+    tensors["visual.merger.mlp.0.weight"][0, 0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    state = json.loads((run / "checkpoints/step_3/state.json").read_text())
+    (run / "checkpoints/step_3/state.json").write_text(json.dumps({k: state[k] for k in ("step", "cursor", "bad_steps")}))
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "4")
+    assert code == 1 and "weights hold NaN or Inf" in output and "Traceback" not in output, output
+    assert "Last checkpoint from before that: runs/a/checkpoints/step_2" in output and not (run / "checkpoints/step_4").exists()
