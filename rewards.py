@@ -628,6 +628,8 @@ def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
 def score(task: str, response: str, answer: str) -> Reward:
     """The task's reward of a response; no terms, 0 points, and a named error if it cannot be computed."""
     reward, failure = guarded(TASKS[task].reward, task, response, answer)
+    if reward and not math.isfinite(reward.total):
+        return Reward({}, "reward_not_finite")
     return reward or Reward({}, failure)
 
 

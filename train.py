@@ -48,6 +48,7 @@ from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
 from support.runs import open_run, read_lines, run_and_step, saved_options
 from support.sources import noticed, read, take
+from support.verify_math import ended_now
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
 
@@ -437,6 +438,8 @@ def train_step(job: Job) -> dict:
         meter.total("left_out", len(job.source.bad) - bad)
     groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first)
     measure_groups(groups, meter)
+    if ended := ended_now():
+        meter.total("errors/math_ended", ended)
     sampled = time.time()
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter)
     ended = time.time()

@@ -1,12 +1,12 @@
 """Whether two LaTeX answers have the same value, by math-verify, in a process of its own.
 
 Sympy can be sent into hours of work, or out of memory, by a short text (9^{9^{9^{9}}}), in C code that no Python signal
-handler interrupts. So it runs in a child (`python support/verify_math.py`: a JSON pair a line in, true or false a line
-out). The child imports math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of
+handler interrupts. So it runs in a child (a JSON pair a line in; true, false or ended a line out). The child imports math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of
 processor time or BYTES of memory; the next worker is forked within milliseconds.
 
 Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which evaluates it as Python.
 """
+import ctypes
 import functools
 import json
 import logging
@@ -24,6 +24,7 @@ SECONDS, BYTES = 0.5, 2 ** 31       # of one question, at most
 CHARACTERS, DEPTH = 200, 12         # of either text, at most; DEPTH of brackets
 PATIENCE = 60                       # seconds of waiting for an answer: a busy machine may take long over SECONDS
 child: subprocess.Popen | None = None
+ended = 0       # questions so far that the kernel ended, or over which the child died
 
 
 def too_complex(text: str) -> bool:
@@ -57,32 +58,50 @@ def child_says(line: str) -> str:
 def same_value(answer: str, truth: str) -> bool:
     """Texts that are too complex, cannot be read, or take too long have no value, and so not the same one. Mistake: the
     child does not start."""
-    global child
+    global child, ended
     if too_complex(answer) or too_complex(truth):
         return False
     for _ in range(2):              # a child that was found dead is started once more
         if child is None:
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            child = subprocess.Popen([sys.executable, "-m", "support.verify_math"], cwd=root, text=True,
+            child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root, text=True,
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if not child_says("\n"):
                 raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")
         if said := child_says(json.dumps([truth, answer]) + "\n"):
+            ended += said == "ended\n"
             return said == "true\n"
+    ended += 1
     return False
+
+
+def ended_now() -> int:
+    """How many questions were ended since this was last asked."""
+    global ended
+    number, ended = ended, 0
+    return number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The child
 
+def end_with_parent(parent: int) -> None:
+    """The kernel ends this process when the one that started it is gone, however that went."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+    if os.getppid() != parent:                      # it went before this line
+        os._exit(0)
+
+
 def fork_worker(compare):
     """A worker that answers lines of JSON pairs. Returns its process id and the files to ask and to hear."""
+    me = os.getpid()
     their_questions, questions = os.pipe()
     answers, their_answers = os.pipe()
     if worker := os.fork():
         os.close(their_questions)
         os.close(their_answers)
         return worker, os.fdopen(questions, "w"), os.fdopen(answers)
+    end_with_parent(me)
     os.close(questions)
     os.close(answers)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                    # what sympy complains of is no one's business
@@ -122,8 +141,9 @@ def main() -> None:
                     file.close()
                 os.waitpid(worker[0], 0)
                 worker = None
-        print(said or "false\n", end="", flush=True)
+        print(said or "ended\n", end="", flush=True)
 
 
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[1]))
     main()

@@ -7,6 +7,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +20,8 @@ import rewards
 from support import verify_math
 from rewards import (TASKS, Reward, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
                      grounding_reward, has_thinking_format, iou_matrix, label_reward, label_text,
-                     math_equal, math_reward, non_repeat, parse_boxes, parse_points, read_label, relaxed_match, smooth, user_text,
-                     vqa_reward)
+                     math_equal, math_reward, non_repeat, parse_boxes, parse_points, read_label, relaxed_match, score, smooth,
+                     user_text, vqa_reward)
 
 ERRORS = {"no_answer", "too_long", "too_deep", "bad_json", "not_a_list", "not_an_object", "no_bbox_2d", "no_point_2d",
           "bad_bbox_2d", "bad_point_2d"}
@@ -684,6 +686,43 @@ def test_math_is_bounded_in_time():
         assert verify_math.too_complex(text) and not math_equal(text, "1")
     assert not verify_math.too_complex(r"\frac{(1+[2])}{\sqrt{3}}")
     assert time.process_time() - began < 5       # of ours: the child's is its own
+    assert verify_math.ended_now() == 5 and verify_math.ended_now() == 0
+
+
+def test_the_verifier_ends_with_its_parent():
+    """Killed while the child still imports, while it waits, and while its worker is at work."""
+    code = ("import sys, time; from support import verify_math as v\n"
+            "if sys.argv[1] != 'importing': v.same_value('1/2', '0.5')\n"
+            "v.SECONDS = 60\n"
+            "if sys.argv[1] == 'importing': v.child_says = lambda line: print(v.child.pid, flush=True) or time.sleep(60)\n"
+            "else: print(v.child.pid, flush=True)\n"
+            "v.same_value('9^{9^{9^{9}}}', '2') if sys.argv[1] != 'waiting' else time.sleep(60)")
+    for state in ("importing", "waiting", "working"):
+        parent = subprocess.Popen([sys.executable, "-c", code, state], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        child = int(parent.stdout.readline())
+        time.sleep(0.2)
+        family = {child, *map(int, Path(f"/proc/{child}/task/{child}/children").read_text().split())}
+        parent.kill()
+        parent.wait()
+        deadline = time.time() + 5
+        while time.time() < deadline and any(is_running(pid) for pid in family):
+            time.sleep(0.02)
+        assert not any(is_running(pid) for pid in family), state
+
+
+def is_running(pid: int) -> bool:
+    """Ended ones may stay as zombies where nobody waits for them."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_reward_that_is_not_finite_is_no_reward(monkeypatch):
+    for value in (math.nan, math.inf):
+        monkeypatch.setitem(rewards.TASKS, "vqa", replace(rewards.TASKS["vqa"], reward=lambda response, truth: Reward(
+            {"accuracy": value})))
+        assert (score("vqa", "x", "1").total, score("vqa", "x", "1").error) == (0, "reward_not_finite")
 
 
 def test_repeated_answers_come_from_memory(monkeypatch):
