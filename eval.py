@@ -22,7 +22,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -276,11 +276,14 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
 # Answering
 
 def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_new_tokens: int, batch: int = 64,
-             repetition_penalty: float = 1.0, segmenter: Segmenter | None = None) -> Iterator[tuple[Record, Prompt]]:
-    """Greedy answers to the examples, in order, `batch` at a time: each one's record, and its prompt for pictures."""
+             repetition_penalty: float = 1.0, segmenter: Segmenter | None = None, stop: Sequence = ()
+             ) -> Iterator[tuple[Record, Prompt]]:
+    """Greedy answers to the examples, in order, `batch` at a time: each one's record, and its prompt for pictures.
+    Stopped: as soon as `stop` is not empty."""
     examples = iter(examples)
     while chunk := [processor.prompt(e) for e in itertools.islice(examples, batch)]:
-        answers = generate(model, chunk, 1, max_new_tokens, temperature=0, repetition_penalty=repetition_penalty)
+        answers = generate(model, chunk, 1, max_new_tokens, temperature=0, repetition_penalty=repetition_penalty,
+                           stop=stop)
         records = [judge(p, processor.decode(o.tokens), len(o.tokens)) for p, (o,) in zip(chunk, answers)]
         boxed = [(r, p) for r, p in zip(records, chunk) if TASKS[p.example.task].boxes]
         # As the authors' scripts: no masks where an item lacks its point.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data import Prompt, Response, collate_images
 from model import KVCache, Qwen2_5_VL, row_mask
-from support.mistakes import Mistake
+from support.mistakes import Mistake, Stopped
 from support.onednn import packed_weights
 
 WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
@@ -109,11 +109,11 @@ class GraphedStep:
 
 @torch.no_grad()
 def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-             seed: int = 0, places: Sequence[int] | None = None, repetition_penalty: float = 1.0, graphs: bool = False
-             ) -> list[list[Response]]:
+             seed: int = 0, places: Sequence[int] | None = None, repetition_penalty: float = 1.0, graphs: bool = False,
+             stop: Sequence = ()) -> list[list[Response]]:
     """G responses to each prompt. temperature 0 is greedy decoding (then use G = 1). Runs the raw module, never a
     DDP wrapper. places: of the prompts in the endless sequence of examples (None: 0, 1, 2 …). repetition_penalty, of
-    evaluations only: training does not score with it. graphs: GraphedStep."""
+    evaluations only: training does not score with it. graphs: GraphedStep. Stopped: as soon as `stop` is not empty."""
     if not prompts:
         raise ValueError("generate: the list of prompts is empty")
     take_step = GraphedStep() if graphs else decode_one_token
@@ -133,6 +133,8 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
         hidden, cache = prefill(model, prompts, G, max_new_tokens)
         hidden = repeat(hidden, "b d -> (b g) d", g=G)
         for r in range(max_new_tokens):
+            if stop:
+                raise Stopped
             logits = model.logits(hidden, 1.0 if greedy else temperature)
             if seen is not None:
                 logits = penalise(logits, seen, repetition_penalty)

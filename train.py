@@ -40,17 +40,18 @@ from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer
                                  save_checkpoint, sound_checkpoint)
 from support.curves import draw_curves, tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
-from support.mistakes import Mistake, run_main, stop_signals
+from support.mistakes import Mistake, Stopped, run_main, stop_signals
 from support.onednn import give_memory_back, use_onednn
 from support.options import option, parse
 from support.optimizers import make_optimizers, set_lr, share_of_lr, short_run
 from support.pictures import draw_sheet
-from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
+from support.ranks import add_over_ranks, check_same_weights, gather_json, leave_ranks, start_ranks, wait_for_all
 from support.runs import open_run, read_lines, run_and_step, saved_options
 from support.sources import noticed, read, take
 from support.verify_math import ended_now
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
+CHECKED_EVERY = 50  # steps between two looks at whether all ranks hold the same weights; before a checkpoint as well
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,9 +202,10 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
     return texts[best], ids[best]
 
 
-def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int) -> list[Group]:
+def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int, stop: list = []
+                ) -> list[Group]:
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
-    place of the first prompt in the endless sequence of examples."""
+    place of the first prompt in the endless sequence of examples. Stopped: as soon as `stop` is not empty."""
     controls = cfg if cfg.method == "visurf" else replace(cfg, smoothing=False)     # the rivals have no control 3
     thinks = cfg.label_thought == "rollout"
     G = int(thinks) if cfg.method == "sft" else cfg.rollouts       # sft samples only what its label borrows
@@ -212,7 +214,7 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         part = prompts[i:i + cfg.sampling_batch]
         places = range(first + i, first + i + len(part))
         sampled += [[] for _ in part] if not G else generate(
-            model, part, G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places, graphs=cfg.cuda_graphs)
+            model, part, G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places, graphs=cfg.cuda_graphs, stop=stop)
     groups = []
     for place, (prompt, responses) in enumerate(zip(prompts, sampled), first):
         y, rollouts = None, [processor.decode(o.tokens) for o in responses]
@@ -280,9 +282,10 @@ def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], in
 
 
 def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
-           groups: list[Group], meter: Meter) -> tuple[float, float, int]:
+           groups: list[Group], meter: Meter, stop: list = []) -> tuple[float, float, int]:
     """cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and row tokens trained on.
-    A step whose loss or gradient is not finite changes nothing, on any rank."""
+    A step whose loss or gradient is not finite changes nothing, on any rank. Stopped: as soon as `stop` is not empty
+    on any rank and before the first optimizer step; nothing is changed then."""
     device = ddp.module.lm_head.weight.device
     batches, denominator, by_entropy = pack(cfg, groups, device)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
@@ -295,6 +298,9 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     for epoch in range(cfg.inner_epochs):
         loss_sum = 0.0
         for i, mb in enumerate(batches):
+            if not epoch and any(gather_json(bool(stop), device)):
+                ddp.zero_grad(set_to_none=True)
+                raise Stopped
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the average a sum.
             with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
                 logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
@@ -334,7 +340,7 @@ class Job:
     source: object                        # of examples, to train on
     held_out: list = field(default_factory=list)          # examples to evaluate on
     run: Path = Path()
-    seconds: float = 0.0                  # of the last step
+    stopped: list = field(default_factory=list)           # not empty as soon as a signal has come
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -427,7 +433,8 @@ def show_example(job: Job) -> None:
 
 
 def train_step(job: Job) -> dict:
-    """Samples, updates, measures: a line of metrics.jsonl. Advances job.state."""
+    """Samples, updates, measures: a line of metrics.jsonl. Advances job.state. Stopped: a signal has come, and nothing
+    has changed."""
     cfg, state, meter, began = job.cfg, job.state, Meter(), time.time()
     set_lr(cfg, job.optimizers, state["step"])
     share = cfg.prompts_per_step // job.world
@@ -436,18 +443,27 @@ def train_step(job: Job) -> dict:
     loaded = time.time()
     if len(job.source.bad) > bad:
         meter.total("left_out", len(job.source.bad) - bad)
-    groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first)
+    try:
+        groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first, job.stopped)
+    except Stopped:
+        groups = []
+    if not all(gather_json(bool(groups), job.device)):      # on all ranks, wherever the signal came first
+        raise Stopped
+    wait_for_all("sampling")
     measure_groups(groups, meter)
     if ended := ended_now():
         meter.total("errors/math_ended", ended)
     sampled = time.time()
-    loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter)
+    loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter,
+                               job.stopped)
     ended = time.time()
     finite = math.isfinite(loss) and math.isfinite(norm)
     state.update(step=state["step"] + 1, cursor=state["cursor"] + cfg.prompts_per_step,
                  bad_steps=0 if finite else state["bad_steps"] + 1)
     line = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite,
             "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
+    if not finite:
+        line["examples"] = sum(gather_json([prompt.example.id for prompt in prompts], job.device), [])
     drawn, tokens = add_over_ranks([sum(len(o.tokens) for g in groups for o in g.rollouts), tokens], job.device)
     if drawn:
         line["sampling_tokens_per_s"] = drawn / (sampled - loaded)
@@ -456,11 +472,17 @@ def train_step(job: Job) -> dict:
 
 
 def run_evaluation(job: Job, history: dict[str, dict]) -> None:
-    """Every rank answers its share; rank 0 draws its first answers, and prints the table of all evaluations so far."""
+    """Every rank answers its share; rank 0 draws its first answers, and prints the table of all evaluations so far.
+    Stopped: a signal has come; there is no evaluation then."""
     cfg, step = job.cfg, job.state["step"]
     own = job.held_out[job.rank::job.world]
-    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch)
-    pairs = list(tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0))
+    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=job.stopped)
+    try:
+        pairs = list(tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0))
+    except Stopped:
+        pairs = None
+    if not all(gather_json(pairs is not None, job.device)):
+        raise Stopped
     if job.rank == 0:
         draw_sheet(for_sheet(pairs[:12]), job.run / "samples" / f"step_{step}.png")
     everyone = gather_json([vars(record) for record, _ in pairs], job.device)
@@ -531,21 +553,14 @@ def main() -> None:
             job.say(line)
     job.say(f"writing to {job.run}{short_run(cfg)}")
     try:
-        loop(job, stop_signals(lambda: stopping_sentence(job)))
+        job.stopped = stop_signals(lambda: "" if job.rank else "stopping: the step at work is left, and what is complete "
+                                   "is saved")
+        loop(job)
     except BaseException:
         if job.rank == 0 and not state["step"] and not cfg.resume:
             shutil.rmtree(job.run)      # it holds nothing yet
         raise
     leave_ranks()
-
-
-def stopping_sentence(job: Job) -> str:
-    """What a signal prints at once; torchrun prints a traceback of its own after it."""
-    if job.rank > 0:
-        return ""
-    took = f" (the last one took {job.seconds:.0f} s)" if job.seconds else ""
-    return (f"stopping: the step at work is ended and saved first{took}. torchrun kills what takes longer than its "
-            "--shutdown-timeout, by default 30 s")
 
 
 def last_saved(job: Job) -> str:
@@ -562,8 +577,8 @@ def best_step(metric: str, history: dict[str, dict]) -> int | None:
     return int(max(measured, key=measured.get).removeprefix("step ")) if measured else None
 
 
-def loop(job: Job, stopped: list) -> None:
-    """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come (`stopped` is then not empty)."""
+def loop(job: Job) -> None:
+    """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come."""
     cfg, state, parent = job.cfg, job.state, os.getppid()
     lines, _ = read_lines(job.run)
     history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
@@ -572,41 +587,47 @@ def loop(job: Job, stopped: list) -> None:
         if not 0.5 < now / max(before[0], 1e-30) < 2:
             job.say(f"the learning rate goes on at {now:.1e}, after {before[0]:.1e}: its schedule is now that of "
                     f"{cfg.steps} steps")
-    if job.held_out and state["step"] == 0:
-        run_evaluation(job, history)
+    saved = state["step"]
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
-        while state["step"] < cfg.steps:
+        while True:
+            step, done = state["step"], state["step"] == cfg.steps
+            # torchrun was killed, and not its workers: another may soon be started in the same folder.
+            if orphaned := "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
+                job.say("torchrun is gone: stopping")
+            stopping = any(gather_json(bool(job.stopped) or orphaned, job.device))
+            regular = cfg.save_every and step % cfg.save_every == 0
+            if not step % CHECKED_EVERY or done or regular:
+                check_same_weights(job.ddp.module, job.device)
+            if step > saved and (done or not state["bad_steps"] and (stopping or regular)):
+                save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
+                saved = step
             try:
+                if job.held_out and not stopping and f"step {step}" not in history and (
+                        not step or done or cfg.eval_every and step % cfg.eval_every == 0):
+                    run_evaluation(job, history)
+                if job.rank == 0 and saved == step:
+                    keep_newest(job.run, cfg.keep, best_step(cfg.keep_best, history))
+                if done or stopping:
+                    break
                 line = train_step(job)
+            except Stopped:
+                continue
             except Mistake as mistake:
-                raise Mistake(f"{mistake}. {last_saved(job)}" if state["step"] else str(mistake)) from None
-            job.seconds = line["seconds"]
+                raise Mistake(f"{mistake}. {last_saved(job)}" if step else str(mistake)) from None
             give_memory_back()
             job.log(line)
             bar.update()
-            if state["step"] % cfg.log_every == 0:
+            if line["step"] % cfg.log_every == 0:
                 job.say(progress_line(line))
             if line["skipped"]:
-                job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}")
+                job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}, examples "
+                        f"{', '.join(line['examples'])}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
                 raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (see metrics.jsonl): "
                               f"try a smaller --lr. {last_saved(job)}")
-            # torchrun was killed, and not its workers: another may soon be started in the same folder.
-            orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
-            if orphaned:
-                job.say("torchrun is gone: stopping")
-            done, stopping = state["step"] == cfg.steps, any(gather_json(bool(stopped) or orphaned, job.device))
-            if job.held_out and (done or not stopping and cfg.eval_every and state["step"] % cfg.eval_every == 0):
-                run_evaluation(job, history)
-            if done or not state["bad_steps"] and (stopping or cfg.save_every and state["step"] % cfg.save_every == 0):
-                save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
-                if job.rank == 0:
-                    keep_newest(job.run, cfg.keep, best_step(cfg.keep_best, history))
-            if stopping and not done:
-                if state["bad_steps"]:
-                    return job.say(f"stopped; the last {state['bad_steps']} step(s) were skipped and nothing is saved of "
-                                   f"them. {last_saved(job)}; go on with torchrun train.py --resume {job.run}")
-                return job.say(f"stopped at step {state['step']}; go on with torchrun train.py --resume {job.run}")
+    if stopping and not done:
+        lost = f"; the last {state['bad_steps']} step(s) were skipped and are not saved" if state["bad_steps"] else ""
+        return job.say(f"stopped at step {saved}{lost}; go on with torchrun train.py --resume {job.run}")
     if job.rank == 0:
         draw_curves([job.run], job.run / "curves.png")
     pictures = f"   pictures: {job.run}/samples/" if history else ""

@@ -315,10 +315,13 @@ def run(names: list[str], seeds: list[int], rates: list[float], jobs: int) -> No
         with ThreadPoolExecutor(jobs) as pool:
             for line in pool.map(lambda job: make(*job), wanted):
                 print(line, flush=True)
-    all_of([(name, rate, seeds[0]) for name in names for rate in (rates if name not in UNTRAINED else [0.0])])
+    first = [(name, rate, seeds[0]) for name in names for rate in (rates if name not in UNTRAINED else [0.0])]
+    if len(rates) == 1:       # there is nothing to choose
+        return all_of(first + [(name, rates[0], seed) for seed in seeds[1:] for name in names if name not in UNTRAINED])
+    all_of(first)
     results = read_results()
     # Seed by seed, so that a table of few seeds is there early.
-    all_of([(name, chosen_rate({rate: results[name][rate] for rate in rates if rate in results[name]}), seed)
+    all_of([(name, chosen_rate({rate: results[name][rate] for rate in rates}), seed)
             for seed in seeds[1:] for name in names if name not in UNTRAINED])
 
 

@@ -11,6 +11,10 @@ class Mistake(ValueError):
     """Something that the person who started the program can mend: its text says what is wrong and what to do."""
 
 
+class Stopped(Exception):
+    """A signal has come, and what was at work has been left in the middle."""
+
+
 def stop_signals(sentence) -> list[float]:
     """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop to see, and print
     what sentence() returns; a second Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the

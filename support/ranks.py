@@ -1,6 +1,7 @@
 """The ranks that torchrun started: joining and leaving them, and adding up over them. Without torchrun there is one."""
 import json
 import os
+import re
 import socket
 import time
 from datetime import timedelta
@@ -8,9 +9,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support.mistakes import Mistake
+
 # How long ranks wait for each other before they give up. What one rank does alone must end within it: the longest is a
 # checkpoint, of a 7B model 116 GB, which takes 20 minutes at 100 MB/s.
 TIMEOUT = timedelta(hours=1)
+processors: dist.ProcessGroup | None = None        # of all ranks, over their processors: NCCL cannot name who is missing
 
 
 def start_ranks() -> tuple[int, int, torch.device]:
@@ -29,6 +33,8 @@ def start_ranks() -> tuple[int, int, torch.device]:
         if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))  # share the cores
         dist.init_process_group("gloo", timeout=TIMEOUT)
+    global processors
+    processors = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -49,6 +55,29 @@ def gather_json(value, device) -> list:
     parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
     dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
     return [json.loads(bytes(part[:int(size)].cpu().numpy())) for part, size in zip(parts, sizes)]
+
+
+def check_same_weights(model: torch.nn.Module, device) -> None:
+    """Mistake: ranks hold other weights than rank 0, by a sum over their bits (a faulty device or link, or a change of the
+    code that lets ranks drift apart)."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
+    first, *others = gather_json(torch.stack(sums).tolist(), device)
+    wrong = [rank for rank, sums in enumerate(others, 1) if sums != first]
+    if wrong:
+        raise Mistake(f"the weights of rank(s) {', '.join(map(str, wrong))} are not those of rank 0: a faulty device or link, "
+                      "or code by which the ranks drift apart. Nothing is saved")
+
+
+def wait_for_all(what: str) -> None:
+    """Until every rank is here. Mistake: some do not come within TIMEOUT; their numbers."""
+    try:
+        dist.monitored_barrier(processors, TIMEOUT, wait_all_ranks=True)
+    except RuntimeError as error:
+        missing = re.findall(r"Ranks ([\d, ]*\d)", str(error)) or ["0"]         # the others wait for rank 0 alone
+        doubt = " (or waits for one that it names)" if dist.get_rank() else ""
+        raise Mistake(f"rank(s) {missing[0]} did not come{doubt} to the end of {what} within "
+                      f"{TIMEOUT.total_seconds():.0f} s") from None
 
 
 def add_over_ranks(values: list[float], device) -> list[float]:

@@ -25,12 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 import objective
 import rewards
 import support.ranks
+import support.runs
 import train
 from data import Processor, collate, pack_group
 from model import Qwen2_5_VL
 from support.checkpoints import read_state
 from support.mistakes import Mistake
-from support.ranks import leave_ranks, start_ranks
+from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -497,6 +498,35 @@ def test_ranks_wait_for_a_slow_one_as_long_as_the_time_out_says():
     assert support.ranks.TIMEOUT >= timedelta(minutes=30)
 
 
+def look_at_each_other(rank: int, port: int, late: int) -> None:
+    """Three ranks: first one holds other weights by a bit, then one comes late. Rank 0 speaks; where it is the late one,
+    the others do."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    support.ranks.TIMEOUT = timedelta(seconds=2)
+    *_, device = start_ranks()
+    model = torch.nn.Linear(3, 2, dtype=(torch.float32, torch.bfloat16)[late % 2])
+    torch.nn.init.ones_(model.weight), torch.nn.init.zeros_(model.bias)
+    check_same_weights(model, device)
+    if rank == 1:
+        model.weight.data.view(-1)[5:].copy_(torch.nextafter(model.weight.data.view(-1)[5:], torch.zeros(1, dtype=model.weight.dtype)))
+    with pytest.raises(Mistake, match=r"the weights of rank\(s\) 1 are not those of rank 0"):
+        check_same_weights(model, device)
+    wait_for_all("sampling")
+    if rank == late:
+        time.sleep(8)
+        os._exit(0)
+    named = f"{late} did not come" if rank == 0 else r"0 did not come \(or waits for one that it names\)"
+    with pytest.raises(Mistake, match=rf"rank\(s\) {named} to the end of sampling within 2 s"):
+        wait_for_all("sampling")
+    time.sleep(4 if rank == 0 else 0)      # it holds the store by which the others hear
+    os._exit(0)
+
+
+@pytest.mark.parametrize("late", [2, 0, 1])
+def test_a_rank_that_is_late_or_drifts_is_named(late):
+    torch.multiprocessing.spawn(look_at_each_other, (free_port(), late), nprocs=3)
+
+
 def test_learning_rate_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0)
     cfg = train.Config(lr=1.0, steps=10, warmup_steps=4, cooldown=0.2)
@@ -618,6 +648,44 @@ def test_a_picture_that_only_decoding_shows_to_be_bad(tmp_path, ranks):
     assert code == 0 and "longest prompt of 4 read" in output
 
 
+@pytest.mark.parametrize("name, call, stopped_at", [
+    ("sample", 12 + 12 + 5, 1), ("forward", 4 + 2, 1), ("sample", 12 + 12 + 12 + 5, 2)])
+def test_a_signal_in_the_middle_loses_nothing(tmp_path, one_rank, monkeypatch, name, call, stopped_at):
+    """While the second step is sampled, in the middle of its update, in the evaluation after it: what is saved is the
+    state before, and the run ends with the same weights, lines and evaluations as one that was not stopped."""
+    import rollout
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--steps", "3", "--model", str(ROOT / "assets/tiny"), "--eval-data", "scenes:val", "--eval-examples",
+             "6", "--eval-every", "2", "--onednn"]
+
+    def start(*more):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
+        try:
+            train.main()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            support.runs.locks.clear()
+    start("--name", "whole")
+    module = {"sample": rollout, "forward": train.DistributedDataParallel}[name]
+    plain, calls = getattr(module, name), 0
+
+    def interrupting(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupting)
+        start("--name", "half")
+    assert train.newest_checkpoint.__wrapped__(Path("runs/half")).name == f"step_{stopped_at}"
+    assert [line["step"] for line in lines(tmp_path / "runs/half")] == [0, 1, 2][:stopped_at + 1]
+    start("--resume", "runs/half")
+    a, b = (load_file(f"runs/{run}/checkpoints/step_3/model.safetensors") for run in ("whole", "half"))
+    assert all(torch.equal(a[key], b[key]) for key in a) and lines(Path("runs/whole")) == lines(Path("runs/half"))
+
+
 def test_sigterm_saves_and_leaves(tmp_path):
     process = run_train(tmp_path, "--steps", "100000", "--name", "long", wait=False)
     metrics = tmp_path / "runs/long/metrics.jsonl"
@@ -627,7 +695,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert output.index("stopping: the step at work is ended and saved first") < output.index("stopped at step")
+    assert output.index("stopping: the step at work is left, and what is complete is saved") < output.index("stopped at step")
     assert process.returncode == 0 and "stopped at step" in output, output
     step = lines(tmp_path / "runs/long")[-1]["step"]
     folder = tmp_path / f"runs/long/checkpoints/step_{step}"
