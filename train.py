@@ -368,7 +368,8 @@ def set_up() -> Job:
     processor = Processor(checkpoint or cfg.model)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
-    state = {**(read_state(checkpoint) if checkpoint else FIRST), "data": sources[0].fingerprint}
+    fingerprint = gather_json(sources[0].fingerprint, device)[0]       # of rank 0: another node may hold a copy
+    state = {**(read_state(checkpoint) if checkpoint else FIRST), "data": fingerprint}
     if checkpoint and read_state(checkpoint)["data"] not in ("", state["data"]) and not cfg.accept_changed_data:
         raise Mistake(f"--data {cfg.data} has changed since {checkpoint}: rows were added, removed or changed. Bring it "
                       "back, or go on with what it is now by --accept-changed-data")

@@ -308,7 +308,7 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def run(names: list[str], seeds: list[int], rates: list[float], jobs: int) -> None:
-    """The first seed at every rate, then the others at the chosen one; what is left undone is said at the end."""
+    """The first seed at every rate, then the others at the chosen one."""
     (ROOT / "runs").mkdir(exist_ok=True)
 
     def all_of(wanted: list[tuple]) -> None:

@@ -368,6 +368,7 @@ class StoredExamples:
         self.bad: list[str] = []
         self.odd: dict[str, list] = {}      # what → [how often, the first row]
         self.rows: list[tuple[object, int, Example, Path | None]] = []   # file, number, example, a path of its picture
+        self.ids: set[str] = set()
         digest = hashlib.sha256()
         for file in files:
             pictures = 0
@@ -419,8 +420,17 @@ class StoredExamples:
         if boxes and example.answer:
             check_boxes(example.answer, size)
         if noticed := self.rules.check(example, size or None):
-            self.odd.setdefault(noticed[0], [0, f"{file.path}, row {number}: {noticed[1]}"])[0] += 1
+            self.notice(noticed[0], f"{file.path}, row {number}: {noticed[1]}")
+        if example.id in self.ids:
+            self.notice("rows have the id of an earlier row", f"{file.path}, row {number}: {example.id}")
+        self.ids.add(example.id)
+        inside = os.path.abspath(file.folder) + os.sep
+        if isinstance(content, Path) and not os.path.abspath(content).startswith(inside):
+            self.notice("pictures lie outside the folder of the data", f"{file.path}, row {number}: {content}")
         return example, content
+
+    def notice(self, what: str, first: str) -> None:
+        self.odd.setdefault(what, [0, first])[0] += 1
 
     def picture(self, file, cells: list):
         found = [content for cell in cells if (content := picture_in(cell, file.folder)) is not None]

@@ -185,12 +185,26 @@ def rotated() -> bytes:
     return png(format="JPEG", exif=exif)
 
 
+def animation(format: str, frames: int = 2) -> bytes:
+    data = io.BytesIO()
+    first, *others = (Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in range(0, 200, 200 // frames))
+    first.save(data, format, save_all=True, append_images=others[:frames - 1])
+    return data.getvalue()
+
+
+def test_one_picture_of_a_kind_that_may_hold_several():
+    for format in ("GIF", "TIFF", "WEBP", "PNG", "MPO"):
+        assert open_image(animation(format, 1)).getpixel((0, 0))[0] < 30
+    assert open_image(animation("MPO")).getpixel((0, 0))[0] < 30       # a camera's second view of the same
+
+
 @pytest.mark.parametrize("content, reason", [
+    *[(animation(format), "holds several pictures") for format in ("GIF", "TIFF", "WEBP", "PNG")],
     (png(64, 64, format="JPEG")[:300], "cannot be read"), (b"nothing", "cannot be read"), (b"", "cannot be read"),
     (png(mode="I;16", colour=300), "more than 8 bits"), (png(mode="RGBA", colour=(1, 2, 3, 254)), "partly transparent"),
     (rotated(), "EXIF says"), (png(10_001, 10_000, 0, "1"), "more than 100,000,000"),
     (png(20_000, 20_000, 0, "1"), "more than 100,000,000"),
-], ids=["truncated", "no image", "nothing", "16 bits", "transparent", "rotated", "large", "bomb"])
+], ids=["GIF", "TIFF", "WEBP", "APNG", "truncated", "no image", "nothing", "16 bits", "transparent", "rotated", "large", "bomb"])
 def test_pictures_that_are_errors(content, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
         open_image(content)
@@ -198,6 +212,23 @@ def test_pictures_that_are_errors(content, reason, tmp_path):
     path = write_parquet(tmp_path / "a.parquet", rows)
     with pytest.raises(BadRow, match=rf"^{re.escape(path)}, row 2( \(id r1\))?: .*{reason}"):
         load(path, "grounding")[1]
+
+
+def test_what_is_noticed_once(tmp_path):
+    """Ids that come twice, and pictures outside the folder of the data: by an absolute path or by "..", not by a link
+    (the hub's cache consists of links)."""
+    (tmp_path / "data").mkdir()
+    for name in ("a.png", "data/b.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "a.png")
+    rows = [{"id": name, "image": image, "question": "1+1?", "answer": "2", "task": "math"} for name, image in (
+        ("1", "b.png"), ("2", "../a.png"), ("1", str(tmp_path / "a.png")), ("3", "link.png"), ("1", "../data/b.png"),
+        ("4", str(tmp_path / "data/b.png")))]
+    (tmp_path / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = load(str(tmp_path / "data/a.jsonl"))
+    assert len(source) == 6 and [line.split("; the first: ")[0] for line in noticed(source)] == [
+        "2 of 6 pictures lie outside the folder of the data", "2 of 6 rows have the id of an earlier row"]
+    assert "row 2: " in noticed(source)[0] and "row 3: 1" in noticed(source)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
