@@ -226,8 +226,8 @@ def roc_auc(scores: list[float], labels: list[bool]) -> float | None:
     >>> roc_auc([1, 0, 1, 0], [True, True, False, False]), roc_auc([3, 1, 2], [True, False, False])
     (0.5, 1.0)
     """
-    scores, labels = np.array(scores, float), np.array(labels, bool)
-    positive, negative = scores[labels], np.sort(scores[~labels])
+    values, chosen = np.array(scores, float), np.array(labels, bool)
+    positive, negative = values[chosen], np.sort(values[~chosen])
     if not len(positive) or not len(negative):
         return None
     below, upto = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
@@ -290,7 +290,7 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
         objects = [[{"bbox_2d": b, "point_2d": xy} for b, xy in zip(r.official_boxes, r.official_points)]
                    for r, _ in boxed]
         if segmenter and boxed:
-            masks = segmenter([p.example.image for _, p in boxed], objects)
+            masks = segmenter([p.example.image for _, p in boxed if p.example.image], objects)      # boxes need one
         else:
             masks = [box_mask(items, p.original_size) for items, (_, p) in zip(objects, boxed)]
         for mask, (record, prompt) in zip(masks, boxed):
@@ -384,13 +384,14 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
         if answer.truncated:
             print(f"the answer did not end within {limit} tokens (--max-new-tokens)")
         if TASKS[task].boxes:
-            items, error = parse_boxes(response)
+            items, unreadable = parse_boxes(response)
             items = original_frame(items, prompt)
             picture = Path(cfg.out or f"{Path(cfg.image).stem}.answer.png")
             if asked > 1:
                 picture = picture.with_stem(f"{picture.stem}-{asked}")
             draw_answer(image, items, picture)
-            print(f"the answer cannot be read: {error}" if error else f"in pixels of {cfg.image}: {json.dumps(items)}")
+            boxes = f"in pixels of {cfg.image}: {json.dumps(items)}"
+            print(f"the answer cannot be read: {unreadable}" if unreadable else boxes)
             print(f"drawn: {picture}", flush=True)
 
 
@@ -429,8 +430,9 @@ def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Pat
     """The folder for the results, and what to say of it: without --out, where the usual one holds results of something
     else, the next that does not. Mistake: --out holds such."""
     usual = out = Path(cfg.out) if cfg.out else default_folder(cfg, model)
-    said = ""
-    for attempt in itertools.count(2):
+    said, attempt = "", 1
+    while True:
+        attempt += 1
         path = out / "settings.json"
         try:
             old = json.loads(path.read_text()) if path.exists() else settings
@@ -495,7 +497,9 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
               f"{cfg.model} on {cfg.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
               f"before; greedy, {cfg.precision}, repetition penalty {cfg.repetition_penalty}"
               + (f", masks by {cfg.masks}" if cfg.masks else ""))
-    drawn, opened, order = [], len(source.bad), []
+    opened = len(source.bad)
+    drawn: list[tuple[Record, Prompt]] = []
+    order: list[int] = []
 
     def examples():
         for number, example in read(source, missing):
@@ -515,7 +519,7 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
             file.flush()
             if len(drawn) < 12:
                 drawn.append((record, prompt))
-    bad = sum(gather_json(list(source.bad if rank == 0 else source.bad[opened:]), device), [])
+    bad: list[str] = sum(gather_json(list(source.bad if rank == 0 else source.bad[opened:]), device), [])
     if rank == 0:
         finish(cfg, out, settings, numbers, bad, shown, drawn)
 

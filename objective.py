@@ -1,5 +1,5 @@
-"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no collectives; the loss waits for
-no number from the device.
+"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no collectives; the loss waits
+for no number from the device.
 
     python objective.py [--r-y 6 --r-o 5 5 1]      what each method makes of a group's rewards
 

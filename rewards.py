@@ -28,7 +28,7 @@ import random
 import re
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +95,7 @@ def parse_json(text: str, list_only: bool = True) -> tuple[list, str | None]:
 def numbers(value, count: int) -> bool:
     """Whether value is a list of `count` finite numbers of bounded size. True and False are no numbers."""
     return isinstance(value, list) and len(value) == count and all(
-        [type(x) in (int, float) and abs(x) <= MAX_COORDINATE for x in value])
+        type(x) in (int, float) and abs(x) <= MAX_COORDINATE for x in value)
 
 
 def item_error(item) -> str | None:
@@ -127,7 +127,7 @@ def parse_points(response: str) -> list[list[float]]:
     """The points of a response, as OmniACT counts them: of an item without a point, the centre of its box; of one
     without either, none."""
     text = answer_text(response)
-    points = []
+    points: list = []
     for item in parse_json(text)[0][:MAX_OBJECTS] if text is not None else []:
         point, box = (item.get("point_2d"), item.get("bbox_2d")) if isinstance(item, dict) else (None, None)
         if numbers(point, 2):
@@ -228,7 +228,7 @@ def final_text(response: str) -> str:
     of it. A thought, or a sentence before the answer, may mention the tags."""
     text = response[:MAX_CHARACTERS].rpartition("</think>")[2]
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    return text.strip() if start < 0 else answer_text(text[start:])
+    return text.strip() if start < 0 else answer_text(text[start:]) or ""
 
 
 WRAPPED = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol)\s*\{([^{}]*)\}"
@@ -267,7 +267,7 @@ def is_words(text: str) -> bool:
         r"\s-|-\s|\b[A-Za-z]-[A-Za-z]\b", text)
 
 
-def math_equal(answer: str, truth: str, choices: list[str] = ()) -> bool:
+def math_equal(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
     """Whether two answers are the same text or, as LaTeX, the same value. With choices, a letter stands for its text
     (`letter_of`). Words are compared as words, up to case: as LaTeX each is a product of its letters, which commute, so
     that "seY" would be "Yes" (and for that "ba" is not "ab" here)."""

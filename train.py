@@ -16,11 +16,11 @@ Glossary
     [recipe]   in --help, a value of the authors' earlier public trainer (docs/paper.md, section 1)
 """
 import contextlib
-import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,8 +36,8 @@ from eval import Record, evaluate, for_sheet, summarise, table
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
 from rollout import generate
-from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer, newest_checkpoint, read_state, room_for,
-                                 save_checkpoint, sound_checkpoint)
+from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer, newest_checkpoint, read_state,
+                                 room_for, save_checkpoint, sound_checkpoint)
 from support.curves import draw_curves, tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
 from support.mistakes import Mistake, Stopped, run_main, stop_signals
@@ -47,7 +47,7 @@ from support.optimizers import make_optimizers, set_lr, share_of_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, check_same_weights, gather_json, leave_ranks, start_ranks, wait_for_all
 from support.runs import open_run, read_lines, run_and_step, saved_options
-from support.sources import noticed, read, take
+from support.sources import Source, noticed, read, take
 from support.verify_math import ended_now
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
@@ -135,7 +135,8 @@ class Config:
     onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN")
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
-    resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and its saved options")
+    resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and its saved "
+                         "options")
     from_step: int = option(0, "output", "with --resume: go on from that checkpoint (0: the newest sound one)", least=0)
     accept_changed_data: bool = option(False, "output", "go on although the data is not what it was")
     tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too")
@@ -202,8 +203,8 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
     return texts[best], ids[best]
 
 
-def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int, stop: list = []
-                ) -> list[Group]:
+def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int,
+                stop: Sequence = ()) -> list[Group]:
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
     place of the first prompt in the endless sequence of examples. Stopped: as soon as `stop` is not empty."""
     controls = cfg if cfg.method == "visurf" else replace(cfg, smoothing=False)     # the rivals have no control 3
@@ -241,7 +242,7 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
 @dataclass
 class MicroBatch:
     batch: Batch                # what the model reads
-    terms: dict[str, Tensor]    # what else `objective.loss` takes by name, [B, T] each
+    terms: dict[str, Tensor | None]    # what else `objective.loss` takes by name, [B, T] each
 
 
 def micro_batch(cfg: Config, rows: list[Row], device, idle: bool) -> MicroBatch:
@@ -268,9 +269,9 @@ def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], in
     tokens, count = add_over_ranks([sum(len(o.tokens) for o in responses), len(responses)], device)
     kept, by_entropy = objective.trained_on(cfg, *(torch.tensor([getattr(o, name) for o in responses])
                                                    for name in ("advantage", "r", "is_y")))
-    kept, rows = iter(kept.tolist()), []
+    trained, rows = iter(kept.tolist()), []
     for group in groups:
-        left = [o for o in group.responses if next(kept)]
+        left = [o for o in group.responses if next(trained)]
         rows += pack_group(group.prompt, left, cfg.max_row_tokens)
     rows.sort(key=lambda row: len(row.tokens), reverse=True)
     parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
@@ -282,7 +283,7 @@ def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], in
 
 
 def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
-           groups: list[Group], meter: Meter, stop: list = []) -> tuple[float, float, int]:
+           groups: list[Group], meter: Meter, stop: Sequence = ()) -> tuple[float, float, int]:
     """cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and row tokens trained on.
     A step whose loss or gradient is not finite changes nothing, on any rank. Stopped: as soon as `stop` is not empty
     on any rank and before the first optimizer step; nothing is changed then."""
@@ -337,7 +338,7 @@ class Job:
     processor: Processor
     optimizers: list
     state: dict                           # step, cursor, bad_steps: with the weights and optimizers, a checkpoint
-    source: object                        # of examples, to train on
+    source: Source                        # of examples, to train on
     held_out: list = field(default_factory=list)          # examples to evaluate on
     run: Path = Path()
     stopped: list = field(default_factory=list)           # not empty as soon as a signal has come
@@ -370,9 +371,9 @@ def set_up() -> Job:
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
     fingerprint = gather_json(sources[0].fingerprint, device)[0]       # of rank 0: another node may hold a copy
     state = {**(read_state(checkpoint) if checkpoint else FIRST), "data": fingerprint}
-    if checkpoint and read_state(checkpoint)["data"] not in ("", state["data"]) and not cfg.accept_changed_data:
-        raise Mistake(f"--data {cfg.data} has changed since {checkpoint}: rows were added, removed or changed. Bring it "
-                      "back, or go on with what it is now by --accept-changed-data")
+    if checkpoint and not cfg.accept_changed_data and read_state(checkpoint)["data"] not in ("", fingerprint):
+        raise Mistake(f"--data {cfg.data} has changed since {checkpoint}: rows were added, removed or changed. Bring "
+                      "it back, or go on with what it is now by --accept-changed-data")
     if cfg.cuda_graphs and device.type != "cuda":
         raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
     if cfg.tensorboard:
@@ -452,23 +453,22 @@ def train_step(job: Job) -> dict:
         raise Stopped
     wait_for_all("sampling")
     measure_groups(groups, meter)
-    if ended := ended_now():
-        meter.total("errors/math_ended", ended)
+    if unverified := ended_now():
+        meter.total("errors/math_ended", unverified)
     sampled = time.time()
-    loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter,
-                               job.stopped)
+    loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter, job.stopped)
     ended = time.time()
     finite = math.isfinite(loss) and math.isfinite(norm)
     state.update(step=state["step"] + 1, cursor=state["cursor"] + cfg.prompts_per_step,
                  bad_steps=0 if finite else state["bad_steps"] + 1)
-    line = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite,
-            "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
+    line: dict = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite,
+                  "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
     if not finite:
         line["examples"] = sum(gather_json([prompt.example.id for prompt in prompts], job.device), [])
-    drawn, tokens = add_over_ranks([sum(len(o.tokens) for g in groups for o in g.rollouts), tokens], job.device)
+    drawn, trained = add_over_ranks([sum(len(o.tokens) for g in groups for o in g.rollouts), tokens], job.device)
     if drawn:
         line["sampling_tokens_per_s"] = drawn / (sampled - loaded)
-    return {**line, "training_tokens_per_s": tokens / (ended - sampled), "peak_memory_gb": peak_memory_gb(job.device),
+    return {**line, "training_tokens_per_s": trained / (ended - sampled), "peak_memory_gb": peak_memory_gb(job.device),
             "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded}
 
 
@@ -513,8 +513,8 @@ def dry_run(job: Job) -> None:
     for group in (g for optimizer in job.optimizers for g in optimizer.param_groups):
         group["lr"] = 0.0
     model.eos_ids = ()                 # no response ends before max_new_tokens
-    parts = {"update": (lambda: update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter()),
-                        share / groups)}
+    parts: dict[str, tuple] = {"update": (
+        lambda: update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter()), share / groups)}
     if cfg.method != "sft":
         parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.rollouts, cfg.max_new_tokens,
                                               cfg.temperature, graphs=cfg.cuda_graphs), share / together)
@@ -554,8 +554,8 @@ def main() -> None:
             job.say(line)
     job.say(f"writing to {job.run}{short_run(cfg)}")
     try:
-        job.stopped = stop_signals(lambda: "" if job.rank else "stopping: the step at work is left, and what is complete "
-                                   "is saved")
+        job.stopped = stop_signals("" if job.rank else "stopping: the step at work is left, and what is complete is "
+                                   "saved")
         loop(job)
     except BaseException:
         if job.rank == 0 and not state["step"] and not cfg.resume:
@@ -574,8 +574,8 @@ def last_saved(job: Job) -> str:
 
 def best_step(metric: str, history: dict[str, dict]) -> int | None:
     """Of the evaluations so far the first that was best by the metric; None without --keep-best."""
-    measured = {title: metrics[metric] for title, metrics in history.items() if metric and metrics.get(metric) is not None}
-    return int(max(measured, key=measured.get).removeprefix("step ")) if measured else None
+    measured = {title: m[metric] for title, m in history.items() if metric and m.get(metric) is not None}
+    return int(max(measured, key=lambda title: measured[title]).removeprefix("step ")) if measured else None
 
 
 def loop(job: Job) -> None:
@@ -621,8 +621,8 @@ def loop(job: Job) -> None:
             if line["step"] % cfg.log_every == 0:
                 job.say(progress_line(line))
             if line["skipped"]:
-                job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}, examples "
-                        f"{', '.join(line['examples'])}")
+                job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}, "
+                        f"examples {', '.join(line['examples'])}")
             if state["bad_steps"] >= MAX_BAD_STEPS:
                 raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (see metrics.jsonl): "
                               f"try a smaller --lr. {last_saved(job)}")

@@ -1,4 +1,5 @@
-"""The figures of experiments/README.md and docs/derivation.md, from results alone: `python experiments/reproduce.py tables`."""
+"""The figures of experiments/README.md and docs/derivation.md, from results alone:
+`python experiments/reproduce.py tables`."""
 import statistics
 import types
 from pathlib import Path
@@ -47,7 +48,8 @@ def draw_course(rows: dict[str, dict[int, dict]], names: dict[str, str], path: P
     figure, panels = blank(2.6 * len(names), 2.6, len(names))
     for number, (method, seeds) in enumerate(rows.items()):
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)],
-                 "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5, "markevery": (number, 5), "linewidth": 1.2}
+                 "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5, "markevery": (number, 5),
+                 "linewidth": 1.2}
         for panel, name in zip(panels, names):
             points = list(zip(*(seed["course"][name] for seed in seeds.values())))
             means = [statistics.fmean(p) if None not in p else float("nan") for p in points]

@@ -249,7 +249,8 @@ def grid(results: Results) -> str:
     lines = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---" * (1 + len(RATES)) + "|"]
     for name in (n for n in EXPERIMENTS if n in results and n not in UNTRAINED):
         tried = [results[name].get(rate, {}).get(SEEDS[0]) for rate in RATES]
-        lines.append(f"| {name} | " + " | ".join(f"{score(r['metrics']['val']):.3f}" if r else "–" for r in tried) + " |")
+        cells = (f"{score(r['metrics']['val']):.3f}" if r else "–" for r in tried)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -57,7 +57,8 @@ def fault(folder: Path, weights_only: bool = False) -> str | None:
         return "state.json is missing"
     except (OSError, ValueError):
         return "state.json cannot be read"
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in ("step", "cursor", "bad_steps")):
+    numbers = ("step", "cursor", "bad_steps")
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in numbers):
         return "state.json is not that of a checkpoint"
     if "files" not in state:
         return None
@@ -79,7 +80,8 @@ def fault(folder: Path, weights_only: bool = False) -> str | None:
 def sound_checkpoint(run: Path, step: int = 0, weights_only: bool = False) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without a fault, None if there is none, and what to say of those that were passed over.
     step: that one and no other. Mistake: it is not there or has a fault, or all have."""
-    found, said = checkpoints(run), []
+    found = checkpoints(run)
+    said: list[str] = []
     if step and step not in found:
         raise Mistake(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
     for folder in [found[step]] if step else reversed(found.values()):

@@ -65,10 +65,10 @@ def open_image(content, turn: bool = False) -> Image.Image:
         upright_size(image, turn)
         image.load()
         upright_size(image, turn)
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise Unfit("it is partly transparent; store it over the background it is meant for")
-        return image.convert("RGB")
+        return upright.convert("RGB")
 
 
 def picture_in(value, folder: Path):

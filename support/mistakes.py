@@ -15,17 +15,17 @@ class Stopped(Exception):
     """A signal has come, and what was at work has been left in the middle."""
 
 
-def stop_signals(sentence) -> list[float]:
+def stop_signals(sentence: str) -> list[float]:
     """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop to see, and print
-    what sentence() returns; a second Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the
+    the sentence; a second Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the
     terminal and from torchrun."""
     times: list[float] = []
 
     def note(number, _) -> None:
         if number == signal.SIGINT and times and time.time() - times[0] > 1:
             os._exit(130)
-        if not times and (text := sentence()):
-            os.write(2, f"\n{text}\n".encode())       # a handler must not print: it may stand inside another print
+        if not times and sentence:
+            os.write(2, f"\n{sentence}\n".encode())       # a handler must not print: it may stand inside another print
         times.append(time.time())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
@@ -42,11 +42,12 @@ def run_main(main) -> None:
         main()
     except KeyboardInterrupt:
         os._exit(130)
-    except (Mistake, OSError) as mistake:
-        if isinstance(mistake, OSError):
-            if mistake.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (Mistake, OSError) as error:
+        mistake = str(error)
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            mistake = (f"{mistake.filename or 'a file'}: {mistake.strerror}. What was complete before is still there: free "
+            mistake = (f"{error.filename or 'a file'}: {error.strerror}. What was complete before is still there: free "
                        "some space, then go on (train.py: --resume RUN; eval.py: the same command)")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)
@@ -54,5 +55,5 @@ def run_main(main) -> None:
         print(f"\n{mistake}", file=sys.stderr, flush=True)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with open(path, "w") as file:
-                json.dump({"message": {"message": str(mistake), "extraInfo": {"timestamp": int(time.time())}}}, file)
+                json.dump({"message": {"message": mistake, "extraInfo": {"timestamp": int(time.time())}}}, file)
         os._exit(1)      # not sys.exit: the threads of a process group would be waited for

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from support.mistakes import Mistake
 
@@ -50,10 +51,10 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
         resume, defaults = chosen.resume, defaults | presets.get(chosen.preset, {})
         if resume:
             defaults |= saved_options(Path(resume))
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     usage=f"torchrun {script} [--OPTION VALUE …]", add_help=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda text: refuse(text, parser, arguments)
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    usage=f"torchrun {script} [--OPTION VALUE …]", add_help=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.arguments = arguments
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(
         f.metadata["group"] for f in dataclasses.fields(kind))}
     for f in dataclasses.fields(kind):
@@ -85,15 +86,19 @@ def add_flag(group, f: dataclasses.Field, default) -> None:
     group.add_argument(flag, type=f.type, choices=choices, metavar=metavar, help=text + shown)
 
 
-def refuse(text: str, parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """argparse's sentence, and for an unknown flag the one that is meant: of a name like it, or explained by its words
-    (--learning-rate: --lr, the learning rate)."""
-    import difflib
-    known = {flag: action.help or "" for action in parser._actions for flag in action.option_strings}
-    near = []
-    for flag in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
-        if flag not in known:
-            words = flag[2:].replace("-", " ")
-            meant = [f for f, line in known.items() if words in line] or difflib.get_close_matches(flag, known, 1, 0.7)
-            near += [f"{flag}: did you mean {meant[0]}?"] if meant else []
-    raise Mistake(" ".join([text, *near, "(--help lists all options)"]))
+class Parser(argparse.ArgumentParser):
+    """Its errors are Mistakes: argparse's sentence, and for an unknown flag the one that is meant, of a name like it or
+    explained by its words (--learning-rate: --lr, the learning rate)."""
+    arguments: list[str]
+
+    def error(self, message: str) -> NoReturn:
+        import difflib
+        known = {flag: action.help or "" for action in self._actions for flag in action.option_strings}
+        near = []
+        for flag in (argument.split("=")[0] for argument in self.arguments if argument.startswith("--")):
+            if flag not in known:
+                words = flag[2:].replace("-", " ")
+                meant = [f for f, line in known.items() if words in line]
+                meant = meant or difflib.get_close_matches(flag, known, 1, 0.7)
+                near += [f"{flag}: did you mean {meant[0]}?"] if meant else []
+        raise Mistake(" ".join([message, *near, "(--help lists all options)"]))

@@ -14,7 +14,7 @@ from support.mistakes import Mistake
 # How long ranks wait for each other before they give up. What one rank does alone must end within it: the longest is a
 # checkpoint, of a 7B model 116 GB, which takes 20 minutes at 100 MB/s.
 TIMEOUT = timedelta(hours=1)
-processors: dist.ProcessGroup | None = None        # of all ranks, over their processors: NCCL cannot name who is missing
+processors: dist.ProcessGroup | None = None    # of all ranks, over their processors: NCCL cannot name who is missing
 
 
 def start_ranks() -> tuple[int, int, torch.device]:
@@ -58,15 +58,15 @@ def gather_json(value, device) -> list:
 
 
 def check_same_weights(model: torch.nn.Module, device) -> None:
-    """Mistake: ranks hold other weights than rank 0, by a sum over their bits (a faulty device or link, or a change of the
-    code that lets ranks drift apart)."""
+    """Mistake: ranks hold other weights than rank 0, by a sum over their bits (a faulty device or link, or a change of
+    the code that lets ranks drift apart)."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
     first, *others = gather_json(torch.stack(sums).tolist(), device)
-    wrong = [rank for rank, sums in enumerate(others, 1) if sums != first]
+    wrong = ", ".join(str(rank) for rank, sums in enumerate(others, 1) if sums != first)
     if wrong:
-        raise Mistake(f"the weights of rank(s) {', '.join(map(str, wrong))} are not those of rank 0: a faulty device or link, "
-                      "or code by which the ranks drift apart. Nothing is saved")
+        raise Mistake(f"the weights of rank(s) {wrong} are not those of rank 0: a faulty device or link, or code by "
+                      "which the ranks drift apart. Nothing is saved")
 
 
 def wait_for_all(what: str) -> None:

@@ -48,8 +48,8 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
         except OSError as error:
             raise Mistake(f"{run} cannot be made: {error.strerror}; start in a folder that can be written to") from None
         lock(run)
-        record = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="", from_step=0)),
-                  "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
+        record: dict = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="", from_step=0)),
+                        "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
         if cfg.resume:
             old = json.loads((run / "config.json").read_text())
             record["before"] = [*old.pop("before", []), {"until_step": start, **old}]
@@ -62,8 +62,8 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
         replace_file(run / "config.json", json.dumps(record, indent=2) + "\n")
     dist.barrier()
     if not run.is_dir():
-        raise Mistake(f"rank {dist.get_rank()} does not see {run.resolve()}, which rank 0 has made: all nodes must share "
-                      "the folder of the run")
+        raise Mistake(f"rank {dist.get_rank()} does not see {run.resolve()}, which rank 0 has made: all nodes must "
+                      "share the folder of the run")
     return run, said
 
 
@@ -120,8 +120,8 @@ def read_config(run: Path) -> dict:
 
 
 def saved_options(run: Path) -> dict:
-    """The options of the run that --resume names, under today's names: runs/NAME or, for the checkpoint that it is to go
-    on from, runs/NAME/checkpoints/step_N. Mistake: it names something else."""
+    """The options of the run that --resume names, under today's names: runs/NAME or, for the checkpoint that it is to
+    go on from, runs/NAME/checkpoints/step_N. Mistake: it names something else."""
     run, step = run_and_step(run)
     saved = read_config(run)["config"]
     if "no_thinking_reward" in saved:

@@ -78,7 +78,7 @@ def place_things(rng: random.Random, at_least: int = 1, at_most: int = 4, kinds=
             if all(box[0] > t.box[2] + 2 or t.box[0] > box[2] + 2 or box[1] > t.box[3] + 2 or t.box[1] > box[3] + 2
                    for t in things):
                 kind = (things[-1].colour, things[-1].shape) if things and rng.random() < 0.25 else rng.choice(kinds)
-                things.append(Thing(*kind, box))
+                things.append(Thing(kind[0], kind[1], box))
                 break
         else:
             things = []  # no room left: start over
@@ -258,7 +258,7 @@ def lesion(rng: random.Random) -> tuple[Image.Image, dict]:
     for _ in range(5):
         r, dx, dy = rng.randint(7, 14), rng.randint(-10, 10), rng.randint(-10, 10)
         pen.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=255)
-    x1, y1, x2, y2 = mask.getbbox()
+    x1, y1, x2, y2 = mask.getbbox() or (0, 0, 0, 0)
     skin = Image.new("RGB", (SIZE, SIZE), (rng.randint(190, 220), rng.randint(150, 170), rng.randint(120, 145)))
     skin.paste((rng.randint(70, 110), 60, 45), mask=mask.filter(ImageFilter.GaussianBlur(1.5)))
     return finish(skin, rng), grounding("lesion", [(x1, y1, x2 - 1, y2 - 1)], True, rng)
@@ -304,9 +304,9 @@ def make(split: str, index: int) -> dict:
         return place_things(rng, 2 if kind in ("present", "absent") else 1, kinds=kinds)
     things = place()
     if split == "pair-test":
-        while len(present := [t for t in things if t.fits(UNASKED)]) == len(things) or bool(present) != (kind == "present"):
+        while len(found := [t for t in things if t.fits(UNASKED)]) == len(things) or bool(found) != (kind == "present"):
             things = place()
-        fields = grounding(name(UNASKED), [t.box for t in present], False, rng)
+        fields = grounding(name(UNASKED), [t.box for t in found], False, rng)
     elif kind == "present":
         if split in SINGLE and rng.random() < SINGLE[split]:
             things = place_things(rng, at_most=1)

@@ -75,7 +75,9 @@ class Rules:
 
 class Scenes:
     """The built-in world, `scenes:SPLIT`."""
-    bad, odd, has_masks = (), {}, False
+    bad: tuple = ()
+    odd: dict = {}
+    has_masks = False
 
     def __init__(self, split: str):
         if split not in scenes.SPLITS:
@@ -251,7 +253,7 @@ def in_python(cell):
     return cell.as_py()
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """An error of a library, short; of a chain of them the first, which says why."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -367,7 +369,8 @@ class StoredExamples:
         self.columns, self.rules, self.skip = columns, rules, skip_bad_rows
         self.bad: list[str] = []
         self.odd: dict[str, list] = {}      # what → [how often, the first row]
-        self.rows: list[tuple[object, int, Example, Path | None]] = []   # file, number, example, a path of its picture
+        # Of each: its file and number, the example, a path of its picture.
+        self.rows: list[tuple[JsonlFile | ArrowTable, int, Example, Path | None]] = []
         self.ids: set[str] = set()
         digest = hashlib.sha256()
         for file in files:
@@ -386,7 +389,7 @@ class StoredExamples:
                 path = content if isinstance(content, Path) else None
                 digest.update(repr((number, example, path and stat_of(path))).encode())
                 self.rows.append((file, number, example, path))
-            if not pictures and not isinstance(file, JsonlFile) and self.rows and self.rows[-1][0] is file:
+            if not pictures and isinstance(file, ArrowTable) and self.rows and self.rows[-1][0] is file:
                 raise Mistake(f"{file.path} holds no picture in any row (column {', '.join(file.pictures)}); name its "
                               "column by --columns image=NAME; text alone is read from JSON lines with \"image\": null")
         if not self.rows:
@@ -475,6 +478,9 @@ class StoredExamples:
             raise BadRow(f"{file.path}, row {number} (id {example.id}): {error}") from None
 
 
+Source = Scenes | StoredExamples
+
+
 def stat_of(path: Path) -> tuple[int, int]:
     """What changes when a file does: its size and the time of its last change."""
     return path.stat().st_size, path.stat().st_mtime_ns
@@ -531,15 +537,16 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
                       f"{', '.join(MAPPABLE)}")
     if data.startswith("scenes:"):
         return Scenes(data.removeprefix("scenes:"))
-    parts, wanted = data.split(":"), []
+    parts = data.split(":")
+    wanted: list[str] = []
     while len(parts) > 1 and len(wanted) < 2 and not Path(":".join(parts)).exists():
         wanted.insert(0, parts.pop())
     path = Path(":".join(parts))
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             raise Mistake(f"--data {data}: there is no such file")
-        fitting = {("", ""): [path]} if not wanted else {}
-        found = fitting or {("", ""): [path]}
+        found = {("", ""): [path]}
+        fitting = found if not wanted else {}
     else:
         try:
             found = splits_of(path if path.is_dir() else download(str(path)))
@@ -547,14 +554,14 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
             raise
         except Exception as error:
             raise Mistake(f"--data {data}: cannot be read as a data set ({reason_of(error)})") from error
-        fitting = {(config, split): files for (config, split), files in found.items()
+        fitting = {(config, split): paths for (config, split), paths in found.items()
                    if wanted in ([], [split], [config], [config, split])}
     if not found:
         raise Mistake(f"--data {data}: holds no .parquet, .jsonl or save_to_disk files")
     if len(fitting) != 1:
-        listed = ", ".join(":".join(filter(None, (str(path), *names))) for names in sorted(found))
-        wrong = "more than one fits" if fitting else "there is no such split"
-        raise Mistake(f"--data {data}: {wrong}; it can be {listed}")
+        listed = ", ".join(":".join(filter(None, (str(path), config, split))) for config, split in sorted(found))
+        reason = "more than one fits" if fitting else "there is no such split"
+        raise Mistake(f"--data {data}: {reason}; it can be {listed}")
     [files] = fitting.values()
     if other := [file for file in files if file.is_file() and file.suffix not in (".parquet", ".jsonl")]:
         raise Mistake(f"--data {data}: {other[0].name} is neither Parquet nor JSON lines")
@@ -569,7 +576,7 @@ def download(name: str) -> Path:
                       "OWNER/NAME")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(PATTERNS)))
     except Exception as error:
         raise Mistake(f"--data {name}: no such folder, and the hub does not give it "
                       f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error

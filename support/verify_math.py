@@ -1,8 +1,9 @@
 """Whether two LaTeX answers have the same value, by math-verify, in a process of its own.
 
 Sympy can be sent into hours of work, or out of memory, by a short text (9^{9^{9^{9}}}), in C code that no Python signal
-handler interrupts. So it runs in a child (a JSON pair a line in; true, false or ended a line out). The child imports math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of
-processor time or BYTES of memory; the next worker is forked within milliseconds.
+handler interrupts. So it runs in a child (a JSON pair a line in; true, false or ended a line out). The child imports
+math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of processor time or BYTES
+of memory; the next worker is forked within milliseconds.
 
 Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which evaluates it as Python.
 """
@@ -39,6 +40,7 @@ def too_complex(text: str) -> bool:
 def child_says(line: str) -> str:
     """Asks the child; "" if it has died or does not answer, and then there is no child any more."""
     global child
+    assert child and child.stdin and child.stdout
     answer = ""
     try:
         child.stdin.write(line)
@@ -64,8 +66,8 @@ def same_value(answer: str, truth: str) -> bool:
     for _ in range(2):              # a child that was found dead is started once more
         if child is None:
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root, text=True,
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root,
+                                     text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if not child_says("\n"):
                 raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")
         if said := child_says(json.dumps([truth, answer]) + "\n"):

@@ -155,7 +155,7 @@ def test_lines_of_the_log_that_cannot_be_read(tmp_path, tail, damaged):
 
 def test_one_writer(tmp_path):
     """A second one is refused as long as the first lives, however that ends."""
-    code = f"import sys; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\nfrom support.runs import lock\n" \
+    code = "import sys; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\nfrom support.runs import lock\n" \
            "lock(Path(sys.argv[1])); print('held', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(train.Path(train.__file__).parent)],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -80,7 +80,7 @@ def test_folders_saved_by_transformers_5(tmp_path):
               "size": {"longest_edge": 50 * 784, "shortest_edge": 40 * 784}, "temporal_patch_size": 2}
     path = tmp_path / "processor_config.json"
     path.write_text(json.dumps({"image_processor": nested, "processor_class": "Qwen2_5_VLProcessor"}))
-    for again in range(2):
+    for _ in range(2):
         ours, reference = Processor(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
         patches, (gh, gw), _ = ours.patches(noise(300, 90))
         expected = reference(images=[noise(300, 90)], return_tensors="pt")

@@ -69,7 +69,7 @@ def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
                "thinks, present": 1.0, "thinks, absent": 0.0}
 
     def made(seed):
-        return {"rate": 0.001, "seed": seed, "metrics": {split: metrics for split in (*SPLITS, "val")}, "seconds": 5,
+        return {"rate": 0.001, "seed": seed, "metrics": dict.fromkeys((*SPLITS, "val"), metrics), "seconds": 5,
                 "peak_memory_gb": 0.5, "best": {"step": 300, "test": metrics},
                 "course": {name: [0.5, None] if name == "logp_y" else [0.5, 1.0] for name in COURSE}}
     results = {name: {0.001: {seed: made(seed) for seed in (42, 43)[:1 if name == "base" else 2]}} for name in (
@@ -95,9 +95,7 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
         if script == "eval.py":
             folder = Path(flag["--out"])
             folder.mkdir(parents=True)
-            (folder / "metrics.json").write_text(json.dumps({"metrics": {
-                key: 0.123456 for key in ("N-acc strict", "T-acc", "bbox accuracy", "thinks, present", "thinks, absent",
-                                          "answers")}}))
+            (folder / "metrics.json").write_text(json.dumps({"metrics": dict.fromkeys(("N-acc strict", "T-acc", "bbox accuracy", "thinks, present", "thinks, absent", "answers"), 0.123456)}))
             return
         run = Path(flag.get("--resume") or tmp_path / "runs" / flag["--name"])
         steps = int(flag.get("--steps", 375))
