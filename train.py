@@ -169,7 +169,15 @@ def parse_config(arguments: list[str] | None = None) -> Config:
                  "eval_every", "save_every", "keep", "keep_best", "log_every",
                  "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn",
                  "tensorboard")
-    cfg = parse(Config, "train.py", __doc__, arguments, PRESETS, resumable, saved_options)
+    def read_flags(flags: list[str] | None) -> Config:
+        return parse(Config, "train.py", __doc__, flags, PRESETS, resumable, saved_options)
+    cfg = read_flags(arguments)
+    if not cfg.resume and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        if not cfg.name:
+            raise Mistake("torchrun --max-restarts starts this very command again: give a --name, by which the run is "
+                          "found then")
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and (Path("runs") / cfg.name / "config.json").exists():
+            cfg = read_flags(["--resume", f"runs/{cfg.name}"])
     return replace(cfg, resume=str(run_and_step(Path(cfg.resume))[0]) if cfg.resume else "")
 
 

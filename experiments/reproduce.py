@@ -42,8 +42,8 @@ CONTROLS = {
     "visurf-no-controls": [["--label-style", "compact", "--reward-label-thinking", "--no-smoothing"]],
 }
 # Answers that look at nothing, for scale.
-POLICIES = {"always []": "<answer>[]</answer>",
-            "always the whole picture": '<answer>[{"bbox_2d": [0, 0, 111, 111], "point_2d": [56, 56]}]</answer>'}
+POLICIES = {"always-empty": "<answer>[]</answer>",
+            "always-whole-picture": '<answer>[{"bbox_2d": [0, 0, 111, 111], "point_2d": [56, 56]}]</answer>'}
 UNTRAINED = ("base", *POLICIES)
 EXPERIMENTS = {
     **{name: [] for name in UNTRAINED},
@@ -126,7 +126,7 @@ def score(metrics: dict[str, float]) -> float:
 
 def make(name: str, rate: float, seed: int) -> str:
     """One file of results. Returns a line about it."""
-    path = RESULTS / f"{name.replace(' ', '-')}-{rate:g}-{seed}.json"
+    path = RESULTS / f"{name}-{rate:g}-{seed}.json"
     if path.exists():
         return f"{path.name}: there already"
     result = {"experiment": name, "rate": rate, "seed": seed, "commit": describe(),      # of a training, its own

@@ -116,6 +116,18 @@ def test_a_checkpoint_can_be_chosen(run):
     assert train.parse_config(["--resume", str(run)]).from_step == 0           # the next one goes on from the newest
 
 
+def test_a_restart_by_torchrun_goes_on(run, monkeypatch):
+    """torchrun --max-restarts gives the same command again."""
+    monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for count, resumed in (("0", ""), ("1", "runs/a")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert train.parse_config(["--name", "a"]).resume == resumed and not train.parse_config(["--name", "new"]).resume
+    assert train.parse_config(["--name", "a"]).rollouts == 3       # the run's own options
+    with pytest.raises(Mistake, match="--max-restarts .* give a --name"):
+        train.parse_config([])
+
+
 def test_later_checkpoints_are_set_aside(run):
     (run / "checkpoints/.unfinished_step_5").mkdir()
     assert len(set_aside(run, 1)) == 2 and len(set_aside(run, 1)) == 0

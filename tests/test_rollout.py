@@ -4,6 +4,7 @@ import torch
 from einops import repeat
 from scipy import stats
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import RepetitionPenaltyLogitsProcessor
 
 import rollout
 from data import Processor, Response, collate, pack_group
@@ -197,6 +198,39 @@ def test_sample_takes_no_token_of_probability_zero():
     token, logp, _ = sample(logits, u)
     assert token.tolist() == [1, 1, 3, 3]
     torch.testing.assert_close(logp, torch.full((4,), 0.5).log())
+
+
+def test_a_group_stays_until_its_last_rollout_has_ended(model, prompts):
+    """Whatever the others of the group do, a rollout is the one that it would be without an end, cut at its own."""
+    model.eos_ids = (-1,)
+    endless = generate(model, prompts, 4, 16, 1.0, seed=2)
+    counts = torch.tensor([o.tokens for group in endless for o in group]).flatten().bincount()
+    model.eos_ids = tuple(counts.topk(4).indices.tolist())
+    lengths = []
+    for whole, group in zip(endless, generate(model, prompts, 4, 16, 1.0, seed=2)):
+        for before, after in zip(whole, group):
+            cut = next((i + 1 for i, token in enumerate(before.tokens) if token in model.eos_ids), 16)
+            assert after.tokens == before.tokens[:cut] and after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
+            assert after.truncated == (before.tokens[cut - 1] not in model.eos_ids)
+        lengths.append({len(o.tokens) for o in group})
+    assert max(map(len, lengths)) > 2 and len({max(group) for group in lengths}) > 1     # both kinds of leaving occur
+
+
+def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
+    """Greedy, over several prompts that leave at different times: at each token the logits of what the prompt or the
+    answer holds are those that transformers' processor makes of them."""
+    penalise = RepetitionPenaltyLogitsProcessor(1.7)
+    plain = generate(model, prompts, 1, 12, temperature=0)
+    model.eos_ids = tuple({group[0].tokens[k] for group, k in zip(plain, (3, 6))})
+    found = generate(model, prompts, 1, 12, temperature=0, repetition_penalty=1.7)
+    for prompt, [answer] in zip(prompts, found):
+        for r, token in enumerate(answer.tokens):
+            batch = collate(pack_group(prompt, [Response([*answer.tokens[:r], 0])]))
+            with torch.no_grad():
+                logits = model.logits(hidden_states(model, batch)[:, len(prompt.tokens) + r - 1], 1.0)
+            logits = penalise(torch.tensor([prompt.tokens + answer.tokens[:r]]), logits)
+            assert int(logits.argmax()) == token
+    assert [o.tokens for [o] in found] != [o.tokens for [o] in plain] and len({len(o.tokens) for [o] in found}) > 1
 
 
 def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts, monkeypatch):
