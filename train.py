@@ -556,12 +556,11 @@ def main() -> None:
         job.say(f"{cfg.resume} is finished: it has its {cfg.steps} steps. --steps N makes it longer")
         return leave_ranks()
     job.run, said = open_run(cfg, {name: t.prompt for name, t in TASKS.items()}, job.rank, job.device, state["step"])
-    parameters = sum(p.numel() for p in job.ddp.parameters())
-    for line in [*said, room_for(job.run, parameters, cfg.precision, cfg.keep) if job.rank == 0 else ""]:
-        if line:
-            job.say(line)
-    job.say(f"writing to {job.run}{short_run(cfg)}")
     try:
+        if job.rank == 0:
+            said += room_for(job.run, sum(p.numel() for p in job.ddp.parameters()), cfg.precision, cfg.keep)
+        for line in [*said, f"writing to {job.run}{short_run(cfg)}"]:
+            job.say(line)
         job.stopped = stop_signals("" if job.rank else "stopping: the step at work is left, and what is complete is "
                                    "saved")
         loop(job)

@@ -153,18 +153,18 @@ def set_aside(run: Path, start: int) -> list[str]:
     return said
 
 
-def room_for(run: Path, parameters: int, precision: str, kept: int) -> str:
-    """Compares the free space with the size of the checkpoints, by arithmetic: what to say where it is scarce, else "".
-    Mistake: there is none for a single one."""
+def room_for(run: Path, parameters: int, precision: str, kept: int) -> list[str]:
+    """Compares the free space with the size of the checkpoints, by arithmetic: what to say where it is scarce. Mistake:
+    there is none for a single one."""
     size = parameters * (2 + 12 if precision == "bfloat16" else 4 + 8)
     free = shutil.disk_usage(run).free
     if free < size:
         raise Mistake(f"{run}: a checkpoint takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: free some, or "
                       "start in a folder on another disk")
     if kept and free < (kept + 1) * size:        # one more while the oldest is still there
-        return (f"{run}: --keep {kept} takes {(kept + 1) * size / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB "
-                "are free")
-    return ""
+        return [f"{run}: --keep {kept} takes {(kept + 1) * size / 1e9:.1f} GB of checkpoints, and {free / 1e9:.1f} GB "
+                "are free"]
+    return []
 
 
 def is_sharded(optimizer) -> bool:
