@@ -208,10 +208,10 @@ def chosen_rate(rates: dict[float, dict[int, dict]]) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t (nan for one value)."""
+    """Mean, and half of its 95 % interval by Student's t; nan of fewer than three values, of which it says nothing."""
     from scipy.stats import t
-    if len(values) < 2:
-        return values[0], math.nan
+    if len(values) < 3:
+        return statistics.fmean(values), math.nan
     return statistics.fmean(values), t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -291,7 +291,9 @@ def draw(results: Results, root: Path) -> None:
         needed.mkdir(parents=True, exist_ok=True)
     figures.draw_weights(root / "docs/weights.png")
     if of["trained"]:
-        figures.draw_points(of["first"], MAIN, interval, root / "assets/methods.png")
+        names = ("N-acc", "boxes", "thinks, present", "thinks, absent", "reasoning")
+        shown_first = {name: MAIN[name] for name in names}
+        figures.draw_points(of["first"], shown_first, interval, root / "assets/methods.png")
         figures.draw_points(of["main"], MAIN, interval, folder / "methods.png")
         figures.draw_points(of["injection"], ELSEWHERE, interval, folder / "elsewhere.png")
         figures.draw_course(of["trained"], COURSES, folder / "course.png")

@@ -25,18 +25,21 @@ def cells(printed: str) -> list[list[str]]:
 def test_interval_by_hand():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)       # t of 2 degrees, s = 1
-    assert interval([0.5])[0] == 0.5 and math.isnan(interval([0.5])[1])
+    for few in ([0.5], [0.25, 0.75]):
+        assert interval(few)[0] == 0.5 and math.isnan(interval(few)[1])
 
 
 def test_a_table_by_hand():
     rows = {"base": {42: result(0.0)}, "visurf": {42: result(0.9), 43: result(0.8), 44: result(0.7, boxes=0.5)},
-            "rlvr": {42: result(0.1), 44: result(0.2)}}
+            "rlvr": {42: result(0.1), 44: result(0.2)}, "sft": {42: result(0.4), 43: result(0.5), 44: result(0.6)}}
     assert cells(table(rows, LABELS)) == [["base", "–", "1", "0.000", "–"],
                                           ["visurf", "0.001", "3", "0.800 ± 0.248", "0.500"],
-                                          ["rlvr", "0.001", "2", "0.150 ± 0.635", "–"]]
-    # The base is one result, taken from every seed of ViSurf; the others are paired: −0.8 and −0.5.
+                                          ["rlvr", "0.001", "2", "0.150", "–"],
+                                          ["sft", "0.001", "3", "0.500 ± 0.248", "–"]]
+    # The base is one result, taken from every seed of ViSurf; the others are paired: −0.8, −0.5; −0.5, −0.3, −0.1.
     assert cells(table(rows, LABELS, against="visurf")) == [["base", "–", "1", "-0.800 ± 0.248", "–"],
-                                                            ["rlvr", "0.001", "2", "-0.650 ± 1.906", "–"]]
+                                                            ["rlvr", "0.001", "2", "-0.650", "–"],
+                                                            ["sft", "0.001", "3", "-0.300 ± 0.497", "–"]]
 
 
 def test_the_learning_rate_is_chosen_on_val():
@@ -75,7 +78,7 @@ def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
     results = {name: {0.001: {seed: made(seed) for seed in (42, 43)[:1 if name == "base" else 2]}} for name in (
         "base", "visurf", "rlvr", "sft", "sft25-rlvr", "visurf-no-align")}
     written = tables(results)
-    assert cells(written["cost"])[0] == ["sft", "0.001", "2", "5.000 ± 0.000", "0.500 ± 0.000"]
+    assert cells(written["cost"])[0] == ["sft", "0.001", "2", "5.000", "0.500"]
     assert [row[0] for row in cells(written["lengths"])] == ["rlvr", "sft25-rlvr", "sft", "visurf"]
     draw(results, tmp_path)
     assert {path.name for path in tmp_path.glob("experiments/figures/*.png")} == {
@@ -133,3 +136,9 @@ def test_policies_that_look_at_nothing():
 def test_every_experiment_is_a_command(name):
     for stage in EXPERIMENTS[name]:
         train.parse_config(stage).check(1)
+
+
+def test_the_tables_of_the_pages_are_what_the_results_say():
+    made = tables(reproduce.read_results())
+    for page in (reproduce.ROOT / "README.md", reproduce.ROOT / "experiments/README.md"):
+        assert fill(page.read_text(), made) == page.read_text(), f"python experiments/reproduce.py tables renews {page}"
