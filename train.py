@@ -642,7 +642,7 @@ def loop(job: Job) -> None:
     bad = {reason for rank in gather_json(list(job.source.bad), job.device) for reason in rank}
     left_out = f"   left out: {len(bad)} rows of {cfg.data}" if bad else ""
     job.say(f"metrics: {job.run}/metrics.jsonl   curves: {job.run}/curves.png{pictures}   model: "
-            f"{newest_checkpoint(job.run)}{left_out}")
+            f"{checkpoints(job.run)[cfg.steps]}{left_out}")
 
 
 if __name__ == "__main__":

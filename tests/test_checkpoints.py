@@ -221,6 +221,13 @@ def test_retention(run):
         train.parse_config(["--keep-best", "T-ac"])
 
 
+def test_a_run_goes_on_when_the_checkpoint_that_it_began_from_is_gone(run):
+    """It is removed as soon as a newer one is there; its config and tokenizer are needed at every save."""
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "6", "--keep", "1")
+    assert code == 0, output
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_6"] and fault(run / "checkpoints/step_6") is None
+
+
 def test_room_on_the_disk(tmp_path, monkeypatch):
     """1e9 parameters: 4 bytes of weights and 8 of the optimizer; in bfloat16 2 and 12."""
     scarce = [f"{tmp_path}: --keep 2 takes 36.0 GB of checkpoints, and 36.0 GB are free"]
