@@ -24,15 +24,21 @@ def start_ranks() -> tuple[int, int, torch.device]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place: dict = {}
+    if (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        # torchrun keeps its store over a restart, and in it the addresses of ranks that are gone.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        place = {"store": dist.PrefixStore(f"restart_{restart}", store), "rank": int(os.environ["RANK"]),
+                 "world_size": int(os.environ["WORLD_SIZE"])}
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **place)
     else:
         device = torch.device("cpu")
         if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))  # share the cores
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=TIMEOUT, **place)
     global processors
     processors = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return dist.get_rank(), dist.get_world_size(), device

@@ -128,6 +128,21 @@ def test_a_restart_by_torchrun_goes_on(run, monkeypatch):
         train.parse_config([])
 
 
+def test_torchrun_restarts_a_run_whose_worker_was_killed(tmp_path):
+    """Twice: the store that torchrun keeps over a restart holds the addresses of ranks that are gone."""
+    process = run_train(tmp_path, "--steps", "6", "--name", "a", "--save-every", "1", ranks=2, restarts=3, wait=False)
+    for step in (1, 3):
+        for _ in range(1200):
+            if process.poll() is not None or (tmp_path / f"runs/a/checkpoints/step_{step}").exists():
+                break
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[step % 2]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert [line["step"] for line in lines(tmp_path / "runs/a")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_later_checkpoints_are_set_aside(run):
     (run / "checkpoints/.unfinished_step_5").mkdir()
     assert len(set_aside(run, 1)) == 2 and len(set_aside(run, 1)) == 0

@@ -555,11 +555,11 @@ def test_presets_are_defaults_that_flags_override():
     assert train.parse_config(["--preset", "1x80G-3b"]).model == "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
-def run_train(folder: Path, *flags: str, ranks: int = 1, wait: bool = True):
+def run_train(folder: Path, *flags: str, ranks: int = 1, restarts: int = 0, wait: bool = True):
     """train.py in `folder`, as a process of its own."""
     start = ([sys.executable, str(ROOT / "train.py")] if ranks == 1 else
              [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
-              str(free_port()), str(ROOT / "train.py")])
+              str(free_port()), "--max-restarts", str(restarts), str(ROOT / "train.py")])
     process = subprocess.Popen([*start, "--model", str(ROOT / "assets/tiny"), *SMALL, *flags], cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "MASTER_PORT": str(free_port())})
