@@ -552,7 +552,8 @@ def main() -> None:
     if cfg.dry_run:
         dry_run(job)
         return leave_ranks()
-    if state["step"] >= cfg.steps:
+    evaluated = {line["step"] for line in read_lines(Path(cfg.resume))[0] if "eval" in line} if cfg.resume else set()
+    if state["step"] >= cfg.steps and not (job.held_out and state["step"] not in evaluated):
         job.say(f"{cfg.resume} is finished: it has its {cfg.steps} steps. --steps N makes it longer")
         return leave_ranks()
     job.run, said = open_run(cfg, {name: t.prompt for name, t in TASKS.items()}, job.rank, job.device, state["step"])

@@ -200,19 +200,20 @@ def check(text: str, truths: dict[str, str]) -> list[str]:
 
 def text(count: int) -> None:
     texts, truths = seeds_of_text()
+    without_math = {name: truth for name, truth in truths.items() if "math" not in name}     # sympy takes 10 ms a text
     faults: Counter = Counter()
     rng, pool = random.Random(1), list(texts)
     for number in range(count):
         candidate = mutate(rng.choice(pool), rng, texts)
         if len(pool) < 2000:
             pool.append(candidate)
-        for fault in check(candidate, truths):
+        for fault in check(candidate, truths if number % 20 == 0 else without_math):
             if faults[fault.split(",")[0]] < 1:
                 print(f"{number}: {fault}: {candidate[:300]!a}", flush=True)
             faults[fault.split(":")[0]] += 1
         if number % 50_000 == 49_999:
-            print(f"{number + 1} texts, each through {len(truths)} rewards; faults: {dict(faults) or 'none'}",
-                  flush=True)
+            print(f"{number + 1} texts, each through {len(without_math)} rewards, every 20th through math too; faults: "
+                  f"{dict(faults) or 'none'}", flush=True)
 
 
 def guided(minutes: float) -> None:

@@ -612,6 +612,13 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert code == 0 and lines(run) == before and (run / "checkpoints/step_1").exists()
     code, output = run_train(tmp_path, "--resume", "runs/a", "--steps", "2", *evaluation)
     assert code == 0 and "step 0    step 1    step 2" in output, output     # the table has what was before, too
+    text = (run / "metrics.jsonl").read_text()
+    kept = [line for line in text.splitlines() if not ('"eval"' in line and '"step": 2' in line)]
+    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))     # killed in the last evaluation
+    code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
+    assert code == 0 and (run / "metrics.jsonl").read_text() == text and "is finished" not in output, output
+    code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
+    assert code == 0 and "is finished: it has its 2 steps" in output, output
 
 
 def test_dry_run_reports_and_writes_nothing(tmp_path):
