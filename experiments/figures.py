@@ -15,10 +15,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2)))
 
 
-def blank(width: float, height: float, columns: int, **options) -> tuple[Figure, list]:
+def blank(width: float, height: float, columns: int, rows: int = 1, **options) -> tuple[Figure, list]:
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
 def draw_points(rows: dict[str, dict[int, dict]], columns: dict, interval, path: Path) -> None:
@@ -45,7 +45,9 @@ def draw_points(rows: dict[str, dict[int, dict]], columns: dict, interval, path:
 
 def draw_course(rows: dict[str, dict[int, dict]], names: dict[str, str], path: Path) -> None:
     """A panel a quantity: the mean over the seeds, in steps, a line a method. names: of the course → title."""
-    figure, panels = blank(2.6 * len(names), 2.6, len(names))
+    figure, panels = blank(10, 4.6, 4, rows=-(-len(names) // 4))
+    for spare in panels[len(names):]:
+        spare.set_axis_off()
     for number, (method, seeds) in enumerate(rows.items()):
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)],
                  "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5, "markevery": (number, 5),
@@ -59,7 +61,7 @@ def draw_course(rows: dict[str, dict[int, dict]], names: dict[str, str], path: P
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", fontsize=8)
     figure.savefig(path)
 
 

@@ -297,7 +297,8 @@ def draw(results: Results, root: Path) -> None:
         shown_first = {name: MAIN[name] for name in names}
         figures.draw_points(of["first"], shown_first, interval, root / "assets/methods.png")
         figures.draw_points(of["main"], MAIN, interval, folder / "methods.png")
-        figures.draw_points(of["injection"], ELSEWHERE, interval, folder / "elsewhere.png")
+        few = {label: column for label, column in ELSEWHERE.items() if "T-acc" not in label}
+        figures.draw_points(of["injection"], few, interval, folder / "elsewhere.png")
         figures.draw_course(of["trained"], COURSES, folder / "course.png")
     if of["controls"]:
         figures.draw_course(of["controls"], COURSES, folder / "controls.png")
