@@ -61,10 +61,19 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
             said += set_aside(run, start)
         replace_file(run / "config.json", json.dumps(record, indent=2) + "\n")
     dist.barrier()
-    if not run.is_dir():
-        raise Mistake(f"rank {dist.get_rank()} does not see {run.resolve()}, which rank 0 has made: all nodes must "
-                      "share the folder of the run")
+    wait_until_seen(run, rank)
     return run, said
+
+
+def wait_until_seen(run: Path, rank: int, seconds: int = 60) -> None:
+    """A shared disk may show a new folder late. Mistake: this rank never sees it."""
+    for _ in range(seconds):
+        if run.is_dir():
+            return
+        time.sleep(1)
+    if not run.is_dir():
+        raise Mistake(f"rank {rank} does not see {run.resolve()}, which rank 0 has made: all nodes must share the "
+                      "folder of the run")
 
 
 def lock(folder: Path) -> None:

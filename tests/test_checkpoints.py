@@ -18,7 +18,7 @@ from support import checkpoints, runs
 from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_aside, sound_checkpoint
 from support.mistakes import Mistake
 from support.runs import lock, read_lines
-from test_train import lines, run_train
+from test_train import ROOT, SMALL, free_port, lines, run_train
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,25 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed(tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert [line["step"] for line in lines(tmp_path / "runs/a")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_nodes_are_as_two_ranks_of_one(tmp_path):
+    """Two agents of torchrun on this machine, one worker each."""
+    rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                  f"127.0.0.1:{free_port()}", "--rdzv-id", "two"]
+    flags = [str(ROOT / "train.py"), "--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", "2", "--name", "nodes"]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *rendezvous, *flags], cwd=tmp_path, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    code, output = run_train(tmp_path, "--steps", "2", "--name", "ranks", ranks=2)
+    assert code == 0 and lines(tmp_path / "runs/nodes") == lines(tmp_path / "runs/ranks"), output
+
+
+def test_a_node_that_does_not_see_the_run_says_so(tmp_path):
+    runs.wait_until_seen(tmp_path, 3, 0)
+    with pytest.raises(Mistake, match=f"rank 3 does not see {tmp_path}/a, which rank 0 has made: all nodes must share"):
+        runs.wait_until_seen(tmp_path / "a", 3, 1)
 
 
 def test_later_checkpoints_are_set_aside(run):
