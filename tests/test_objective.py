@@ -3,6 +3,8 @@ import doctest
 import itertools
 import math
 import random
+import runpy
+import sys
 import types
 
 import pytest
@@ -527,6 +529,12 @@ def test_what_is_logged_by_hand():
     assert logged["logp_y"].tolist() == [-3] and logged["clipped_y"].tolist() == [False, False]
     assert logged["clipped_rollouts"].tolist() == [False, True, False] and logged["rlvr_weight"] == 1 and logged["sft_weight"] == 6 / 5
     close(logged["logp_gap"], [0.25] * 3)
+    entropy = torch.arange(8.0).reshape(2, 4)
+    _, logged = objective.loss(
+        cfg(method="sft"), logp=logp, old_logp=logp, ref_logp=None, sampled_logp=sampled, entropy=entropy,
+        advantage=(segment == 1).to(logp), reward=torch.zeros(2, 4), segment=segment, is_y=segment == 1,
+        weight=token_weight(segment, "token-mean") * (segment == 1), denominator=2)
+    assert logged["entropy"].tolist() == [1, 2] and logged["logp_y"].tolist() == [-3] and len(logged) == 2
 
 
 def test_the_worked_example():
@@ -534,7 +542,18 @@ def test_the_worked_example():
     rows = [line.split() for line in table.splitlines()]
     assert ["luffy", "6.00", "3.20", "1.20", "-0.80", "-0.80", "-2.80", "0.264", "0.444", "0.267"] in rows
     assert ["visurf", "4.00", "0.00", "0.97", "0.97", "-0.65", "-1.30", "0.000", "0.000", "0.000"] in rows     # smoothed
+    assert ["rlvr", "6.00", "0.00", "1.22", "0.00", "0.00", "-1.22", "0.000", "0.000", "0.000"] in rows
     assert [row[0] for row in rows].count("hpt") == 2
+
+
+@pytest.mark.parametrize("flags, groups", [
+    ([], {"failed": (6.0, [4.0, 2.0, 2.0, 0.0]), "half solved": (6.0, [7.0, 7.0, 2.0, 0.0]),
+          "solved": (6.0, [7.0, 7.0, 7.0, 7.0])}),
+    (["--r-y", "5", "--r-o", "1", "3.5"], {"your group": (5.0, [1.0, 3.5])})])
+def test_the_worked_example_as_a_command(flags, groups, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["objective.py", *flags])
+    runpy.run_path(objective.__file__, run_name="__main__")
+    assert capsys.readouterr().out == objective.worked_example(groups) + "\n"
 
 
 def test_doctests():
