@@ -296,7 +296,8 @@ def draw(results: Results, root: Path) -> None:
         names = ("N-acc", "boxes", "thinks, present", "thinks, absent", "reasoning")
         shown_first = {name: MAIN[name] for name in names}
         figures.draw_points(of["first"], shown_first, interval, root / "assets/methods.png")
-        figures.draw_points(of["main"], MAIN, interval, folder / "methods.png")
+        looking = {name: seeds for name, seeds in of["main"].items() if name not in POLICIES}
+        figures.draw_points(looking, MAIN, interval, folder / "methods.png")
         few = {label: column for label, column in ELSEWHERE.items() if "T-acc" not in label}
         figures.draw_points(of["injection"], few, interval, folder / "elsewhere.png")
         figures.draw_course(of["trained"], COURSES, folder / "course.png")
