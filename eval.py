@@ -290,7 +290,8 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
         objects = [[{"bbox_2d": b, "point_2d": xy} for b, xy in zip(r.official_boxes, r.official_points)]
                    for r, _ in boxed]
         if segmenter and boxed:
-            masks = segmenter([p.example.image for _, p in boxed if p.example.image], objects)      # boxes need one
+            images = [p.example.image for _, p in boxed]
+            masks = segmenter(images, objects)       # type: ignore[arg-type]      # boxes have a picture
         else:
             masks = [box_mask(items, p.original_size) for items, (_, p) in zip(objects, boxed)]
         for mask, (record, prompt) in zip(masks, boxed):
@@ -426,13 +427,12 @@ def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
             "repetition_penalty": cfg.repetition_penalty}
 
 
-def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:
+def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:    # type: ignore[return]
     """The folder for the results, and what to say of it: without --out, where the usual one holds results of something
     else, the next that does not. Mistake: --out holds such."""
     usual = out = Path(cfg.out) if cfg.out else default_folder(cfg, model)
-    said, attempt = "", 1
-    while True:
-        attempt += 1
+    said = ""
+    for attempt in itertools.count(2):
         path = out / "settings.json"
         try:
             old = json.loads(path.read_text()) if path.exists() else settings

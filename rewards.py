@@ -228,7 +228,7 @@ def final_text(response: str) -> str:
     of it. A thought, or a sentence before the answer, may mention the tags."""
     text = response[:MAX_CHARACTERS].rpartition("</think>")[2]
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    return text.strip() if start < 0 else answer_text(text[start:]) or ""
+    return text.strip() if start < 0 else answer_text(text[start:])    # type: ignore[return-value]
 
 
 WRAPPED = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol)\s*\{([^{}]*)\}"

@@ -166,9 +166,9 @@ class Config:
 
 def parse_config(arguments: list[str] | None = None) -> Config:
     resumable = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
-                 "eval_every", "save_every", "keep", "keep_best", "log_every",
-                 "micro_rows", "max_row_tokens", "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn",
-                 "tensorboard")
+                 "eval_every", "save_every", "keep", "keep_best", "log_every", "micro_rows", "max_row_tokens",
+                 "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "tensorboard")
+
     def read_flags(flags: list[str] | None) -> Config:
         return parse(Config, "train.py", __doc__, flags, PRESETS, resumable, saved_options)
     cfg = read_flags(arguments)
@@ -457,9 +457,9 @@ def train_step(job: Job) -> dict:
         groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first, job.stopped)
     except Stopped:
         groups = []
+    wait_for_all("sampling")        # before any other collective, which would wait without a name
     if not all(gather_json(bool(groups), job.device)):      # on all ranks, wherever the signal came first
         raise Stopped
-    wait_for_all("sampling")
     measure_groups(groups, meter)
     if unverified := ended_now():
         meter.total("errors/math_ended", unverified)

@@ -71,13 +71,19 @@ def same(a: Path, b: Path, step: int) -> bool:
     return logs[0] == logs[1] and all(digest(folders[0] / f) == digest(folders[1] / f) for f in files)
 
 
+def run_whole(steps: int) -> list[str]:
+    """Makes runs/whole, which nothing disturbs, unless it is there. Returns its flags but for the name."""
+    flags = ["--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", str(steps), "--save-every", "1"]
+    if not (PLACE / f"runs/whole/checkpoints/step_{steps}").exists():
+        assert start(*flags, "--name", "whole").wait() == 0, PLACE / "log"
+    return flags
+
+
 def kills(count: int, steps: int = 40) -> None:
     """Runs of 40 steps with a checkpoint a step; each is killed at random moments until it is done, and compared."""
     tally_file = PLACE / "kills.json"
     tally = Counter(json.loads(tally_file.read_text()) if tally_file.exists() else {})
-    flags = ["--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", str(steps), "--save-every", "1"]
-    if not (PLACE / f"runs/whole/checkpoints/step_{steps}").exists():
-        assert start(*flags, "--name", "whole").wait() == 0, PLACE / "log"
+    flags = run_whole(steps)
     while tally["kills"] < count:
         rng = random.Random(tally["kills"])
         run = PLACE / f"runs/killed_{tally['runs']}"
@@ -106,9 +112,7 @@ def kills(count: int, steps: int = 40) -> None:
 
 def restarts(steps: int = 40) -> None:
     """One of two ranks is killed twice; torchrun starts both again, and the run finishes by itself."""
-    flags = ["--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", str(steps), "--save-every", "1"]
-    if not (PLACE / f"runs/whole/checkpoints/step_{steps}").exists():
-        assert start(*flags, "--name", "whole").wait() == 0, PLACE / "log"
+    flags = run_whole(steps)
     torchrun = start(*flags, "--name", "restarted", restarts=3)
     for wanted in (5, 15):
         while not (PLACE / f"runs/restarted/checkpoints/step_{wanted}").exists() and torchrun.poll() is None:

@@ -25,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from support.runs import read_config, read_lines, versions  # noqa: E402
+
 RESULTS = ROOT / "experiments/results"
 SEEDS = (42, 43, 44, 45, 46)
 RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every method may choose from
@@ -59,9 +61,9 @@ EXPERIMENTS = {
 }
 COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "response_length", "logp_y",
           "r_rollouts", "rollouts/thinking", "unreadable")
-COURSES = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
-           "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats", "response_length": "tokens of a rollout",
-           "rollouts/thinking": "thinking of o"}
+DRAWN = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
+         "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats", "response_length": "tokens of a rollout",
+         "rollouts/thinking": "thinking of o"}
 Results = dict[str, dict[float, dict[int, dict]]]          # name → learning rate → seed → result
 
 
@@ -80,23 +82,13 @@ def train(name: str, flags: list[str]) -> Path:
     run = ROOT / "runs" / name
     if not (run / "config.json").exists():
         call("train.py", "--name", name, "--keep", "0", *flags)
-    elif not (run / "checkpoints" / f"step_{steps_asked(run)}").is_dir():
+    elif not (run / "checkpoints" / f"step_{read_config(run)['config']['steps']}").is_dir():
         call("train.py", "--resume", str(run))
     return run
 
 
-def describe() -> str:
-    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True,
-                          check=True).stdout.strip()
-
-
-def steps_asked(run: Path) -> int:
-    return json.loads((run / "config.json").read_text())["config"]["steps"]
-
-
 def steps_of(run: Path) -> list[dict]:
-    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "eval" not in line]
+    return [line for line in read_lines(run)[0] if "eval" not in line]
 
 
 def answer(model: str, split: str, out: str) -> dict[str, float]:
@@ -129,12 +121,12 @@ def make(name: str, rate: float, seed: int) -> str:
     path = RESULTS / f"{name}-{rate:g}-{seed}.json"
     if path.exists():
         return f"{path.name}: there already"
-    result = {"experiment": name, "rate": rate, "seed": seed, "commit": describe(),      # of a training, its own
+    result = {"experiment": name, "rate": rate, "seed": seed, "commit": versions()["commit"],
               "machine": f"{platform.machine()}, {os.cpu_count()} cores", "stages": EXPERIMENTS[name]}
     model, lines, own, seconds = str(ROOT / "assets/tiny"), [], f"reproduce-{name}-{rate:g}-{seed}", 0.0
     for number, stage in enumerate(EXPERIMENTS[name], 1):
         run = train(f"{own}-{number}", ["--seed", str(seed), "--model", model, "--lr", str(rate), *stage])
-        result["commit"] = json.loads((run / "config.json").read_text())["versions"]["commit"]
+        result["commit"] = read_config(run)["versions"]["commit"]
         stage_lines = steps_of(run)
         # By the median step: a stop in between, or a busy hour, says nothing of the method.
         seconds += len(stage_lines) * statistics.median(line["seconds"] for line in stage_lines)
@@ -147,8 +139,7 @@ def make(name: str, rate: float, seed: int) -> str:
     if lines:
         result |= {"seconds": round(seconds), "peak_memory_gb": max(line["peak_memory_gb"] for line in lines),
                    "course": course(lines)}
-        evaluated = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-        evaluated = {line["step"]: line["eval"] for line in evaluated if "eval" in line and line["step"]}
+        evaluated = {line["step"]: line["eval"] for line in read_lines(run)[0] if "eval" in line and line["step"]}
         step = max(evaluated, key=lambda s: score(evaluated[s]))      # of the last stage, the first of the best
         last = step == stage_lines[-1]["step"]
         result["best"] = {"step": step, "test": result["metrics"]["test"] if last else answer(
@@ -300,9 +291,9 @@ def draw(results: Results, root: Path) -> None:
         figures.draw_points(looking, MAIN, interval, folder / "methods.png")
         few = {label: column for label, column in ELSEWHERE.items() if "T-acc" not in label}
         figures.draw_points(of["injection"], few, interval, folder / "elsewhere.png")
-        figures.draw_course(of["trained"], COURSES, folder / "course.png")
+        figures.draw_course(of["trained"], DRAWN, folder / "course.png")
     if of["controls"]:
-        figures.draw_course(of["controls"], COURSES, folder / "controls.png")
+        figures.draw_course(of["controls"], DRAWN, folder / "controls.png")
     if len(of["lengths"]) > 1:
         figures.draw_lengths(of["lengths"], interval, {k: MAIN[k] for k in (
             "N-acc", "boxes", "thinks, present", "thinks, absent")}, folder / "lengths.png")

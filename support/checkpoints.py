@@ -126,7 +126,8 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
         if is_sharded(optimizer):
             optimizer._all_state_dicts.clear()      # the state of all ranks, which was gathered for the file
     dist.barrier()
-    model.folder = folder       # type: ignore[assignment]  # its config and tokenizer are copied from there: an earlier checkpoint may be removed
+    # Its config and tokenizer are copied from there at the next save: an earlier checkpoint may be gone by then.
+    model.folder = folder       # type: ignore[assignment]
 
 
 def keep_newest(run: Path, count: int, best: int | None) -> None:

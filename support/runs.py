@@ -51,7 +51,7 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
         record: dict = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="", from_step=0)),
                         "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
         if cfg.resume:
-            old = json.loads((run / "config.json").read_text())
+            old = read_config(run)
             record["before"] = [*old.pop("before", []), {"until_step": start, **old}]
             lines, damaged = read_lines(run)
             if damaged:

@@ -258,7 +258,7 @@ def lesion(rng: random.Random) -> tuple[Image.Image, dict]:
     for _ in range(5):
         r, dx, dy = rng.randint(7, 14), rng.randint(-10, 10), rng.randint(-10, 10)
         pen.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=255)
-    x1, y1, x2, y2 = mask.getbbox() or (0, 0, 0, 0)
+    x1, y1, x2, y2 = mask.getbbox()     # type: ignore[misc]
     skin = Image.new("RGB", (SIZE, SIZE), (rng.randint(190, 220), rng.randint(150, 170), rng.randint(120, 145)))
     skin.paste((rng.randint(70, 110), 60, 45), mask=mask.filter(ImageFilter.GaussianBlur(1.5)))
     return finish(skin, rng), grounding("lesion", [(x1, y1, x2 - 1, y2 - 1)], True, rng)

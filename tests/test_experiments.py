@@ -98,7 +98,8 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
         if script == "eval.py":
             folder = Path(flag["--out"])
             folder.mkdir(parents=True)
-            (folder / "metrics.json").write_text(json.dumps({"metrics": dict.fromkeys(("N-acc strict", "T-acc", "bbox accuracy", "thinks, present", "thinks, absent", "answers"), 0.123456)}))
+            measured = ("N-acc strict", "T-acc", "bbox accuracy", "thinks, present", "thinks, absent", "answers")
+            (folder / "metrics.json").write_text(json.dumps({"metrics": dict.fromkeys(measured, 0.123456)}))
             return
         run = Path(flag.get("--resume") or tmp_path / "runs" / flag["--name"])
         steps = int(flag.get("--steps", 375))
@@ -112,14 +113,14 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     monkeypatch.setattr(reproduce, "call", call)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(reproduce, "describe", lambda: "abc")
     stopped = tmp_path / "runs/reproduce-sft25-rlvr-0.001-43-2"
     stopped.mkdir(parents=True)
     (stopped / "config.json").write_text(json.dumps({"config": {"steps": 375}, "versions": {"commit": "abc"}}))
     said = reproduce.make("sft25-rlvr", 0.001, 43)
     first, second, *evaluations = calls
     assert first[1] | {"--method": "sft", "--steps": "25", "--lr": "0.001", "--seed": "43"} == first[1]
-    assert second == ("train.py", {"--resume": str(stopped)}) and said.startswith("sft25-rlvr-0.001-43.json: N-acc 0.123")
+    assert second == ("train.py", {"--resume": str(stopped)})
+    assert said.startswith("sft25-rlvr-0.001-43.json: N-acc 0.123")
     made = json.loads((tmp_path / "results/sft25-rlvr-0.001-43.json").read_text())
     assert made["seconds"] == 800 and len(made["course"]["entropy"]) == 20 and made["best"]["step"] == 300
     assert [flag["--model"].rsplit("/", 1)[1] for _, flag in evaluations] == ["step_375"] * len(SPLITS) + ["step_300"]
