@@ -52,6 +52,7 @@ EXPERIMENTS = {
     "visurf": [[]],
     "rlvr": [["--method", "rlvr"]],
     "sft": [["--method", "sft"]],
+    "sft-long": [["--method", "sft", "--steps", "1200"]],       # a step of SFT takes about a third of one that samples
     **TWO_STAGE,
     "visurf-thought": [THOUGHT],
     **{name: [["--method", name]] for name in RIVALS},
@@ -95,7 +96,22 @@ def answer(model: str, split: str, out: str) -> dict[str, float]:
     """The metrics of a model's greedy answers to scenes:SPLIT."""
     folder = ROOT / "runs" / out / split
     call("eval.py", "--model", model, "--data", f"scenes:{split}", "--out", str(folder))
-    return rounded(json.loads((folder / "metrics.json").read_text())["metrics"])
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    return rounded(json.loads((folder / "metrics.json").read_text())["metrics"] | {"thought tells": tells(records)})
+
+
+def tells(records: list[dict]) -> float | None:
+    """How often the wording of the thought alone, without numbers and the words of the question, tells an absent thing
+    from a present one by the best guess. 0.5 is chance, where as many are absent as present; None without both."""
+    seen: dict[str, list[int]] = {}
+    for record in records:
+        if "grounding" in record["task"]:
+            wording = record["response"].split("</think>")[0] if "</think>" in record["response"] else ""
+            for word in record["question"].split():
+                wording = wording.replace(word, "…")
+            seen.setdefault(re.sub(r"\d+", "…", wording), [0, 0])[not record["truth"]] += 1
+    present, absent = (sum(count[kind] for count in seen.values()) for kind in (0, 1))
+    return sum(map(max, seen.values())) / (present + absent) if present and absent else None
 
 
 def answer_blindly(response: str, split: str) -> dict[str, float]:
@@ -175,6 +191,17 @@ def at_end(name: str) -> Column:
 MAIN = {"N-acc": at("test", "N-acc strict"), "T-acc": at("test", "T-acc"), "boxes": at("test", "bbox accuracy"),
         "thinks, present": at("test", "thinks, present"), "thinks, absent": at("test", "thinks, absent"),
         "counting": at("test", "answers"), "reasoning": at("reasoning-test", "bbox accuracy")}
+
+
+def found(split: str) -> Column:
+    """Boxes, of the present things that are not rejected."""
+    return lambda result: result["metrics"][split]["bbox accuracy"] / (result["metrics"][split]["T-acc"] or math.inf)
+
+
+# What is lost, in its parts: things rejected that are there, answers without a thought, boxes beside the thing.
+PARTS = {"here: T-acc": MAIN["T-acc"], "boxes": MAIN["boxes"], "boxes, not rejected": found("test"),
+         "reasoning: T-acc": at("reasoning-test", "T-acc"), "thinks": at("reasoning-test", "thinks, present"),
+         "reasoning": MAIN["reasoning"], "reasoning, not rejected": found("reasoning-test")}
 ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
     ("here", "test"), ("pair", "pair-test"), ("elsewhere", "elsewhere-test"))
     for label, key in (("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"))}
@@ -256,11 +283,12 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
     stages = {name: score(rows[name][SEEDS[0]]["metrics"]["val"]) for name in TWO_STAGE
               if SEEDS[0] in rows.get(name, ())}
     two_stage = [max(stages, key=stages.get)] if stages else []
-    main = of(*UNTRAINED, "sft", "rlvr", *two_stage, "visurf", "visurf-thought", *RIVALS)
+    main = of(*UNTRAINED, "sft", "sft-long", "rlvr", *two_stage, "visurf", "visurf-thought", *RIVALS)
     return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
             "first": of("base", "visurf", "rlvr", "sft", *two_stage, "visurf-thought"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", "visurf"), "controls": of("visurf", *CONTROLS),
-            "thought": of("visurf", "visurf-thought", "sft", "sft-thought", "sft50-rlvr", "sft50-rlvr-thought"),
+            "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft50-rlvr",
+                          "sft50-rlvr-thought"),
             "injection": of("base", "rlvr", "sgrpo", "visurf", "visurf-no-smoothing", "visurf-no-controls", "sft")}
 
 
@@ -270,7 +298,9 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "first": table(of["first"], MAIN), "main": table(of["main"], MAIN), "grid": grid(results),
         "paired": table(of["main"], MAIN, against="visurf"), "lengths": table(of["lengths"], MAIN),
-        "thought": table(of["thought"], MAIN), "controls": table(of["controls"], AT_END),
+        "parts": table(of["first"], PARTS), "parts-paired": table(of["first"], PARTS, against="rlvr"),
+        "thought": table(of["thought"], {**MAIN, "thought tells": at("test", "thought tells")}),
+        "controls": table(of["controls"], AT_END),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
         "cost": table(of["trained"], COST)}

@@ -8,8 +8,9 @@ import pytest
 import train
 from experiments import reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, chosen_rate, course,
-                                   draw, fill, grid, interval, parts, score, table, tables)
+                                   draw, fill, grid, interval, parts, score, table, tables, tells)
 
+THOUGHT = {"task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>", "truth": [{}]}
 LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
 
 
@@ -100,6 +101,7 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
             folder.mkdir(parents=True)
             measured = ("N-acc strict", "T-acc", "bbox accuracy", "thinks, present", "thinks, absent", "answers")
             (folder / "metrics.json").write_text(json.dumps({"metrics": dict.fromkeys(measured, 0.123456)}))
+            (folder / "records.jsonl").write_text(json.dumps(THOUGHT) + "\n" + json.dumps(THOUGHT | {"truth": []}) + "\n")
             return
         run = Path(flag.get("--resume") or tmp_path / "runs" / flag["--name"])
         steps = int(flag.get("--steps", 375))
@@ -124,7 +126,22 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     made = json.loads((tmp_path / "results/sft25-rlvr-0.001-43.json").read_text())
     assert made["seconds"] == 800 and len(made["course"]["entropy"]) == 20 and made["best"]["step"] == 300
     assert [flag["--model"].rsplit("/", 1)[1] for _, flag in evaluations] == ["step_375"] * len(SPLITS) + ["step_300"]
+    assert made["metrics"]["test"]["thought tells"] == 0.5
     assert made["metrics"]["test"]["T-acc"] == 0.1235 and reproduce.make("sft25-rlvr", 0.001, 43).endswith("already")
+
+
+def test_what_the_wording_of_a_thought_tells():
+    def record(response, *truth, question="red ring", task="scene_grounding"):
+        return {"task": task, "question": question, "response": response, "truth": list(truth)}
+    box = {"bbox_2d": [0, 0, 2, 2]}
+    thought = "<think>Where is the red ring? {}</think><answer>{}</answer>"
+    assert tells([record(thought.format(5, []), box), record(thought.format(7, [box]))]) == 0.5       # the answer is no part
+    assert tells([record("<think>Where is the red ring?</think>", box),                               # nor the question
+                  record("<think>Where is the blue disc?</think>", question="blue disc")]) == 0.5
+    both = [record("<think>It is there.</think>", box), record("<think>I see none.</think>"),
+            record("<answer>[]</answer>"), record("<answer>[]</answer>", box)]
+    assert tells(both) == 0.75 and tells([*both, record("3", task="vqa")]) == 0.75
+    assert tells([record("3", box)]) is None
 
 
 def test_policies_that_look_at_nothing():
