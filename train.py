@@ -592,8 +592,8 @@ def loop(job: Job) -> None:
     lines, _ = read_lines(job.run)
     history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
     if before := [line["lr"] for line in lines if "lr" in line][-1:]:
-        now = cfg.lr * share_of_lr(cfg, state["step"])
-        if not 0.5 < now / max(before[0], 1e-30) < 2:
+        now, then = (cfg.lr * share_of_lr(cfg, step) for step in (state["step"], state["step"] - 1))
+        if not 0.5 < then / max(before[0], 1e-30) < 2:
             job.say(f"the learning rate goes on at {now:.1e}, after {before[0]:.1e}: its schedule is now that of "
                     f"{cfg.steps} steps")
     saved = state["step"]

@@ -6,6 +6,8 @@ import signal
 import sys
 import time
 
+import torch
+
 
 class Mistake(ValueError):
     """Something that the person who started the program can mend: its text says what is wrong and what to do."""
@@ -42,8 +44,12 @@ def run_main(main) -> None:
         main()
     except KeyboardInterrupt:
         os._exit(130)
-    except (Mistake, OSError) as error:
+    except (Mistake, OSError, MemoryError, torch.OutOfMemoryError) as error:
         mistake = str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            mistake = ("out of memory" + f": {mistake}" * bool(mistake) + ". A smaller --sampling-batch needs less; in "
+                       "training so do a smaller --micro-rows, --max-row-tokens and --checkpoint-activations, and "
+                       "--dry-run finds out how much is needed. What was saved before is still there")
         if isinstance(error, OSError):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -14,6 +14,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from support import onednn  # noqa: E402
+from support.verify_math import ended_now  # noqa: E402
 
 
 @pytest.fixture(params=["plain", "oneDNN"])
@@ -35,6 +36,7 @@ def one_rank(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
+    ended_now()         # what other tests left in the count
     yield
     torch.set_grad_enabled(True)        # eval.py needs none, for the whole of its process
     if dist.is_initialized():
