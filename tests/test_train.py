@@ -522,7 +522,7 @@ def look_at_each_other(rank: int, port: int, late: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("late", [2, 0, 1])
+@pytest.mark.parametrize("late", [1, 0])
 def test_a_rank_that_is_late_or_drifts_is_named(late):
     torch.multiprocessing.spawn(look_at_each_other, (free_port(), late), nprocs=3)
 
