@@ -40,10 +40,11 @@ from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer
                                  room_for, save_checkpoint, sound_checkpoint)
 from support.curves import draw_curves, tensorboard_writer, write_line
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
+from support.lora import PARTS, add_lora, freeze, load_adapter, merge_after
 from support.mistakes import Mistake, Stopped, run_main, stop_signals
 from support.onednn import give_memory_back, use_onednn
 from support.options import option, parse
-from support.optimizers import make_optimizers, set_lr, share_of_lr, short_run
+from support.optimizers import learn, make_optimizers, set_lr, share_of_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, check_same_weights, gather_json, leave_ranks, start_ranks, wait_for_all
 from support.runs import open_run, read_lines, run_and_step, saved_options
@@ -62,10 +63,13 @@ CHECKED_EVERY = 50  # steps between two looks at whether all ranks hold the same
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
            "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0,
            "precision": "bfloat16", "checkpoint_activations": True}
+SMALL_GPU = {"lora_rank": 16, "lr": 1e-5, "max_new_tokens": 512, "max_row_tokens": 2048, "sampling_batch": 8}
 PRESETS = {
     "laptop": {},
     "paper": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "max_new_tokens": 2000},
     "1x80G-3b": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-3B-Instruct", "max_new_tokens": 512, "max_row_tokens": 4096},
+    "1x24G-3b": {**AUTHORS, **SMALL_GPU, "model": "Qwen/Qwen2.5-VL-3B-Instruct"},
+    "1x24G-7b": {**AUTHORS, **SMALL_GPU, "model": "Qwen/Qwen2.5-VL-7B-Instruct"},
 }
 
 
@@ -127,6 +131,12 @@ class Config:
     grad_clip: float = option(1.0, "optimisation", "largest gradient norm [recipe 1.0]", above=0)
     precision: str = option("float32", "optimisation", "of weights and gradients; the optimizer keeps float32 weights "
                             "either way", ("float32", "bfloat16"))
+    freeze: str = option("", "optimisation", f"PART,… that learn nothing, of {', '.join(PARTS)}")
+    lora_rank: int = option(0, "optimisation", "rank r of LoRA's adapters, which alone learn then (0: no LoRA)",
+                            least=0)
+    lora_alpha: float = option(32.0, "optimisation", "α of LoRA: the adapters count α/r times", above=0)
+    lora_targets: str = option(r"model\.layers", "optimisation", "regular expression for the names of the linear "
+                               "layers that get an adapter: visual.blocks, visual.merger, model.layers.3.mlp.up_proj …")
     micro_rows: int = option(1, "optimisation", "rows per forward; any value gives the same update", least=1)
     max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)",
                                  least=0)
@@ -159,6 +169,8 @@ class Config:
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
                 ("label_thought", self.label_thought != "none" and self.method == "rlvr", "rlvr has no label"),
+                ("lora_rank", self.lora_rank and self.random_weights,
+                 "random weights are saved nowhere, and an adapter is nothing without them"),
                 ("kl", self.kl and self.method == "sft", "has no meaning with --method sft")):
             if wrong:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
@@ -390,10 +402,15 @@ def set_up() -> Job:
         cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
-    model = Qwen2_5_VL.from_pretrained(checkpoint or cfg.model, dtype, device,
-                                       random_weights=cfg.random_weights and not checkpoint)
+    begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
+    model = Qwen2_5_VL.from_pretrained(begins, dtype, device, random_weights=cfg.random_weights and not checkpoint)
     if cfg.onednn:
         use_onednn(model)
+    freeze(model, cfg.freeze)
+    if cfg.lora_rank:
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.model)
+        if checkpoint:
+            load_adapter(model, checkpoint)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     reference = None
@@ -402,17 +419,19 @@ def set_up() -> Job:
         reference = Qwen2_5_VL.from_pretrained(cfg.model, dtype, device, cfg.random_weights)
         reference.requires_grad_(False)
     optimizers = make_optimizers(cfg, model)
+    merge_after(optimizers[-1], model)
     if checkpoint:
         for k, optimizer in enumerate(optimizers):
             load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     job = Job(cfg, rank, world, device, ddp, reference, processor, optimizers, state, sources[0])
     changed = "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset])
-    size = sum(p.numel() for p in model.parameters())
+    size, learning = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), learn(model)))
     for line in passed_over:
         job.say(line)
-    job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}, {world} rank(s) on "
-            f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n{memory_line(size, cfg.precision, world)}")
+    some = f", {learning / 1e6:.2f} M learn" if learning < size else ""
+    job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}{some}, {world} rank(s) on "
+            f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n{memory_line(model, world)}")
     for source in sources:
         for line in noticed(source):
             job.say(line)
@@ -559,7 +578,7 @@ def main() -> None:
     job.run, said = open_run(cfg, {name: t.prompt for name, t in TASKS.items()}, job.rank, job.device, state["step"])
     try:
         if job.rank == 0:
-            said += room_for(job.run, sum(p.numel() for p in job.ddp.parameters()), cfg.precision, cfg.keep)
+            said += room_for(job.run, job.ddp.module, cfg.keep)
         for line in [*said, f"writing to {job.run}{short_run(cfg)}"]:
             job.say(line)
         job.stopped = stop_signals("" if job.rank else "stopping: the step at work is left, and what is complete is "

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from support.lora import adapters
 from support.mistakes import Mistake
+from support.optimizers import learn, state_bytes
 
 FIRST = {"step": 0, "cursor": 0, "bad_steps": 0, "data": ""}      # the state of a run before its first step
 
@@ -155,10 +157,11 @@ def set_aside(run: Path, start: int) -> list[str]:
     return said
 
 
-def room_for(run: Path, parameters: int, precision: str, kept: int) -> list[str]:
+def room_for(run: Path, model: nn.Module, kept: int) -> list[str]:
     """Compares the free space with the size of the checkpoints, by arithmetic: what to say where it is scarce. Mistake:
     there is none for a single one."""
-    size = parameters * (2 + 12 if precision == "bfloat16" else 4 + 8)
+    saved = learn(model) if adapters(model) else model.parameters()
+    size = sum(p.numel() * p.element_size() for p in saved) + state_bytes(model)
     free = shutil.disk_usage(run).free
     if free < size:
         raise Mistake(f"{run}: a checkpoint takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: free some, or "

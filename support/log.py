@@ -3,8 +3,9 @@ import resource
 from collections import defaultdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from support.optimizers import learn, state_bytes
 from support.ranks import gather_json
 
 
@@ -69,12 +70,12 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
 
 
-def memory_line(parameters: int, precision: str, world: int) -> str:
-    """By arithmetic: bfloat16 weights have float32 copies among the optimizer's state."""
-    width, master = (2, 4) if precision == "bfloat16" else (4, 0)
-    weights, optimizer = parameters * width / 1e9, parameters * (8 + master) / world / 1e9
-    return (f"memory of each rank before activations: weights {weights:.2f} GB, gradients {weights:.2f} GB, optimizer "
-            f"{optimizer:.2f} GB")
+def memory_line(model: nn.Module, world: int) -> str:
+    """By arithmetic."""
+    weights, learning = (sum(p.numel() * p.element_size() for p in parameters) / 1e9
+                         for parameters in (model.parameters(), learn(model)))
+    return (f"memory of each rank before activations: weights {weights:.2f} GB, gradients {learning:.2f} GB, optimizer "
+            f"{state_bytes(model) / world / 1e9:.2f} GB")
 
 
 def progress_line(m: dict) -> str:

@@ -44,11 +44,22 @@ class MasterAdamW(torch.optim.Optimizer):
                 self.state[parameter][name] = value.clone().to(parameter.device if value.dim() else value.device)
 
 
+def learn(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Of the optimizer, over all ranks: two float32 moments, and of bfloat16 weights float32 copies."""
+    return sum(p.numel() * (12 if p.dtype == torch.bfloat16 else 8) for p in learn(model))
+
+
 def make_optimizers(cfg, model: nn.Module) -> list:
-    """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the same on all."""
-    kind = MasterAdamW if cfg.precision == "bfloat16" else torch.optim.AdamW
+    """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the same on all. Of the
+    parameters that are not frozen."""
+    parameters = learn(model)
+    kind = MasterAdamW if any(p.dtype == torch.bfloat16 for p in parameters) else torch.optim.AdamW
     adamw = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
-    parameters = list(model.parameters())
     if cfg.optimizer == "muon":
         embedding = model.model.embed_tokens.weight, model.lm_head.weight
         matrices = [p for p in parameters if p.dim() == 2 and not any(p is e for e in embedding)]

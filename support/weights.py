@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from support import lora
 from support.checkpoints import newest_checkpoint
 from support.mistakes import Mistake
 
@@ -113,7 +114,12 @@ def open_safetensors(path: Path):
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Reads *.safetensors (single or sharded) tensor by tensor. Both generations of names are understood:
-    visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer `transformers` saves)."""
+    visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer `transformers` saves). Of an adapter
+    (support/lora.py) the base is read, and the adapter merged into it."""
+    if (folder / lora.CONFIG).exists():
+        adapter = lora.read_adapter(folder)
+        load_weights(model, local_folder(adapter.of), dtype)
+        return lora.merge_adapter(model, adapter)
     index = folder / "model.safetensors.index.json"
     if index.exists():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -153,15 +159,19 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 
 
 def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
-    """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer, processor files."""
+    """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer, processor files. Of a
+    model with adapters these, in the place of the weights."""
     from huggingface_hub import save_torch_state_dict
     if model.folder is None:
         raise Mistake("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()
-             if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    if lora.adapters(model):
+        lora.save_adapter(model, folder)
+    else:
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()
+                 if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
+        save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     raw = json.loads((model.folder / "config.json").read_text())
     raw.pop("torch_dtype", None)
     raw["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")

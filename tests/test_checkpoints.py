@@ -266,16 +266,23 @@ def test_a_run_goes_on_when_the_checkpoint_that_it_began_from_is_gone(run):
 
 
 def test_room_on_the_disk(tmp_path, monkeypatch):
-    """1e9 parameters: 4 bytes of weights and 8 of the optimizer; in bfloat16 2 and 12."""
+    """1e9 parameters: 4 bytes of weights and 8 of the optimizer; in bfloat16 2 and 12; of what is frozen the weights
+    alone, of what is frozen under an adapter nothing."""
+    def model(dtype: str) -> torch.nn.Module:
+        return torch.nn.Linear(10**9, 1, bias=False, device="meta", dtype=getattr(torch, dtype))
     scarce = [f"{tmp_path}: --keep 2 takes 36.0 GB of checkpoints, and 36.0 GB are free"]
     for free, precision, said in ((12e9 - 1, "float32", None), (14e9 - 1, "bfloat16", None), (36e9, "float32", []),
                                   (36e9 - 1, "float32", scarce)):
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
         if said is None:
             with pytest.raises(Mistake, match="a checkpoint takes 1[24].0 GB"):
-                room_for(tmp_path, 10**9, precision, 2)
+                room_for(tmp_path, model(precision), 2)
         else:
-            assert room_for(tmp_path, 10**9, precision, 2) == said
+            assert room_for(tmp_path, model(precision), 2) == said
+    frozen = model("bfloat16").requires_grad_(False)
+    with pytest.raises(Mistake, match="a checkpoint takes 2.0 GB"):
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2e9 - 1))
+        room_for(tmp_path, frozen, 2)
 
 
 def test_weights_that_are_not_finite_are_not_saved(run):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,7 @@ import train
 from data import Processor, collate, pack_group
 from model import Qwen2_5_VL
 from support.checkpoints import read_state
+from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.sources import Example, Scenes
@@ -62,6 +64,7 @@ def advantages(group: train.Group) -> list[float]:
 VARIANTS = {  # every setting whose sums could go wrong when they are split
     "visurf": {}, "seq-mean": {"normaliser": "seq-mean"}, "seq-sum": {"normaliser": "seq-sum", "std": "population"},
     "tied": {}, "sft": {"method": "sft"}, "rlvr": {"method": "rlvr", "max_row_tokens": 70}, "kl": {"kl": 0.1, "inner_epochs": 2},
+    "lora": {"lora_rank": 2},
 }
 
 
@@ -76,6 +79,8 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             cfg = replace(train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=rows), **settings)
             model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True)
             reference = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True) if cfg.kl else None
+            if cfg.lora_rank:
+                add_lora(model, cfg.lora_rank, 64.0, "model.layers|visual", "")
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
             processor, meter = Processor(model.folder), train.Meter()
             share = 8 // world
@@ -89,8 +94,9 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
                     advantage = [0.0 if i in (2, 3) or s == i % 2 else a for s, a in enumerate(advantage)]
                 give(group, advantage)
             ddp = DistributedDataParallel(model)
-            loss, norm, _ = train.update(cfg, ddp, reference, [torch.optim.SGD(model.parameters(), lr=1e-2)], groups,
-                                         meter)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+            merge_after(optimizer, model)
+            loss, norm, _ = train.update(cfg, ddp, reference, [optimizer], groups, meter)
             change = {name: p.detach() - before[name] for name, p in model.named_parameters()}
             weights = meter.read(torch.device("cpu"))
             change["loss"], change["norm"] = torch.tensor(loss), torch.tensor(norm)
@@ -553,14 +559,17 @@ def test_presets_are_defaults_that_flags_override():
     assert (paper.prompts_per_step, paper.rollouts, paper.max_new_tokens, paper.precision) == (16, 8, 2000, "bfloat16")
     assert train.parse_config(["--preset", "laptop"]) == train.parse_config([]) == train.Config()
     assert train.parse_config(["--preset", "1x80G-3b"]).model == "Qwen/Qwen2.5-VL-3B-Instruct"
+    small = train.parse_config(["--preset", "1x24G-7b"])
+    assert (small.model, small.lora_rank, small.lr) == ("Qwen/Qwen2.5-VL-7B-Instruct", 16, 1e-5)
 
 
-def run_train(folder: Path, *flags: str, ranks: int = 1, restarts: int = 0, wait: bool = True):
+def run_train(folder: Path, *flags: str, ranks: int = 1, restarts: int = 0, wait: bool = True,
+              small: Sequence[str] = SMALL):
     """train.py in `folder`, as a process of its own."""
     start = ([sys.executable, str(ROOT / "train.py")] if ranks == 1 else
              [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
               str(free_port()), "--max-restarts", str(restarts), str(ROOT / "train.py")])
-    process = subprocess.Popen([*start, "--model", str(ROOT / "assets/tiny"), *SMALL, *flags], cwd=folder, text=True,
+    process = subprocess.Popen([*start, "--model", str(ROOT / "assets/tiny"), *small, *flags], cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "MASTER_PORT": str(free_port())})
     if not wait:

@@ -1,0 +1,244 @@
+"""LoRA: the same numbers in sampling, in scoring and in a merged folder, and the gradient of W + s·B·A."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import SMALL, lines, run_train
+
+import train
+from data import Processor, Response, collate, pack_group
+from model import Qwen2_5_VL
+from rollout import generate
+from support.lora import CONFIG, WEIGHTS, add_lora, adapters, freeze, load_adapter, merge_after
+from support.mistakes import Mistake
+from support.onednn import use_onednn
+from support.optimizers import learn
+from support.sources import Scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "assets/tiny"
+EVERYTHING = "model.layers|visual"
+
+
+def tiny(dtype=torch.float64, rank: int = 0, targets: str = EVERYTHING, seed: int = 1) -> Qwen2_5_VL:
+    model = Qwen2_5_VL.from_pretrained(TINY, dtype)
+    if rank:
+        torch.manual_seed(seed)
+        add_lora(model, rank, 8.0, targets, str(TINY))
+    return model
+
+
+def learnt(model: Qwen2_5_VL, seed: int = 2) -> Qwen2_5_VL:
+    """B is 0 at first; here it is what a training could have made of it."""
+    torch.manual_seed(seed)
+    for layer in adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B, 0, 0.02)
+        layer.merge()
+    return model
+
+
+def batch():
+    processor = Processor(TINY)
+    prompt = processor.prompt(Scenes("test")[0])
+    return collate(pack_group(prompt, [Response(processor.encode(text)) for text in ("<answer>[]</answer>", "so")]), "cpu")
+
+
+def logp(model: Qwen2_5_VL) -> torch.Tensor:
+    return model(**vars(batch()))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_b_0_nothing_changes(dtype):
+    plain, model = tiny(dtype), tiny(dtype, rank=4)
+    for layer in adapters(model).values():
+        layer.merge()
+    assert len(adapters(model)) == sum(isinstance(m, torch.nn.Linear) for m in model.modules()) - 1      # lm_head
+    assert torch.equal(logp(plain), logp(model))
+    assert all(p.dtype == torch.float32 and name.rsplit(".")[-1] in ("lora_A", "lora_B")
+               for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_the_gradient_is_that_of_w_plus_b_a(onednn, monkeypatch):
+    """Against autograd on a model whose weights are W + s·B·A of tensors that want a gradient; float64."""
+    import support.onednn
+    monkeypatch.setattr(support.onednn, "ONEDNN_FROM", 1)
+    dtype, near = (torch.float32, 2e-4) if onednn else (torch.float64, 1e-9)
+    model = tiny(dtype)
+    if onednn:
+        use_onednn(model)
+    torch.manual_seed(1)
+    add_lora(model, 3, 6.0, EVERYTHING, str(TINY))
+    learnt(model)
+    logp(model).sum().backward()
+    plain = tiny(dtype)
+    pairs = {name: (layer.lora_A.detach().clone().requires_grad_(), layer.lora_B.detach().clone().requires_grad_())
+             for name, layer in adapters(model).items()}
+    sums = {f"{name}.weight": plain.get_submodule(name).weight.detach() + 2.0 * B @ A for name, (A, B) in pairs.items()}
+    torch.func.functional_call(plain, sums, kwargs=vars(batch()))[0].sum().backward()
+    for name, layer in adapters(model).items():
+        for own, other in zip((layer.lora_A, layer.lora_B), pairs[name]):
+            assert torch.allclose(own.grad, other.grad, rtol=near, atol=near * float(other.grad.abs().max())), name
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)
+
+
+def test_an_adapter_of_full_rank_steps_as_full_fine_tuning():
+    """A = 1 and s = 1: W changes by what AdamW makes of B, from 0; A has no gradient yet, as B is 0."""
+    full, model = tiny(), tiny()
+    width = model.config.hidden_size
+    add_lora(model, width, width, r"model\.layers\.\d+\.mlp\.(gate|up)_proj", "")
+    theirs = {name: full.get_submodule(name).weight for name in adapters(model)}
+    for layer in adapters(model).values():
+        torch.nn.init.eye_(layer.lora_A)
+    for each in (full, model):
+        logp(each).sum().backward()
+    for name, layer in adapters(model).items():
+        assert torch.allclose(layer.lora_B.grad, theirs[name].grad, rtol=1e-9, atol=1e-12)
+        assert not layer.lora_A.grad.any()
+    options = {"lr": 1e-3, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([layer.lora_B for layer in adapters(model).values()], **options)
+    merge_after(optimizer, model)
+    optimizer.step()
+    torch.optim.AdamW(theirs.values(), **options).step()
+    for name, layer in adapters(model).items():
+        assert torch.allclose(layer.weight, theirs[name], rtol=1e-9, atol=1e-12) and layer.lora_B.any()
+
+
+@pytest.mark.parametrize("dtype, gap", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+def test_the_gap_between_sampling_and_scoring_is_that_without_lora(dtype, gap):
+    """The log-probs that sampling noted against those of the packed row: with adapters as far apart as without."""
+    processor = Processor(TINY)
+    prompts = [processor.prompt(Scenes("test")[i]) for i in range(2)]
+
+    def gaps(model: Qwen2_5_VL) -> torch.Tensor:
+        apart = []
+        for prompt, responses in zip(prompts, generate(model, prompts, 4, 24)):
+            row = collate(pack_group(prompt, responses), "cpu")
+            scored = model(**vars(row))[0][row.segment > 0]
+            apart.append((scored - torch.tensor([p for o in responses for p in o.logp])).abs())
+        return torch.cat(apart)
+    model = learnt(tiny(dtype, rank=4))
+    with torch.no_grad():
+        with_lora, without = gaps(model), gaps(tiny(dtype))
+    assert float(with_lora.max()) < gap and float(with_lora.mean()) < 3 * float(without.mean()) + 1e-6
+
+
+def test_an_adapter_goes_out_and_in(tmp_path):
+    """Saved, merged into a plain model, taken back into one with adapters: the same weights, to the bit."""
+    model = learnt(tiny(torch.bfloat16, rank=4))
+    model.save_pretrained(tmp_path / "a")
+    assert not list((tmp_path / "a").glob("model*.safetensors")) and (tmp_path / "a/tokenizer.json").exists()
+    again = Qwen2_5_VL.from_pretrained(tmp_path / "a", torch.bfloat16)
+    assert not adapters(again) and torch.equal(logp(again), logp(model))
+    other = tiny(torch.bfloat16, rank=4, seed=9)
+    load_adapter(other, tmp_path / "a")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+    with pytest.raises(Mistake, match="is not of this run: .* has another adapter, or none"):
+        load_adapter(tiny(torch.bfloat16, rank=5), tmp_path / "a")
+    with pytest.raises(Mistake, match="is not of this run"):
+        load_adapter(tiny(torch.bfloat16, rank=4, targets="model.layers.0"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"use_dora": True}, "use_dora is True, which is not supported"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+    ("cut", "the adapter cannot be read"), ("B", "has only one of A and B"), ("name", "unknown tensor 'x'"),
+    ("base", "does not fit to .*: model.layers.0.self_attn.q_proj is of shape"),
+    ({"base_model_name_or_path": "no/where/at all"}, "no/where/at all")])
+def test_adapters_that_are_not_ours(tmp_path, change, said):
+    learnt(tiny(torch.float32, rank=2, targets="model.layers.0.self_attn.q")).save_pretrained(tmp_path)
+    if isinstance(change, dict):
+        (tmp_path / CONFIG).write_text(json.dumps(json.loads((tmp_path / CONFIG).read_text()) | change))
+    elif change == "cut":
+        (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:100])
+    else:
+        stored = load_file(tmp_path / WEIGHTS)
+        key = next(name for name in stored if "lora_B" in name)
+        tensor = stored.pop(key)
+        stored |= {"B": {}, "name": {"x": tensor.clone(), key: tensor}, "base": {key: tensor[:-1].clone()}}[change]
+        save_file(stored, tmp_path / WEIGHTS)
+    with pytest.raises(Mistake, match=said):
+        Qwen2_5_VL.from_pretrained(tmp_path)
+
+
+def test_peft_opens_it(tmp_path):
+    """Its logits with our adapter on its own base against ours, in float32."""
+    peft = pytest.importorskip("peft")
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    model = learnt(tiny(torch.float32, rank=4))
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY), tmp_path)
+    prompt = Processor(TINY).prompt(Scenes("test")[0])
+    from data import collate_images
+    patches, grids = collate_images([prompt], "cpu")
+    tokens = torch.tensor([prompt.tokens])
+    with torch.no_grad():
+        other = theirs(input_ids=tokens, pixel_values=patches, image_grid_thw=torch.tensor([[1, *grids[0]]]),
+                       mm_token_type_ids=(tokens == model.config.image_token_id).int()).logits[0, -1]
+        x = model.embed(tokens, patches, grids)
+        from rollout import prefill
+        own = model.lm_head(prefill(model, [prompt], 1, 1)[0])[0]
+    assert x.shape[1] == len(prompt.tokens) and torch.allclose(own, other, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("parts, left", [
+    ("tower", {"visual.merger", "model.embed_tokens", "model.layers", "model.norm"}),
+    ("tower,merger,embeddings", {"model.layers", "model.norm"}), ("decoder", {"visual.patch_embed", "visual.blocks",
+                                                                              "visual.merger", "model.embed_tokens"})])
+def test_what_is_frozen(parts, left):
+    model = tiny()
+    freeze(model, parts)
+    assert {".".join(name.split(".")[:2]) for name, p in model.named_parameters() if p.requires_grad} == left
+    assert len(learn(model)) < len(list(model.parameters()))
+    add_lora(model, 2, 4.0, EVERYTHING, "")
+    assert all(any(name.startswith(part) for part in left) for name in adapters(model))
+    frozen = tiny()
+    for wrong, said in (("towr", "there is no part 'towr'"), ("tower,merger,decoder,embeddings", "leaves nothing")):
+        with pytest.raises(Mistake, match=said):
+            freeze(frozen, wrong)
+
+
+def test_targets_that_match_nothing():
+    for targets, said in (("models", "matches no linear layer"), ("(", "no regular expression")):
+        with pytest.raises(Mistake, match=said):
+            tiny(rank=2, targets=targets)
+    with pytest.raises(Mistake, match="--lora-rank 2: random weights"):
+        train.parse_config(["--lora-rank", "2", "--random-weights"]).check(1)
+
+
+def test_a_run_with_lora(tmp_path):
+    """Four steps against two, a stop and two more: the same adapter, to the bit; on two ranks the same course. Then one
+    command makes a whole model of it, whose log-probs are the run's."""
+    flags = ["--lora-rank", "4", "--precision", "bfloat16", "--freeze", "merger", "--lr", "0.01", "--lora-targets",
+             "model.layers|visual"]
+    real = [flag for flag in SMALL if flag != "--random-weights"]
+
+    def start(*more: str, ranks: int = 1) -> str:
+        code, output = run_train(tmp_path, *flags, *more, ranks=ranks, small=real)
+        assert code == 0, output
+        return output
+    output = start("--steps", "4", "--name", "whole")
+    assert "1.6 M parameters of" in output and "M learn" in output
+    start("--steps", "2", "--name", "two", ranks=2)
+    whole, two = ([line["entropy"] for line in lines(tmp_path / f"runs/{name}")[:2]] for name in ("whole", "two"))
+    assert two == pytest.approx(whole, rel=1e-3) and abs(whole[1] / whole[0] - 1) > 0.02
+    start("--steps", "2", "--name", "half")
+    code, output = run_train(tmp_path, "--resume", "runs/half", "--steps", "4", small=[])
+    assert code == 0, output
+    a, b = (load_file(tmp_path / f"runs/{name}/checkpoints/step_4" / WEIGHTS) for name in ("whole", "half"))
+    assert all(torch.equal(a[name], b[name]) for name in a) and any("visual" in name for name in a)
+    assert not any("merger" in name for name in a) and any(b[name].any() for name in b if "lora_B" in name)
+    assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
+    state = load_file(tmp_path / "runs/half/checkpoints/step_4/optimizer_0.safetensors")
+    assert len(state) == 3 * len(b) and not any("master" in name for name in state)
+    made = subprocess.run([sys.executable, str(ROOT / "experiments/merge.py"), "runs/half", "merged"], cwd=tmp_path, text=True,
+                          capture_output=True, check=True)
+    assert "as one model in bfloat16: merged" in made.stdout
+    run, whole = (Qwen2_5_VL.from_pretrained(tmp_path / name, torch.bfloat16) for name in ("runs/half", "merged"))
+    assert torch.equal(logp(run), logp(whole)) and not torch.equal(logp(run), logp(tiny(torch.bfloat16)))
+    again = subprocess.run([sys.executable, str(ROOT / "experiments/merge.py"), "merged", "x"], cwd=tmp_path, text=True,
+                           capture_output=True, check=False)
+    assert again.returncode == 1 and "holds no adapter" in again.stderr
