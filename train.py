@@ -68,6 +68,8 @@ PRESETS = {
     "laptop": {},
     "paper": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "max_new_tokens": 2000},
     "1x80G-3b": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-3B-Instruct", "max_new_tokens": 512, "max_row_tokens": 4096},
+    "1x80G-7b": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "max_new_tokens": 512, "max_row_tokens": 4096,
+                 "offload_optimizer": True},
     "1x24G-3b": {**AUTHORS, **SMALL_GPU, "model": "Qwen/Qwen2.5-VL-3B-Instruct"},
     "1x24G-7b": {**AUTHORS, **SMALL_GPU, "model": "Qwen/Qwen2.5-VL-7B-Instruct"},
 }
@@ -131,6 +133,8 @@ class Config:
     grad_clip: float = option(1.0, "optimisation", "largest gradient norm [recipe 1.0]", above=0)
     precision: str = option("float32", "optimisation", "of weights and gradients; the optimizer keeps float32 weights "
                             "either way", ("float32", "bfloat16"))
+    offload_optimizer: bool = option(False, "optimisation", "with --precision bfloat16: float32 weights and moments in "
+                                     "the host's memory, updated by its cores")
     freeze: str = option("", "optimisation", f"PART,… that learn nothing, of {', '.join(PARTS)}")
     lora_rank: int = option(0, "optimisation", "rank r of LoRA's adapters, which alone learn then (0: no LoRA)",
                             least=0)
@@ -169,6 +173,8 @@ class Config:
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
                 ("label_thought", self.label_thought != "none" and self.method == "rlvr", "rlvr has no label"),
+                ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
+                 "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
                 ("lora_rank", self.lora_rank and self.random_weights,
                  "random weights are saved nowhere, and an adapter is nothing without them"),
                 ("kl", self.kl and self.method == "sft", "has no meaning with --method sft")):
@@ -179,7 +185,8 @@ class Config:
 def parse_config(arguments: list[str] | None = None) -> Config:
     resumable = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
                  "eval_every", "save_every", "keep", "keep_best", "log_every", "micro_rows", "max_row_tokens",
-                 "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "tensorboard")
+                 "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "offload_optimizer",
+                 "tensorboard")
 
     def read_flags(flags: list[str] | None) -> Config:
         return parse(Config, "train.py", __doc__, flags, PRESETS, resumable, saved_options)
@@ -431,7 +438,8 @@ def set_up() -> Job:
         job.say(line)
     some = f", {learning / 1e6:.2f} M learn" if learning < size else ""
     job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}{some}, {world} rank(s) on "
-            f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n{memory_line(model, world)}")
+            f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n"
+            f"{memory_line(model, world, cfg.offload_optimizer)}")
     for source in sources:
         for line in noticed(source):
             job.say(line)

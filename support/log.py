@@ -70,12 +70,12 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
 
 
-def memory_line(model: nn.Module, world: int) -> str:
+def memory_line(model: nn.Module, world: int, offload: bool) -> str:
     """By arithmetic."""
     weights, learning = (sum(p.numel() * p.element_size() for p in parameters) / 1e9
                          for parameters in (model.parameters(), learn(model)))
     return (f"memory of each rank before activations: weights {weights:.2f} GB, gradients {learning:.2f} GB, optimizer "
-            f"{state_bytes(model) / world / 1e9:.2f} GB")
+            f"{state_bytes(model) / world / 1e9:.2f} GB{' in the memory of the host' if offload else ''}")
 
 
 def progress_line(m: dict) -> str:

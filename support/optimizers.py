@@ -1,39 +1,59 @@
 """Optimizers and the learning rate.
 
 With --precision bfloat16 weights and gradients are bfloat16, 4 bytes a parameter on every rank; the float32 weights and
-AdamW's two moments, 12 bytes a parameter, are sharded over the ranks.
+AdamW's two moments, 12 bytes a parameter, are sharded over the ranks. --offload-optimizer keeps these in the host's
+memory, where the host's cores update them.
 """
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW of bfloat16 weights: updates float32 copies ("master", part of the state), then rounds them to the weights.
-    Without the copies every update below 1/256 of a weight is lost, at a learning rate of 1e-6 nearly all of them."""
-    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8):
+    Without the copies every update below 1/256 of a weight is lost, at a learning rate of 1e-6 nearly all of them.
+    host: the state lies in the host's memory, and the host updates it."""
+    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8,
+                 host: bool = False):
+        self.host = host
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:      # type: ignore[override]
-        for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state.update(step=torch.tensor(0.0), master=p.float(),
-                                 exp_avg=torch.zeros_like(p, dtype=torch.float32),
-                                 exp_avg_sq=torch.zeros_like(p, dtype=torch.float32))
-                state["step"] += 1
-                t, g = float(state["step"]), p.grad.float()
-                state["exp_avg"].lerp_(g, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                denominator = (state["exp_avg_sq"] / (1 - beta2 ** t)).sqrt_().add_(group["eps"])
-                state["master"].mul_(1 - lr * group["weight_decay"])
-                state["master"].addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** t))
-                p.copy_(state["master"])
+        todo = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self.fetch([p.grad for _, p in todo])
+        for (group, p), gradient in zip(todo, gradients, strict=True):
+            (beta1, beta2), lr, state, g = group["betas"], group["lr"], self.state[p], gradient.float()
+            if not state:
+                state.update(step=torch.tensor(0.0), master=p.to(g.device, torch.float32, copy=True),
+                             exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
+            state["step"] += 1
+            t = float(state["step"])
+            state["exp_avg"].lerp_(g, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            denominator = (state["exp_avg_sq"] / (1 - beta2 ** t)).sqrt_().add_(group["eps"])
+            state["master"].mul_(1 - lr * group["weight_decay"])
+            state["master"].addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** t))
+            p.copy_(state["master"].to(p.dtype))
+
+    def fetch(self, gradients: list[Tensor]) -> Iterator[Tensor]:
+        """The gradients where the state lies, in turn. From a GPU to the host the next one is on its way, into pinned
+        memory, while one is worked on."""
+        if not self.host or not gradients or not gradients[0].is_cuda:
+            yield from gradients
+            return
+
+        def begin(gradient: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+            copy, there = gradient.to("cpu", non_blocking=True), torch.cuda.Event()
+            there.record()
+            return copy, there
+        coming = begin(gradients[0])
+        for following in [*gradients[1:], None]:
+            (copy, there), coming = coming, begin(following) if following is not None else coming
+            there.synchronize()
+            yield copy
 
     def load_state_dict(self, state_dict: dict) -> None:
         """The base class casts every state to its parameter's type; these must stay float32."""
@@ -41,7 +61,8 @@ class MasterAdamW(torch.optim.Optimizer):
         for index, state in state_dict["state"].items():
             parameter = [p for group in self.param_groups for p in group["params"]][index]
             for name, value in state.items():
-                self.state[parameter][name] = value.clone().to(parameter.device if value.dim() else value.device)
+                home = value.device if self.host or not value.dim() else parameter.device
+                self.state[parameter][name] = value.clone().to(home)
 
 
 def learn(model: nn.Module) -> list[nn.Parameter]:
@@ -59,7 +80,9 @@ def make_optimizers(cfg, model: nn.Module) -> list:
     parameters that are not frozen."""
     parameters = learn(model)
     kind = MasterAdamW if any(p.dtype == torch.bfloat16 for p in parameters) else torch.optim.AdamW
-    adamw = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
+    adamw: dict = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
+    if cfg.offload_optimizer:
+        adamw["host"] = True
     if cfg.optimizer == "muon":
         embedding = model.model.embed_tokens.weight, model.lm_head.weight
         matrices = [p for p in parameters if p.dim() == 2 and not any(p is e for e in embedding)]

@@ -50,12 +50,13 @@ def test_small_updates_of_bfloat16_weights_add_up():
     assert torch.equal(ours, torch.full_like(ours, 0.99))    # Adam's update of a constant gradient is lr a step
 
 
-def test_state_stays_float32_when_it_is_loaded():
+@pytest.mark.parametrize("host", [False, True])
+def test_state_stays_float32_when_it_is_loaded(host):
     whole, half = start(torch.bfloat16), start(torch.bfloat16)
-    first = MasterAdamW([half], **SETTINGS)
+    first = MasterAdamW([half], **SETTINGS, host=host)
     run(first, half, range(5))
     rest = half.detach().clone().requires_grad_()
-    second = MasterAdamW([rest], **SETTINGS)
+    second = MasterAdamW([rest], **SETTINGS, host=host)
     second.load_state_dict(first.state_dict())
     assert {v.dtype for v in second.state[rest].values()} == {torch.float32}
     assert torch.equal(run(second, rest, range(5, 10)), run(MasterAdamW([whole], **SETTINGS), whole, range(10)))

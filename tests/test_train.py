@@ -586,9 +586,11 @@ def lines(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("ranks, precision", [(1, "float32"), (2, "bfloat16")])
 def test_resume_continues_bit_for_bit(tmp_path, ranks, precision):
+    """Of bfloat16 the second run has its optimizer in the host's memory, which changes nothing."""
+    offload = ["--offload-optimizer"] if precision == "bfloat16" else []
     whole = run_train(tmp_path, "--steps", "4", "--name", "whole", "--precision", precision, ranks=ranks)
     assert whole[0] == 0, whole[1]
-    half = run_train(tmp_path, "--steps", "2", "--name", "half", "--precision", precision, ranks=ranks)
+    half = run_train(tmp_path, "--steps", "2", "--name", "half", "--precision", precision, *offload, ranks=ranks)
     assert half[0] == 0, half[1]
     rest = run_train(tmp_path, "--resume", "runs/half", "--steps", "4", ranks=ranks)
     assert rest[0] == 0, rest[1]
