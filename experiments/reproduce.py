@@ -33,7 +33,7 @@ RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every meth
 SPLITS = ("test", "reasoning-test", "elsewhere-test", "pair-test")
 # Name → the stages of its training, flags of train.py each; a later stage begins from the weights of the one before.
 THOUGHT = ["--label-thought", "rollout"]
-LENGTHS = (25, 50, 100, 200)                    # steps of SFT, of 400, before RLVR
+LENGTHS = (25, 50, 100, 200, 300)               # steps of SFT, of 400, before RLVR
 TWO_STAGE = {f"sft{n}-rlvr": [["--method", "sft", "--steps", str(n)], ["--method", "rlvr", "--steps", str(400 - n)]]
              for n in LENGTHS}
 RIVALS = ("luffy", "hpt", "chord", "sgrpo", "sum")
