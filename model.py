@@ -293,11 +293,14 @@ class KVCache:
         out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
         return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
 
-    def keep(self, prompts: Tensor) -> None:
-        """Drops every prompt (with its G suffixes) that is not in `prompts`, a 1-D tensor of their numbers."""
-        self.padding = self.padding[prompts]
+    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
+        """Drops every prompt that is not in `prompts` [B'], and of each of these every suffix that is not in its line
+        of `rollouts` [B', G']."""
+        self.padding, self.G = self.padding[prompts], rollouts.shape[1]
         self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
-        self.suffix = [(k[prompts], v[prompts]) for k, v in self.suffix]
+        index = rollouts[:, None, :, None, None]
+        self.suffix = [(k[prompts].take_along_dim(index, 2), v[prompts].take_along_dim(index, 2))
+                       for k, v in self.suffix]
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ place: the number of a prompt in the endless sequence of examples; suffix: the t
 Each prompt has its own stream of uniform numbers, seeded by (seed, its place in the endless sequence of examples): its
 rollouts are the same in any batch, on any rank, and other ones when it comes again, in the same step too. Only a
 temperature shapes the distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.
-Prompts whose rollouts have all ended leave the batch.
+Prompts whose rollouts have all ended leave the batch, and of the others so many rollouts as have ended of each.
 """
 import functools
 import hashlib
@@ -124,10 +124,11 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
     u = None if greedy else torch.stack(
         [uniforms(seed, place, G, max_new_tokens) for place in places]).to(device)              # [B, G, R]
     start = torch.tensor([p.next_position for p in prompts], device=device)                     # [B]
-    alive = torch.arange(len(prompts), device=device)      # prompts still in the batch
+    alive = torch.arange(len(prompts), device=device)      # prompts still in the batch, [B']
+    numbers = repeat(torch.arange(G, device=device), "g -> b g", b=len(prompts))       # and their rollouts, [B', G']
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
     seen = None if repetition_penalty == 1 else seen_tokens(prompts, G, len(model.model.embed_tokens.weight), device)
-    # Per step: which prompts took part, and their tokens, log-probs and entropies [B', G].
+    # Per step: which prompts [B'] and rollouts took part, and their tokens, log-probs and entropies [B', G'].
     history: list[tuple[Tensor, ...]] = []
     with packed_weights(model):
         hidden, cache = prefill(model, prompts, G, max_new_tokens)
@@ -138,26 +139,28 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
             logits = model.logits(hidden, 1.0 if greedy else temperature)
             if seen is not None:
                 logits = penalise(logits, seen, repetition_penalty)
-            drawn = sample(logits, None if greedy else rearrange(u[alive, :, r], "b g -> (b g)"))
-            token = drawn[0]
-            history.append((alive, *(rearrange(x, "(b g) -> b g", g=G) for x in drawn)))
+            drawn = sample(logits, None if greedy else u[alive[:, None], numbers, r].flatten())
+            token, logp, entropy = (x.view(numbers.shape) for x in drawn)
+            history.append((alive, numbers, token, logp, entropy))
             if seen is not None:
-                seen.scatter_(1, token[:, None], True)
-            ended[alive] |= torch.isin(history[-1][1], eos)
-            going = ~ended[alive].all(1)
+                seen.scatter_(1, drawn[0][:, None], True)
+            ended[alive[:, None], numbers] |= torch.isin(token, eos)
+            going = ~ended[alive[:, None], numbers]                                             # [B', G']
             if not going.any() or r + 1 == max_new_tokens:
                 break
-            if not going.all():
-                stay = torch.nonzero(going)[:, 0]
-                alive = alive[stay]
-                cache.keep(stay)
+            most = int(going.sum(1).max())
+            if most < numbers.shape[1] or not going.any(1).all():
+                stay = torch.nonzero(going.any(1))[:, 0]
+                first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]    # going on
+                alive, numbers, token = alive[stay], numbers[stay].gather(1, first), token[stay].gather(1, first)
+                cache.keep(stay, first)
                 if seen is not None:
-                    seen = rearrange(rearrange(seen, "(b g) v -> b g v", g=G)[stay], "b g v -> (b g) v")
-                token = rearrange(history[-1][1][stay], "b g -> (b g)")
+                    of_rollout = rearrange(seen, "(b g) v -> b g v", b=len(going))[stay]
+                    seen = of_rollout.take_along_dim(first[:, :, None], 1).flatten(0, 1)
             # The slots written by the end of this step; a graph reads more, so that it serves the next steps as well.
             cache.window = min(-(-(r + 1) // WINDOW) * WINDOW, max_new_tokens) if graphs else r + 1
-            hidden = take_step(model, token, repeat(start[alive] + r, "b -> (b g)", g=G), cache)
-    if not torch.cat([logp.flatten() for _, _, logp, _ in history]).isfinite().all():
+            hidden = take_step(model, token.flatten(), repeat(start[alive] + r, "b -> (b g)", g=token.shape[1]), cache)
+    if not torch.cat([logp.flatten() for *_, logp, _ in history]).isfinite().all():
         raise Mistake("the model's log-probs are not finite: its weights hold NaN or Inf, or have become too large; "
                       "begin from a sound model or checkpoint, with a smaller --lr if this was a training")
     return collect(history, len(prompts), G, set(model.eos_ids))
@@ -178,11 +181,13 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def collect(history: list[tuple[Tensor, ...]], prompts: int, G: int, eos: set[int]) -> list[list[Response]]:
-    """Steps → responses, each cut after its first EOS (a finished rollout idles along until its group has ended)."""
+    """Steps → responses, each cut after its first EOS (a finished rollout idles along while another prompt has more
+    that go on)."""
     responses = [[Response([], [], True) for _ in range(G)] for _ in range(prompts)]
     for step in history:
         for prompt, *rows in zip(*(x.tolist() for x in step)):
-            for response, token, logp, entropy in zip(responses[prompt], *rows):
+            for number, token, logp, entropy in zip(*rows):
+                response = responses[prompt][number]
                 if response.truncated:
                     response.tokens.append(token)
                     response.logp.append(logp)

@@ -5,6 +5,7 @@
 
     oneDNN     our sampling and training with onednn.Linear's products by oneDNN against PyTorch's own choice (CPU)
     sampling   rollout.generate against transformers' generate with num_return_sequences = G
+    leaving    rollouts that leave the batch as they end, against groups that leave whole, lengths log-normal
     training   forward and backward of packed rows, one a group, against G+1 separate rows through the same model, and
                against transformers' model with the same rows in a padded batch. All three must give the same loss
     step       one whole update against one of TRL's GRPOTrainer, where trl is installed
@@ -216,6 +217,35 @@ def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: i
     times = compare({"ours": run_ours, "theirs": run_theirs}, repeats)
     table.against("sampling / transformers generate", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G {G}, "
                   f"{R} new", times["ours"], times["theirs"], len(prompts) * G * R)
+
+
+def leaving(table: Table, size: str, model, prompt: Prompt, B: int, G: int, R: int, repeats: int) -> None:
+    """Rollouts that leave the batch when they end, against the same where each stays as long as the longest of its
+    group. Lengths are log-normal around R/4, at most R: an end is where the uniform numbers hold a 2."""
+    plain, numbers, none = rollout.sample, rollout.uniforms, model.eos_ids
+
+    def run(lengths: torch.Tensor):
+        def call():
+            def marked(seed, place, *shape):
+                u = numbers(seed, place, *shape)
+                return u.scatter_(1, lengths[place][:, None] - 1, 2.0)
+
+            def until_the_mark(logits, u):
+                logits[:, 0] = -torch.inf
+                token, logp, entropy = plain(logits, u.clamp(max=1 - 1e-6))
+                return token.where(u < 2, 0), logp.clamp(min=-99), entropy
+            rollout.sample, rollout.uniforms, model.eos_ids = until_the_mark, marked, (0,)
+            made = rollout.generate(model, [prompt] * B, G, R)
+            rollout.sample, rollout.uniforms, model.eos_ids = plain, numbers, none
+            assert [[len(o.tokens) for o in group] for group in made] == lengths.tolist()
+        return call
+    for sigma in (0.5, 1.0):
+        spread = torch.randn(B, G, generator=torch.Generator().manual_seed(1)) * sigma
+        lengths = (spread.exp() * R / 4).long().clamp(2, R)
+        together = lengths.max(1, keepdim=True).values.expand(B, G)
+        times = compare({"one by one": run(lengths), "together": run(together)}, repeats)
+        table.against("rollouts that leave / groups", f"{size}, B {B}, G {G}, σ {sigma}, at most {R} new",
+                      times["one by one"], times["together"])
 
 
 def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: int, repeats: int) -> None:
@@ -514,6 +544,7 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         prompts = make_prompts(model.folder, 2, pixels, 7)
         theirs = transformers_model(model, folder / f"{size}-transformers", device)
         sampling(table, size, model, theirs, prompts, G, R, repeats)
+        leaving(table, size, model, prompts[0], 4, G, 4 * R, repeats)
         training(table, size, model, theirs, prompts[0], G + 1, R, repeats)
         if importlib.util.find_spec("trl") and not quick:
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
@@ -540,6 +571,7 @@ def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         if size == "3B" and not quick:
             theirs = transformers_model(model, folder / "3B-transformers", device)
             sampling(table, size, model, theirs, prompts[:4], 8, 128, 2)
+            leaving(table, size, model, prompts[0], 16, 8, 1024, 2)
             training(table, size, model, theirs, prompts[0], 9, 256, 2)
             del theirs
         if not quick:

@@ -544,6 +544,13 @@ def test_choices_as_data_sets_have_them(value, choices, answer):
     assert letter in label["choices"] or math_reward(f"\\boxed{{{letter}}}", json.dumps(label)).total == 1
 
 
+def test_labels_of_a_task_that_says_nothing_of_them():
+    read = rewards.Task("Look.", lambda answer, style: answer, lambda response, truth: Reward({}), None).read
+    assert read("grün", None) == "grün" and read({"a": ["ü", 1]}, None) == '{"a": ["ü", 1]}'
+    with pytest.raises(ValueError, match="knows no choices"):
+        read("A", ["a", "b"])
+
+
 @pytest.mark.parametrize("task, value, choices, reason", [
     ("math", "D", TEXTS, "none of the choices"), ("math", "purple", TEXTS, "none of the choices"),
     ("math", 3, TEXTS, "none of the 3"),

@@ -200,20 +200,26 @@ def test_sample_takes_no_token_of_probability_zero():
     torch.testing.assert_close(logp, torch.full((4,), 0.5).log())
 
 
-def test_a_group_stays_until_its_last_rollout_has_ended(model, prompts):
-    """Whatever the others of the group do, a rollout is the one that it would be without an end, cut at its own."""
+def test_rollouts_leave_the_batch_and_change_nothing(model, prompts, monkeypatch):
+    """Whatever the others of the group do, a rollout is the one that it would be without an end, cut at its own. Of the
+    prompts that go on as many rollouts are decoded as the one has that has the most."""
+    rows, original = [], rollout.decode_one_token
+    monkeypatch.setattr(rollout, "decode_one_token", lambda m, t, p, c: rows.append(len(t)) or original(m, t, p, c))
     model.eos_ids = (-1,)
     endless = generate(model, prompts, 4, 16, 1.0, seed=2)
     counts = torch.tensor([o.tokens for group in endless for o in group]).flatten().bincount()
     model.eos_ids = tuple(counts.topk(4).indices.tolist())
     lengths = []
+    rows.clear()
     for whole, group in zip(endless, generate(model, prompts, 4, 16, 1.0, seed=2)):
         for before, after in zip(whole, group):
             cut = next((i + 1 for i, token in enumerate(before.tokens) if token in model.eos_ids), 16)
             assert after.tokens == before.tokens[:cut] and after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
             assert after.truncated == (before.tokens[cut - 1] not in model.eos_ids)
-        lengths.append({len(o.tokens) for o in group})
-    assert max(map(len, lengths)) > 2 and len({max(group) for group in lengths}) > 1     # both kinds of leaving occur
+        lengths.append([len(o.tokens) for o in group])
+    going = [[sum(length > r for length in group) for group in lengths] for r in range(1, max(map(max, lengths)))]
+    assert rows == [sum(count > 0 for count in counts) * max(counts) for counts in going]
+    assert {15, 8} <= set(rows)         # a rollout of each prompt has left, then prompts and two of each that is left
 
 
 def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
