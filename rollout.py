@@ -146,11 +146,12 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
                 seen.scatter_(1, drawn[0][:, None], True)
             ended[alive[:, None], numbers] |= torch.isin(token, eos)
             going = ~ended[alive[:, None], numbers]                                             # [B', G']
-            if not going.any() or r + 1 == max_new_tokens:
+            count = going.sum(1)
+            most, least = torch.stack((count.max(), count.min())).tolist()      # a GPU is waited for here alone
+            if not most or r + 1 == max_new_tokens:
                 break
-            most = int(going.sum(1).max())
-            if most < numbers.shape[1] or not going.any(1).all():
-                stay = torch.nonzero(going.any(1))[:, 0]
+            if most < numbers.shape[1] or not least:
+                stay = torch.nonzero(count)[:, 0]
                 first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]    # going on
                 alive, numbers, token = alive[stay], numbers[stay].gather(1, first), token[stay].gather(1, first)
                 cache.keep(stay, first)
