@@ -484,7 +484,9 @@ def train_step(job: Job) -> dict:
         groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first, job.stopped)
     except Stopped:
         groups = []
+    ready = time.time()
     wait_for_all("sampling")        # before any other collective, which would wait without a name
+    waited = time.time() - ready
     if not all(gather_json(bool(groups), job.device)):      # on all ranks, wherever the signal came first
         raise Stopped
     measure_groups(groups, meter)
@@ -500,11 +502,13 @@ def train_step(job: Job) -> dict:
                   "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
     if not finite:
         line["examples"] = sum(gather_json([prompt.example.id for prompt in prompts], job.device), [])
-    drawn, trained = add_over_ranks([sum(len(o.tokens) for g in groups for o in g.rollouts), tokens], job.device)
+    drawn, trained, waited = add_over_ranks(
+        [sum(len(o.tokens) for g in groups for o in g.rollouts), tokens, waited / job.world], job.device)
     if drawn:
         line["sampling_tokens_per_s"] = drawn / (sampled - loaded)
     return {**line, "training_tokens_per_s": trained / (ended - sampled), "peak_memory_gb": peak_memory_gb(job.device),
-            "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded}
+            "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded,
+            "seconds_waiting": waited}
 
 
 def run_evaluation(job: Job, history: dict[str, dict]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {        # file → the tests that look at it, the quickest first
     "objective.py": ("test_objective.py",), "rewards.py": ("test_rewards.py",), "rollout.py": ("test_rollout.py",),
-    "data.py": ("test_data.py",), "model.py": ("test_model.py", "test_rollout.py"),
+    "data.py": ("test_data.py", "test_sources.py"), "model.py": ("test_model.py", "test_rollout.py"),
     "eval.py": ("test_metrics.py", "test_eval.py"), "train.py": ("test_train.py", "test_checkpoints.py"),
     "support/checkpoints.py": ("test_checkpoints.py", "test_train.py"),
     "support/runs.py": ("test_checkpoints.py", "test_mistakes.py", "test_train.py"),

@@ -761,6 +761,8 @@ def test_what_one_of_two_ranks_meets_alone(tmp_path, capfd):
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
     line, = lines(tmp_path / "runs/silent")
+    whole = json.loads((tmp_path / "runs/silent/metrics.jsonl").read_text())
+    assert 0 <= whole["seconds_waiting"] <= whole["seconds_sampling"] + 1
     assert line["tied"] == 0.5 and line["grad_norm"] > 0
     assert "out of memory: CUDA out of memory. A smaller --sampling-batch needs less" in output.err
 
