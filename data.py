@@ -6,7 +6,8 @@ Everything that depends on the image size happens once, in `Processor.prompt`: r
 conversion of boxes into the frame the model sees. Prompts are never truncated.
 
 Glossary
-    frame      the size of a picture as the model sees it; boxes of the label and of the answers are in its pixels
+    frame      the size of a picture as the model sees it, for Qwen3-VL 1000×1000 of whatever picture; boxes of the label
+               and of the answers are in its pixels
     segment    of each token of a row: 0 in the prompt, 1, 2, … in the responses, −1 in padding
     predictor  of each response token: the token whose output predicts it
     grid       (gh, gw), the patches of a picture per column and row; an image token stands for 2×2 of them
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import SPECIAL, TASKS, Reward, earned, label_text, read_label, user_text
+from rewards import SPECIAL, TASKS, Reward, count_boxes_in, earned, label_text, read_label, user_text
 from support import sources
 from support.mistakes import Mistake
 from support.sources import Example
@@ -126,10 +127,10 @@ class Prompt:
     position: Tensor          # [3, P] M-RoPE ids
     patches: Tensor           # [N, 3·2·14·14], N = 0 without an image
     grids: list[tuple[int, int]]  # (gh, gw) patches, one entry or none
-    answer: str               # the label's answer, boxes in the resized frame
-    size: tuple[int, int] = (0, 0)           # (width, height) after resizing
+    answer: str               # the label's answer, boxes in the frame
+    size: tuple[int, int] = (0, 0)           # (width, height) of the frame
     original_size: tuple[int, int] = (0, 0)  # and before
-    image: Image.Image | None = field(default=None, repr=False)  # resized, for the pictures
+    image: Image.Image | None = field(default=None, repr=False)  # of the frame's size, for the pictures
 
     @property
     def next_position(self) -> int:
@@ -214,6 +215,8 @@ class Processor:
         mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
         self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
         self.end_of_turn = end_of_turn(folder, self.tokenizer, self.eos_ids)
+        if self.config.boxes_in:
+            count_boxes_in(self.config.boxes_in)
 
     def patches(self, image: Image.Image, frame: tuple[int, int] | None = None
                 ) -> tuple[Tensor, tuple[int, int], Image.Image]:
@@ -243,6 +246,8 @@ class Processor:
         if original is not None:
             patches, grid, image = self.patches(original, TASKS[example.task].frame)
             grids = [grid]
+            if parts := self.config.boxes_in:
+                image = image.resize((parts, parts))
             if TASKS[example.task].boxes:
                 answer = convert_boxes(answer, original.size, image.size)
         merge = self.config.vision_spatial_merge_size

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL in plain PyTorch and einops (arXiv 2502.13923): the policy π_θ of ViSurf.
+"""Qwen2.5-VL in plain PyTorch and einops (arXiv 2502.13923): the policy π_θ of ViSurf. What is different in Qwen3-VL
+stands at the end of the file.
 
 Parameter names, shapes and numbers are those of the published checkpoints, so that loading is reading safetensors and a
 saved folder opens in `transformers` and vLLM. tests/test_model.py holds this file to `transformers`' implementation.
@@ -25,6 +26,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,7 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    head_dim: int
     intermediate_size: int
     vocab_size: int
     rms_norm_eps: float
@@ -62,9 +65,12 @@ class Config:
     vision_window_size: int
     vision_fullatt_block_indexes: tuple[int, ...]
 
+    boxes_in: ClassVar[int | None] = None       # coordinates of boxes: pixels of the picture, or parts of this many
+
     @staticmethod
     def from_json(path: Path) -> "Config":
-        return Config(**read_config(path))
+        family, fields = read_config(path)
+        return {"qwen2_5_vl": Config, "qwen3_vl": Qwen3Config}[family](**fields)
 
 
 class RMSNorm(nn.Module):
@@ -167,10 +173,10 @@ class VisionBlock(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         width = config.vision_hidden_size
-        self.norm1 = RMSNorm(width, 1e-6)
-        self.norm2 = RMSNorm(width, 1e-6)
+        self.norm1: nn.Module = RMSNorm(width, 1e-6)
+        self.norm2: nn.Module = RMSNorm(width, 1e-6)
         self.attn = VisionAttention(width, config.vision_num_heads)
-        self.mlp = GatedMLP(width, config.vision_intermediate_size, bias=True)
+        self.mlp: nn.Module = GatedMLP(width, config.vision_intermediate_size, bias=True)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sets: PatchSets) -> Tensor:
         x = x + self.attn(self.norm1(x), turn, sets)
@@ -199,34 +205,38 @@ class VisionTower(nn.Module):
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv3d(3, config.vision_hidden_size, (t, p, p), (t, p, p), bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_depth))
-        self.merger = PatchMerger(config)
+        self.merger: nn.Module = PatchMerger(config)
 
     def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
         """patches [N, 3·2·14·14] of all images in turn, grids: (gh, gw) patches of each → image tokens [N/4, D]."""
         c = self.config
-        if sum(gh * gw for gh, gw in grids) != len(patches):
-            raise ValueError(f"{len(patches)} patches do not fill the grids {grids}")
         side = c.vision_window_size // c.vision_patch_size // c.vision_spatial_merge_size
-        layouts = [patch_layout(gh, gw, c.vision_spatial_merge_size, side) for gh, gw in grids]
-        starts = [0]
-        for gh, gw in grids:
-            starts.append(starts[-1] + gh * gw)
-        device = patches.device
-        windows = PatchSets.of([w + start for (_, ws), start in zip(layouts, starts) for w in ws], device)
-        images = PatchSets.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], device)
-
-        # 2-D rope: the first half of the frequencies turns with the row, the second with the column.
-        quarter = c.vision_hidden_size // c.vision_num_heads // 4
-        frequency = 1 / 1e4 ** (torch.arange(quarter, device=device) / quarter)
-        coordinates = torch.cat([xy for xy, _ in layouts]).to(device)
-        angle = rearrange(coordinates[..., None] * frequency, "n two f -> n 1 (two f)")  # [N, 1, d/2]
-        turn = angle.cos(), angle.sin()
-
+        layouts, starts = self.lay_out(patches, grids, side)
+        windows = PatchSets.of([w + start for (_, ws), start in zip(layouts, starts) for w in ws], patches.device)
+        images = PatchSets.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], patches.device)
+        turn = self.turn([coordinates for coordinates, _ in layouts], patches.device)
         weight = self.patch_embed.proj.weight
         x = F.linear(patches.to(weight.dtype), weight.flatten(1))
         for i, block in enumerate(self.blocks):
             x = run(block, checkpoint, x, turn, images if i in c.vision_fullatt_block_indexes else windows)
         return self.merger(x)
+
+    def lay_out(self, patches: Tensor, grids: list[tuple[int, int]], side: int
+                ) -> tuple[list[tuple[Tensor, list[Tensor]]], list[int]]:
+        """patch_layout of each image, and where each begins among all patches, with the end as the last."""
+        starts = [0]
+        for gh, gw in grids:
+            starts.append(starts[-1] + gh * gw)
+        if starts[-1] != len(patches):
+            raise ValueError(f"{len(patches)} patches do not fill the grids {grids}")
+        return [patch_layout(gh, gw, self.config.vision_spatial_merge_size, side) for gh, gw in grids], starts
+
+    def turn(self, coordinates: list[Tensor], device) -> tuple[Tensor, Tensor]:
+        """2-D rope: the first half of the frequencies turns with the row, the second with the column. [N, 1, d/2]"""
+        quarter = self.config.vision_hidden_size // self.config.vision_num_heads // 4
+        frequency = 1 / 1e4 ** (torch.arange(quarter, device=device) / quarter)
+        angle = rearrange(torch.cat(coordinates).to(device)[..., None] * frequency, "n two f -> n 1 (two f)")
+        return angle.cos(), angle.sin()
 
 
 def run(block: nn.Module, checkpoint: bool, *inputs):
@@ -309,16 +319,20 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        width, d = config.hidden_size, config.hidden_size // config.num_attention_heads
+        width, d = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(width, self.heads * d)
         self.k_proj = nn.Linear(width, self.kv_heads * d)
         self.v_proj = nn.Linear(width, self.kv_heads * d)
         self.o_proj = nn.Linear(self.heads * d, width, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        return q, k, v
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        q, k, v = self.project(x)
         out = attend(self.layer, rotate(q, turn), rotate(k, turn), v)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
@@ -425,28 +439,37 @@ class RowLayout:
 
 class Qwen2_5_VL(nn.Module):
     """`Qwen2_5_VLForConditionalGeneration`: `embed` is its `Qwen2_5_VLModel`, `decode` `Qwen2_5_VLTextModel`."""
+    Tower: type = VisionTower
+    Layer: type = DecoderLayer
+    stored_as: ClassVar[dict[str, str]] = {}    # how names begin here → in the files, where that is something else
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config)
+        self.visual = self.Tower(config)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(self.Layer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        half = config.hidden_size // config.num_attention_heads // 2
-        if sum(config.mrope_section) != half:
-            raise ValueError(f"mrope_section {config.mrope_section} must add up to half the head size, {half}")
+        if sum(config.mrope_section) != config.head_dim // 2:
+            raise ValueError(f"mrope_section {config.mrope_section} must add up to half the head size, "
+                             f"{config.head_dim // 2}")
         # device="cpu": these two are computed here, not loaded, also when the weights are still on the meta device.
-        axis = torch.tensor([i for i, n in enumerate(config.mrope_section) for _ in range(n)], device="cpu")
+        axis = torch.tensor(self.axes(config.mrope_section), device="cpu")
         self.register_buffer("rope_axis", axis, persistent=False)                       # [d/2] in {t, h, w}
         banned = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
         banned[[getattr(config, name) for name in VISION_TOKENS]] = True
         self.register_buffer("banned", banned, persistent=False)                        # [V]
         self.folder: Path | None = None      # where the weights came from; its tokenizer travels with every save
         self.eos_ids: tuple[int, ...] = ()   # every id that ends a response, from generation_config.json
+
+    @staticmethod
+    def axes(section: tuple[int, ...]) -> list[int]:
+        """The axis of each frequency of M-RoPE: section[0] times t, section[1] times h, section[2] times w."""
+        return [axis for axis, count in enumerate(section) for _ in range(count)]
 
     def embed(self, tokens: Tensor, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
         """tokens [B, T] → [B, T, D]; the image placeholders, in reading order, take the image tokens of `patches`."""
@@ -461,19 +484,26 @@ class Qwen2_5_VL(nn.Module):
             return x
         image = self.visual(patches, grids, checkpoint)
         at_image = tokens == self.config.image_token_id
-        if int(at_image.sum()) != len(image):
-            raise ValueError(f"{int(at_image.sum())} image placeholders for {len(image)} image tokens")
-        return x.masked_scatter(at_image[..., None], image.to(x.dtype))
+        if int(at_image.sum()) != image.shape[-2]:
+            raise ValueError(f"{int(at_image.sum())} image placeholders for {image.shape[-2]} image tokens")
+        return self.place(x, at_image[..., None], image)
+
+    def place(self, x: Tensor, at_image: Tensor, image: Tensor) -> Tensor:
+        return x.masked_scatter(at_image, image.to(x.dtype))
 
     def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False) -> Tensor:
         """x [B, T, D], position [3, B, T] → final hidden states [B, T, D]."""
-        d = self.config.hidden_size // self.config.num_attention_heads
-        frequency = 1 / self.config.rope_theta ** (torch.arange(0, d, 2, device=x.device) / d)
-        angle = rearrange(position[self.rope_axis], "f b t -> b 1 t f") * frequency     # [B, 1, T, d/2]
-        turn = angle.cos(), angle.sin()
+        turn = self.turn(position)
         for layer in self.model.layers:
             x = run(layer, checkpoint, x, turn, attend)
         return self.model.norm(x)
+
+    def turn(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """M-RoPE: cos and sin of the angles of all tokens, [B, 1, T, d/2]."""
+        d = self.config.head_dim
+        frequency = 1 / self.config.rope_theta ** (torch.arange(0, d, 2, device=position.device) / d)
+        angle = rearrange(position[self.rope_axis], "f b t -> b 1 t f") * frequency
+        return angle.cos(), angle.sin()
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """[..., D] → [..., V] in at least float32, divided by the temperature, −inf for `banned`. Sampling and training
@@ -521,7 +551,7 @@ class Qwen2_5_VL(nn.Module):
         folder = local_folder(folder)
         config = Config.from_json(folder / "config.json")
         with torch.device("cpu" if random_weights else "meta"):
-            model = Qwen2_5_VL(config)
+            model = MODELS[type(config)](config)
         if random_weights:
             model.reset_parameters()
             model = model.to(dtype=dtype)
@@ -542,3 +572,148 @@ class Qwen2_5_VL(nn.Module):
     def save_pretrained(self, folder, max_shard_size: str = "5GB") -> None:
         """Writes a complete folder: config, weights, tokenizer, processor files (weights.save_folder)."""
         save_folder(self, folder, max_shard_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Qwen3-VL (arXiv 2511.21631): what is different. Published: transformers, models/qwen3_vl/modeling_qwen3_vl.py
+#
+#   tower      LayerNorm and a plain MLP; no windows; a learned table of positions, stretched over the image, beside the
+#              2-D rope
+#   DeepStack  (arXiv 2406.04334) what some of the tower's blocks give is added to the image tokens after the decoder's
+#              first layers
+#   decoder    a head size of its own, no biases, q and k normalised for each head, M-RoPE's axes in turns
+#   boxes      in 0 … 1000 of either side, whatever the size of the picture (data.Processor)
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Config(Config):
+    vision_num_position_embeddings: int
+    vision_deepstack_visual_indexes: tuple[int, ...]
+    vision_window_size: int = 0                             # there are no windows
+    vision_fullatt_block_indexes: tuple[int, ...] = ()
+    boxes_in: ClassVar[int | None] = 1000
+
+
+class PlainMLP(nn.Module):
+    """`Qwen3VLVisionMLP`, and with the exact GELU the products of `Qwen3VLVisionPatchMerger`."""
+    def __init__(self, width: int, inner: int, out: int, approximate: str):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(width, inner)
+        self.linear_fc2 = nn.Linear(inner, out)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate=self.approximate))
+
+
+class Qwen3VisionBlock(VisionBlock):
+    """`Qwen3VLVisionBlock`."""
+    def __init__(self, config: Config):
+        super().__init__(config)
+        width = config.vision_hidden_size
+        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+        self.mlp = PlainMLP(width, config.vision_intermediate_size, width, "tanh")
+
+
+class Qwen3PatchMerger(PlainMLP):
+    """`Qwen3VLVisionPatchMerger`: normalises the patches before it joins them, or, for DeepStack, after."""
+    def __init__(self, config: Config, after: bool):
+        self.joined = config.vision_hidden_size * config.vision_spatial_merge_size ** 2
+        super().__init__(self.joined, self.joined, config.hidden_size, "none")
+        self.norm = nn.LayerNorm(self.joined if after else config.vision_hidden_size, 1e-6)
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x.view(-1, self.joined)) if self.after else self.norm(x).view(-1, self.joined))
+
+
+class Qwen3VisionTower(VisionTower):
+    """`Qwen3VLVisionModel`."""
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        p, t, width = config.vision_patch_size, config.vision_temporal_patch_size, config.vision_hidden_size
+        self.patch_embed.proj = nn.Conv3d(3, width, (t, p, p), (t, p, p))
+        self.pos_embed = nn.Embedding(config.vision_num_position_embeddings, width)
+        self.blocks = nn.ModuleList(Qwen3VisionBlock(config) for _ in range(config.vision_depth))
+        self.merger = Qwen3PatchMerger(config, after=False)
+        self.deepstack = config.vision_deepstack_visual_indexes
+        self.deepstack_merger_list = nn.ModuleList(Qwen3PatchMerger(config, after=True) for _ in self.deepstack)
+
+    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
+        """patches [N, 3·2·16·16] → [1 + L, N/4, D]: the image tokens, and what is added to them after each of the first
+        L layers of the decoder."""
+        layouts, starts = self.lay_out(patches, grids, 1)
+        images = PatchSets.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], patches.device)
+        turn = self.turn([coordinates for coordinates, _ in layouts], patches.device)
+        proj = self.patch_embed.proj
+        x = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
+        x = x + torch.cat([self.positions(gh, gw) for gh, gw in grids]).to(x.dtype)
+        added = {}
+        for i, block in enumerate(self.blocks):
+            x = run(block, checkpoint, x, turn, images)
+            if i in self.deepstack:
+                added[i] = self.deepstack_merger_list[self.deepstack.index(i)](x)
+        return torch.stack([self.merger(x), *(added[i] for i in self.deepstack)])
+
+    def positions(self, gh: int, gw: int) -> Tensor:
+        """The square table, stretched over an image of gh × gw patches so that corner lies on corner. [gh·gw, width]"""
+        table = self.pos_embed.weight
+        side, merge = round(len(table) ** 0.5), self.config.vision_spatial_merge_size
+        wide = rearrange(table.to(torch.promote_types(table.dtype, torch.float32)), "(h w) d -> 1 d h w", h=side)
+        stretched = F.interpolate(wide, (gh, gw), mode="bilinear", align_corners=True)[0]
+        return rearrange(stretched, "d (h a) (w b) -> (h w a b) d", a=merge, b=merge)
+
+
+class Qwen3Attention(Attention):
+    """`Qwen3VLTextAttention`."""
+    def __init__(self, config: Config, layer: int):
+        super().__init__(config, layer)
+        for product in (self.q_proj, self.k_proj, self.v_proj):
+            product.register_parameter("bias", None)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class Qwen3DecoderLayer(DecoderLayer):
+    """`Qwen3VLTextDecoderLayer`."""
+    def __init__(self, config: Config, layer: int):
+        super().__init__(config, layer)
+        self.self_attn = Qwen3Attention(config, layer)
+
+
+class Qwen3_VL(Qwen2_5_VL):
+    """`Qwen3VLForConditionalGeneration`."""
+    Tower: type = Qwen3VisionTower
+    Layer: type = Qwen3DecoderLayer
+    stored_as: ClassVar[dict[str, str]] = {"visual.": "model.visual.", "model.": "model.language_model."}
+
+    @staticmethod
+    def axes(section: tuple[int, ...]) -> list[int]:
+        """t h w t h w …, until an axis has had its share; then t.
+
+        >>> Qwen3_VL.axes((4, 2, 1))
+        [0, 1, 2, 0, 1, 0, 0]
+        """
+        return [i % 3 if i // 3 < section[i % 3] else 0 for i in range(sum(section))]
+
+    def place(self, x: Tensor, at_image: Tensor, image: Tensor) -> Tensor:
+        """→ [1 + L, B, T, D]: the embeddings, and what is added after each of the first L layers, 0 but at images."""
+        first, *added = image
+        nothing = torch.zeros_like(x)
+        return torch.stack([super().place(x, at_image, first), *(super(Qwen3_VL, self).place(nothing, at_image, each)
+                                                                 for each in added)])
+
+    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False) -> Tensor:
+        """x: [1 + L, B, T, D], or [B, T, D] where there is no image."""
+        x, *added = x if x.dim() == 4 else (x,)
+        turn = self.turn(position)
+        for i, layer in enumerate(self.model.layers):
+            x = run(layer, checkpoint, x, turn, attend)
+            x = x + added[i] if i < len(added) else x
+        return self.model.norm(x)
+
+
+MODELS: dict[type[Config], type[Qwen2_5_VL]] = {Config: Qwen2_5_VL, Qwen3Config: Qwen3_VL}

@@ -3,7 +3,7 @@
 Glossary
     response   text: y or a rollout. `parse_boxes` turns it into boxes or a *named* error
     reward     a record of named terms; r is their sum
-    truth      what a response is held to: the label's answer, boxes in the frame the model sees
+    truth      what a response is held to: the label's answer, boxes in the frame the model sees (Qwen3-VL: 0 … 1000)
     task       prompt template, text of y, reward and metric (`TASKS`)
     control    1 align the text of y, 2 no thinking reward for y, 3 smooth r(y): `label_text`, `label_reward`, `smooth`
 Model output is never evaluated: `json.loads`, a schema, bounds on length, depth and magnitude.
@@ -29,7 +29,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -597,6 +597,14 @@ TASKS = {
                             read_boxes),
     "scene_math": Task("{question}", render_boxed, math_reward, math_metric, read=read_math),
 }
+
+
+def count_boxes_in(parts: int) -> None:
+    """From now on boxes are in parts of this many of either side, not in pixels; the limits of the grounding reward,
+    which are shares of a side, stay what they are."""
+    for name, task in TASKS.items():
+        if getattr(task.reward, "func", task.reward) is grounding_reward:
+            TASKS[name] = replace(task, reward=functools.partial(grounding_reward, side=parts))
 
 
 def user_text(task: str, question: str) -> str:

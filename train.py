@@ -464,7 +464,8 @@ def show_example(job: Job) -> None:
     y = label_text(example.task, prompt.answer, style, example.thought)
     reward = label_reward(example.task, y, prompt.answer, not cfg.reward_label_thinking)
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
-    seen = f"picture of {prompt.size[0]}×{prompt.size[1]}" if prompt.grids else "no picture"
+    side = job.processor.config.vision_patch_size
+    seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"
     job.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
             f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
 

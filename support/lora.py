@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from support.mistakes import Mistake
 
 # What can be frozen → how the names of its parameters begin.
-PARTS = {"tower": ("visual.patch_embed.", "visual.blocks."), "merger": ("visual.merger.",),
+PARTS = {"tower": ("visual.patch_embed.", "visual.pos_embed.", "visual.blocks."),
+         "merger": ("visual.merger.", "visual.deepstack_merger_list."),
          "decoder": ("model.layers.", "model.norm."), "embeddings": ("model.embed_tokens.", "lm_head.")}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

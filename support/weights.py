@@ -43,24 +43,31 @@ def local_folder(name) -> Path:
                       f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error
 
 
-def read_config(path: Path) -> dict:
-    """The fields of a Qwen2.5-VL config.json that change the computation, those of the vision tower as vision_NAME.
-    ValueError: what is not supported. Reads both layouts in use: text fields at the top level (the hub's) or under
-    text_config (transformers 5)."""
+def read_config(path: Path) -> tuple[str, dict]:
+    """Family ("qwen2_5_vl" or "qwen3_vl"), and the fields of its config.json that change the computation, those of the
+    vision tower as vision_NAME. ValueError: what is not supported. Reads both layouts in use: text fields at the top
+    level (the hub's) or under text_config (transformers 5)."""
     try:
         raw = json.loads(Path(path).read_text())
     except ValueError as error:
         raise Mistake(f"{path} is not JSON: {error}") from None
-    if raw.get("model_type") != "qwen2_5_vl":
-        raise Mistake(f"{path}: model_type is {raw.get('model_type')!r}; this code runs 'qwen2_5_vl' only")
+    family = raw.get("model_type")
+    if family not in ("qwen2_5_vl", "qwen3_vl"):
+        raise Mistake(f"{path}: model_type is {family!r}; this code runs 'qwen2_5_vl' and the dense models of "
+                      "'qwen3_vl'")
+    third = family == "qwen3_vl"
     text = {**raw, **raw.get("text_config", {})}
     vision = raw.get("vision_config", {})
     if text.get("use_sliding_window"):
         raise Mistake(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
-    for where, section in (("text", text), ("vision", vision)):
-        if section.get("hidden_act", "silu") != "silu":
-            raise Mistake(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only 'silu' is supported")
-    if (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
+    for where, section, only in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh" if third else "silu")):
+        if section.get("hidden_act", only) != only:
+            raise Mistake(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only {only!r} is supported")
+    if third and (text.get("rope_parameters") or text.get("rope_scaling") or {}).get("mrope_interleaved") is False:
+        raise Mistake(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is supported")
+    if third and text.get("attention_bias"):
+        raise Mistake(f"{path}: attention_bias is true; products with biases are not supported")
+    if not third and (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
         if width % heads or text.get("head_dim") not in (None, width // heads):
             raise Mistake(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
                           f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
@@ -78,19 +85,33 @@ def read_config(path: Path) -> dict:
                "intermediate_size", "vocab_size")
     defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
                 "fullatt_block_indexes": (7, 15, 23, 31), "num_heads": 16, "intermediate_size": 3420, "depth": 32}
+    own = ["window_size", "fullatt_block_indexes"]
+    if third:
+        defaults |= {"patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24),
+                     "intermediate_size": 4304, "depth": 27}
+        own = ["num_position_embeddings", "deepstack_visual_indexes"]
     visions = ("depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
-               "spatial_merge_size", "window_size", "fullatt_block_indexes")
+               "spatial_merge_size", *own)
     vision_fields = {f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}
-    vision_fields["vision_fullatt_block_indexes"] = tuple(vision_fields["vision_fullatt_block_indexes"])
+    for name, value in vision_fields.items():
+        vision_fields[name] = tuple(value) if isinstance(value, list) else value
     pixels = vision_fields["vision_patch_size"] * vision_fields["vision_spatial_merge_size"]   # of an image token
-    if vision_fields["vision_window_size"] < pixels:
+    if not third and vision_fields["vision_window_size"] < pixels:
         raise Mistake(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
                       f"an image token of {pixels}×{pixels}")
-    return {
+    table = vision_fields.get("vision_num_position_embeddings", 1)
+    if round(table ** 0.5) ** 2 != table:
+        raise Mistake(f"{path}: num_position_embeddings is {table}, which is no square number")
+    if third and vision.get("out_hidden_size", text.get("hidden_size")) != text.get("hidden_size"):
+        raise Mistake(f"{path}: the tower's out_hidden_size is {vision['out_hidden_size']}, hidden_size "
+                      f"{text.get('hidden_size')}; they must be equal")
+    head_dim = text.get("head_dim") or field(text, "hidden_size") // field(text, "num_attention_heads")
+    return family, {
+        "head_dim": 128 if third and not text.get("head_dim") else head_dim,
         **{name: field(text, name) for name in numbers},
-        "rms_norm_eps": field(text, "rms_norm_eps", 1e-5),    # where it is missing, as transformers
-        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1e6)),
-        "mrope_section": tuple(rope.get("mrope_section", (16, 24, 24))),
+        "rms_norm_eps": field(text, "rms_norm_eps", 1e-6 if third else 1e-5),    # where it is missing, as transformers
+        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 5e5 if third else 1e6)),
+        "mrope_section": tuple(rope.get("mrope_section", (24, 20, 20) if third else (16, 24, 24))),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         **{name: field(raw, name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
         **vision_fields}
@@ -169,7 +190,10 @@ def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
     if lora.adapters(model):
         lora.save_adapter(model, folder)
     else:
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()
+        def stored(name: str) -> str:
+            return next((there + name.removeprefix(here) for here, there in model.stored_as.items()
+                         if name.startswith(here)), name)
+        state = {stored(name): tensor.contiguous() for name, tensor in model.state_dict().items()
                  if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
         save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
     raw = json.loads((model.folder / "config.json").read_text())

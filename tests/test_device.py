@@ -96,8 +96,10 @@ def far(monkeypatch):
     monkeypatch.setattr(train, "gather_json", lambda value, device: [value])
     monkeypatch.setattr(train, "add_over_ranks", lambda values, device: values)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    with torch.device("cpu"):
+        torch.empty(0)              # torch notes at its first use which functions a device context is for
     plain = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda data, device=None, **kw: plain(data, **kw).to(device or "cpu"))
+    monkeypatch.setattr(torch, "tensor", lambda data, device="cpu", **kw: plain(data, device="cpu", **kw).to(device))
     torch.__future__.set_swap_module_params_on_conversion(True)        # or tied weights would become two
     with Watching(), sdpa_kernel(SDPBackend.MATH):
         yield FAR

@@ -1,4 +1,5 @@
-"""model.py against transformers' Qwen2.5-VL with the same random weights, and the invariances of the packed row."""
+"""model.py against transformers' Qwen2.5-VL and Qwen3-VL with the same random weights, and the invariances of the packed
+row."""
 import doctest
 import json
 import pickle
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration)
 
 import model as model_file
 from data import Batch, Processor, Prompt, Response, collate, pack_group
@@ -42,6 +44,19 @@ CONFIGS = {
              rms_norm_eps=1e-3, rope_parameters=dict(rope_type="default", rope_theta=1e5, mrope_section=[3, 3, 2])),
         dict(hidden_size=64, num_heads=2, depth=4, intermediate_size=48, out_hidden_size=64,
              fullatt_block_indexes=[2]), False),
+    # Of Qwen3-VL: a head size that is not width / heads, DeepStack out of order and from two of five blocks.
+    "third, 4 heads on 2, tied": (
+        dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, intermediate_size=96,
+             head_dim=24, rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=1e4,
+                                                                 mrope_section=[6, 4, 2])),
+        dict(hidden_size=32, num_heads=2, depth=5, intermediate_size=48, out_hidden_size=64,
+             num_position_embeddings=49, deepstack_visual_indexes=[1, 3]), True),
+    "third, 6 heads on 2, untied": (
+        dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=3, intermediate_size=128,
+             head_dim=16, rms_norm_eps=1e-6, rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                                                                 mrope_section=[4, 2, 2])),
+        dict(hidden_size=48, num_heads=3, depth=4, intermediate_size=64, out_hidden_size=96,
+             num_position_embeddings=16, deepstack_visual_indexes=[0, 2]), False),
 }
 
 
@@ -57,11 +72,13 @@ def scramble(model, seed: int) -> None:
             parameter.copy_(0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise)
 
 
-def make_reference(name: str) -> Qwen2_5_VLForConditionalGeneration:
+def make_reference(name: str):
     text, vision, tied = CONFIGS[name]
-    reference = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+    kind, config, window = ((Qwen3VLForConditionalGeneration, Qwen3VLConfig, {}) if name.startswith("third") else
+                            (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, {"window_size": 112}))
+    reference = kind(config(
         text_config=dict(text, vocab_size=VOCABULARY, eos_token_id=EOS, bos_token_id=None), tie_word_embeddings=tied,
-        vision_config=dict(vision, window_size=112, patch_size=14, spatial_merge_size=2, temporal_patch_size=2),
+        vision_config=dict(vision, **window, patch_size=14, spatial_merge_size=2, temporal_patch_size=2),
         vision_start_token_id=START, vision_end_token_id=END, image_token_id=IMAGE, video_token_id=VIDEO)).eval()
     scramble(reference, seed=len(name))
     reference.generation_config.eos_token_id = EOS
@@ -80,9 +97,9 @@ def pair(request, tmp_path_factory):
     return make_pair(request.param, tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture(scope="module")
-def tied_pair(tmp_path_factory):
-    return make_pair("4 heads on 2, tied", tmp_path_factory.mktemp("tied"))
+@pytest.fixture(scope="module", params=["4 heads on 2, tied", "third, 4 heads on 2, tied"])
+def tied_pair(request, tmp_path_factory):
+    return make_pair(request.param, tmp_path_factory.mktemp("tied"))
 
 
 @pytest.fixture(scope="module")
@@ -354,9 +371,9 @@ def test_missing_tensor(folder):
 
 
 def test_misshapen_tensor(folder):
-    stored = stored_name(folder, "visual.merger.ln_q.weight")
+    stored = stored_name(folder, "visual.blocks.0.norm1.weight")
     rewrite(folder, lambda state: state.update({stored: torch.ones(33)}))
-    with pytest.raises(ValueError, match=r"visual.merger.ln_q.weight' has shape \(33,\).*\(32,\)"):
+    with pytest.raises(ValueError, match=r"visual.blocks.0.norm1.weight' has shape \(33,\).*\(32,\)"):
         Qwen2_5_VL.from_pretrained(folder)
 
 
@@ -391,6 +408,41 @@ def test_unsupported_config(tmp_path, change, reason):
     shutil.copy(TINY / "generation_config.json", tmp_path)
     with pytest.raises(ValueError, match=reason):
         Qwen2_5_VL.from_pretrained(tmp_path, random_weights=True)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"text_config": {"attention_bias": True}}, "attention_bias is true"),
+    ({"text_config": {"hidden_act": "gelu"}}, "text hidden_act is 'gelu'"),
+    ({"text_config": {"rope_parameters": {"mrope_interleaved": False}}}, "only interleaved M-RoPE"),
+    ({"vision_config": {"hidden_act": "silu"}}, "vision hidden_act is 'silu'; only 'gelu_pytorch_tanh'"),
+    ({"vision_config": {"num_position_embeddings": 50}}, "50, which is no square number"),
+    ({"vision_config": {"out_hidden_size": 32}}, "out_hidden_size is 32"),
+    ({"model_type": "qwen3_vl_moe"}, "model_type is 'qwen3_vl_moe'; this code runs 'qwen2_5_vl' and the dense models")])
+def test_unsupported_config_of_qwen3_vl(tmp_path, change, reason):
+    raw = make_reference("third, 4 heads on 2, tied").config.to_dict()
+    for name, value in change.items():
+        raw[name] = {**raw[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=reason):
+        Config.from_json(tmp_path / "config.json")
+
+
+def test_missing_fields_of_qwen3_vl_are_as_in_transformers(tmp_path):
+    wide = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "intermediate_size": 64, "vocab_size": 200000}
+    raw = {"model_type": "qwen3_vl", "text_config": wide, "vision_config": {"hidden_size": 32, "out_hidden_size": 64},
+           **{name: getattr(Qwen3VLConfig(), name) for name in VISION_TOKENS}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours, theirs = Config.from_json(tmp_path / "config.json"), Qwen3VLConfig(**{**raw, "model_type": "qwen3_vl"})
+    for name in ("head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings"):
+        other = theirs.text_config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(
+            theirs if name.startswith("tie") else theirs.text_config, name)
+        assert getattr(ours, name) == other, name
+    for name in ("depth", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size", "spatial_merge_size",
+                 "num_position_embeddings", "deepstack_visual_indexes"):
+        other = getattr(theirs.vision_config, name)
+        assert getattr(ours, f"vision_{name}") == (tuple(other) if isinstance(other, list) else other), name
+    assert ours.mrope_section == (24, 20, 20)
 
 
 def test_missing_fields_are_as_in_transformers(tmp_path):

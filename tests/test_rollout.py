@@ -16,16 +16,21 @@ from support.sources import Scenes
 FOLDER = "assets/tiny"
 
 
+@pytest.fixture(scope="module", params=["Qwen2.5-VL", "Qwen3-VL"])
+def folder(request, qwen3_folder):
+    return FOLDER if request.param == "Qwen2.5-VL" else qwen3_folder
+
+
 @pytest.fixture(scope="module")
-def processor():
-    return Processor(FOLDER)
+def processor(folder):
+    return Processor(folder)
 
 
 @pytest.fixture
-def model():
+def model(folder):
     """Random weights, large enough that every layer changes what is sampled."""
     torch.manual_seed(1)
-    model = Qwen2_5_VL.from_pretrained(FOLDER, random_weights=True)
+    model = Qwen2_5_VL.from_pretrained(folder, random_weights=True)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -117,9 +122,9 @@ def test_bfloat16_scores_survive_a_common_offset_of_the_keys(offset):
         assert ours < 1.5 * theirs, (r, ours, theirs)
 
 
-def test_bfloat16_sampling_is_the_policy_that_is_trained(processor):
+def test_bfloat16_sampling_is_the_policy_that_is_trained():
     """The mean gap of log-probs with keys that carry an offset: 0.07 where scores were rounded to bfloat16."""
-    model = Qwen2_5_VL.from_pretrained(FOLDER, torch.bfloat16)
+    model, processor = Qwen2_5_VL.from_pretrained(FOLDER, torch.bfloat16), Processor(FOLDER)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.k_proj.bias += 140
@@ -208,7 +213,7 @@ def test_rollouts_leave_the_batch_and_change_nothing(model, prompts, monkeypatch
     model.eos_ids = (-1,)
     endless = generate(model, prompts, 4, 16, 1.0, seed=2)
     counts = torch.tensor([o.tokens for group in endless for o in group]).flatten().bincount()
-    model.eos_ids = tuple(counts.topk(4).indices.tolist())
+    model.eos_ids = tuple(counts.topk(6).indices.tolist())
     lengths = []
     rows.clear()
     for whole, group in zip(endless, generate(model, prompts, 4, 16, 1.0, seed=2)):
@@ -219,7 +224,8 @@ def test_rollouts_leave_the_batch_and_change_nothing(model, prompts, monkeypatch
         lengths.append([len(o.tokens) for o in group])
     going = [[sum(length > r for length in group) for group in lengths] for r in range(1, max(map(max, lengths)))]
     assert rows == [sum(count > 0 for count in counts) * max(counts) for counts in going]
-    assert {15, 8} <= set(rows)         # a rollout of each prompt has left, then prompts and two of each that is left
+    assert len(set(rows)) > 2 and any(max(counts) < 4 for counts in going)
+    assert any(min(counts) == 0 for counts in going)                # both kinds of leaving occur
 
 
 def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
@@ -272,8 +278,8 @@ def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_weights_that_are_not_finite_are_one_sentence(processor, temperature):
-    model = Qwen2_5_VL.from_pretrained(FOLDER)
+def test_weights_that_are_not_finite_are_one_sentence(temperature):
+    model, processor = Qwen2_5_VL.from_pretrained(FOLDER), Processor(FOLDER)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(Mistake, match="log-probs are not finite: its weights hold NaN or Inf"):

@@ -1,0 +1,96 @@
+"""Qwen3-VL from a picture to a trained model; tests/test_model.py and tests/test_rollout.py have its layers and its
+sampling."""
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import SMALL, lines, run_train
+from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+
+import rewards
+from data import Processor, Response, collate, pack_group
+from eval import judge, original_frame
+from model import Qwen2_5_VL, Qwen3_VL
+from support.sources import Example, Scenes
+
+BOX = {"bbox_2d": [60, 30, 241, 90], "point_2d": [150, 61]}
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng((width, height)).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def example(width: int, height: int, task: str = "grounding") -> Example:
+    return Example("1", picture(width, height), "the cup", json.dumps([BOX]), task)
+
+
+@pytest.mark.parametrize("size", [(112, 112), (300, 100), (64, 417), (33, 31)])
+def test_patches_are_those_of_transformers(qwen3_folder, size):
+    ours, reference = Processor(qwen3_folder), Qwen2VLImageProcessorPil.from_pretrained(qwen3_folder)
+    patches, (gh, gw), resized = ours.patches(picture(*size))
+    expected = reference(images=[picture(*size)], return_tensors="pt")
+    assert [[1, gh, gw]] == expected["image_grid_thw"].tolist() and resized.size == (16 * gw, 16 * gh)
+    torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, grid", [((400, 200), (52, 52)), ((840, 840), (52, 52))])
+def test_boxes_are_in_thousandths_of_the_picture(qwen3_folder, size, grid):
+    """The frame of 840×840 becomes 832×832, a multiple of 32. A label comes back to the pixel."""
+    prompt = Processor(qwen3_folder).prompt(example(*size))
+    assert prompt.grids == [grid] and prompt.size == prompt.image.size == (1000, 1000) and prompt.original_size == size
+    [label] = json.loads(prompt.answer)
+    scale = [1000 / size[0], 1000 / size[1]] * 2
+    assert label["bbox_2d"] == [int(c * s + 0.5) for c, s in zip(BOX["bbox_2d"], scale)]
+    assert original_frame([label], prompt) == [BOX]
+    record = judge(prompt, f"<answer>{prompt.answer}</answer>", 10)
+    assert record.score == 1 and record.truth == [label] and list(record.true_box) == BOX["bbox_2d"]
+    assert record.official_boxes[0] == pytest.approx(BOX["bbox_2d"], abs=1)
+
+
+@pytest.mark.parametrize("task, side", [("grounding", 840), ("scene_grounding", 112)])
+def test_the_limits_of_the_reward_are_the_same_shares_of_a_side(qwen3_folder, task, side):
+    """Off by 9 and by 11 of 840 on each side of a box: within the limit of 10 of 840, and beyond it."""
+    def points(parts: int) -> list[float]:
+        box = [parts // 4, parts // 4, parts // 4 * 3, parts // 4 * 3]
+        truth = json.dumps([{"bbox_2d": box, "point_2d": [parts // 2] * 2}])
+        found = []
+        for off in (9, 11):
+            moved = [c + off * parts / 840 for c in box]
+            answer = json.dumps([{"bbox_2d": moved, "point_2d": [parts // 2] * 2}])
+            found.append(rewards.score(task, f"<answer>{answer}</answer>", truth).terms["accuracy"])
+        return found
+    assert points(side) == [3, 2]
+    Processor(qwen3_folder)
+    assert points(1000) == [3, 2] and isinstance(rewards.TASKS[task].reward, functools.partial)
+    assert rewards.TASKS["vqa"].reward is rewards.vqa_reward
+
+
+def test_a_run(qwen3_folder, tmp_path):
+    """20 steps of the main job from random weights, stopped after 10 and gone on with. The checkpoint opens in
+    transformers, with the same log-probs."""
+    small = [*SMALL[:SMALL.index("--eval-data")], "--eval-data", "scenes:val", "--eval-examples", "4", "--eval-every", "10",
+             "--cooldown", "0", "--model", str(qwen3_folder)]
+    for flags in (["--steps", "20", "--name", "whole"], ["--steps", "10", "--name", "half"]):
+        code, output = run_train(tmp_path, *flags, small=small)
+        assert code == 0, output
+    assert "picture of 128×128" in output
+    code, output = run_train(tmp_path, "--resume", "runs/half", "--steps", "20", small=["--model", str(qwen3_folder)])
+    assert code == 0, output
+    assert lines(tmp_path / "runs/half") == lines(tmp_path / "runs/whole")
+    assert (tmp_path / "runs/whole/samples/step_20.png").exists()
+    trained = Qwen2_5_VL.from_pretrained(tmp_path / "runs/whole")
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "runs/whole/checkpoints/step_20").eval()
+    processor = Processor(tmp_path / "runs/whole")
+    prompt = processor.prompt(Scenes("test")[0])
+    row = collate(pack_group(prompt, [Response(processor.encode("<answer>[]</answer>"))]))
+    with torch.no_grad():
+        logits = theirs(input_ids=row.tokens, pixel_values=row.patches, image_grid_thw=torch.tensor([[1, *row.grids[0]]]),
+                        mm_token_type_ids=(row.tokens == trained.config.image_token_id).int()).logits[0]
+        logits[:, trained.banned] = -torch.inf
+        at = row.segment[0] > 0
+        expected = logits.log_softmax(-1)[row.predictor[0][at], row.tokens[0][at]]
+        torch.testing.assert_close(trained(**vars(row))[0][0][at], expected, rtol=1e-4, atol=1e-4)
+    assert type(trained) is Qwen3_VL
