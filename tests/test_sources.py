@@ -56,7 +56,8 @@ def benchmark_row(i: int, **change) -> dict:
 
 
 def write_parquet(path: Path, rows: list[dict], **options) -> str:
-    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    names = dict.fromkeys(name for row in rows for name in row)          # of the first row alone Arrow takes them
+    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), path, **options)
     return str(path)
 
 
@@ -683,6 +684,31 @@ def test_a_column_bbox_of_another_kind(tmp_path, box):
         load(path, "grounding")
     with pytest.raises(ValueError, match="holds no usable rows"):
         load(path, "grounding", True)
+
+
+@pytest.mark.parametrize("box, size, inside", [
+    ([0, 0, 40, 90], (50, 100), True), ([0, 0, 60, 40], (50, 100), False), ([0, 0, 40, 101], (50, 100), False),
+    ([0, 0, 90, 40], (100, 50), True), ([0, 0, 101, 40], (100, 50), False), ([-1, 0, 9, 9], (100, 50), False)])
+def test_a_box_must_lie_in_its_picture(tmp_path, box, size, inside):
+    item = {"bbox_2d": box, "point_2d": [5, 5]}
+    (tmp_path / "b.png").write_bytes(png(*size))
+    path = lines_of(tmp_path, {"image": "b.png", "solution": [item]})
+    if inside:
+        assert json.loads(load(path)[0].answer) == [item]
+    else:
+        with pytest.raises(BadRow, match=f"row 1: the box .* leaves the picture of {size[0]}×{size[1]}"):
+            load(path)
+
+
+def test_which_of_several_pictures_and_which_row(tmp_path):
+    """MathVerse and others have a path under image, and the picture itself under decoded_image. A text that is no text is
+    named by its row."""
+    path = parquet_of(tmp_path, {"image": "nowhere.png", "decoded_image": IMAGE, "problem": "the cup", "solution": "[]"})
+    assert load(path, "grounding")[0].image.size == (56, 28)
+    texts = pa.StringArray.from_buffers(3, pa.array([0, 3, 6, 8], pa.int32()).buffers()[1], pa.py_buffer(b"cupcup\xff\xfe"))
+    pq.write_table(pa.table({"image": [IMAGE] * 3, "problem": texts, "solution": ["1"] * 3}), tmp_path / "b.parquet")
+    with pytest.raises(BadRow, match="b.parquet, row 3: it cannot be read"):
+        load(str(tmp_path / "b.parquet"), "vqa")
 
 
 def test_a_label_must_earn_its_own_reward(tmp_path, monkeypatch):
