@@ -6,8 +6,8 @@ Everything that depends on the image size happens once, in `Processor.prompt`: r
 conversion of boxes into the frame the model sees. Prompts are never truncated.
 
 Glossary
-    frame      the size of a picture as the model sees it, for Qwen3-VL 1000×1000 of whatever picture; boxes of the label
-               and of the answers are in its pixels
+    frame      the size of a picture as the model sees it, for Qwen3-VL always 1000×1000; boxes of the label and of the
+               answers are in its pixels
     segment    of each token of a row: 0 in the prompt, 1, 2, … in the responses, −1 in padding
     predictor  of each response token: the token whose output predicts it
     grid       (gh, gw), the patches of a picture per column and row; an image token stands for 2×2 of them

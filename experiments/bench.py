@@ -6,6 +6,7 @@
     oneDNN     our sampling and training with onednn.Linear's products by oneDNN against PyTorch's own choice (CPU)
     sampling   rollout.generate against transformers' generate with num_return_sequences = G
     leaving    rollouts that leave the batch as they end, against groups that leave whole, lengths log-normal
+    image tokens   a step with a frozen tower, its image tokens kept against made anew
     training   forward and backward of packed rows, one a group, against G+1 separate rows through the same model, and
                against transformers' model with the same rows in a padded batch. All three must give the same loss
     step       one whole update against one of TRL's GRPOTrainer, where trl is installed
@@ -43,6 +44,7 @@ import train  # noqa: E402
 from train import PRESETS, Config as Options  # noqa: E402
 from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
 from model import Config, Qwen2_5_VL  # noqa: E402
+from support.features import remember_pictures  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import start_ranks  # noqa: E402
 from rewards import TASKS, Reward  # noqa: E402
@@ -246,6 +248,33 @@ def leaving(table: Table, size: str, model, prompt: Prompt, B: int, G: int, R: i
         times = compare({"one by one": run(lengths), "together": run(together)}, repeats)
         table.against("rollouts that leave / groups", f"{size}, B {B}, G {G}, σ {sigma}, at most {R} new",
                       times["one by one"], times["together"])
+
+
+def remembered(table: Table, size: str, model, prompt: Prompt, G: int, R: int, repeats: int) -> None:
+    """Sampling and training on one prompt with a frozen tower: its image tokens kept from before, against made anew."""
+    tower, plain = model.visual, type(model.visual)
+    learning = [p for p in tower.parameters() if p.requires_grad]
+    tower.requires_grad_(False)
+    responses = [Response(tokens) for tokens in torch.randint(400, (G + 1, R)).tolist()]
+    batch = collate(pack_group(prompt, responses), model.lm_head.weight.device)
+
+    def step():
+        rollout.generate(model, [prompt], G, R)
+        (-model(**vars(batch))[0].sum()).backward()
+        model.zero_grad(set_to_none=True)
+
+    def with_memory():
+        tower.__class__ = remembering
+        step()
+        tower.__class__ = plain
+    remember_pictures(model, 1.0)
+    remembering = type(tower)
+    times = compare({"kept": with_memory, "anew": lambda: (setattr(tower, "__class__", plain), step())}, repeats)
+    tower.__class__ = plain
+    for p in learning:
+        p.requires_grad_(True)
+    table.against("image tokens kept / made anew", f"{size}, {len(prompt.tokens)} tokens, G {G}, {R} new",
+                  times["kept"], times["anew"])
 
 
 def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: int, repeats: int) -> None:
@@ -545,6 +574,7 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         theirs = transformers_model(model, folder / f"{size}-transformers", device)
         sampling(table, size, model, theirs, prompts, G, R, repeats)
         leaving(table, size, model, prompts[0], 4, G, 4 * R, repeats)
+        remembered(table, size, model, prompts[0], G, R, repeats)
         training(table, size, model, theirs, prompts[0], G + 1, R, repeats)
         if importlib.util.find_spec("trl") and not quick:
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
@@ -572,6 +602,7 @@ def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
             theirs = transformers_model(model, folder / "3B-transformers", device)
             sampling(table, size, model, theirs, prompts[:4], 8, 128, 2)
             leaving(table, size, model, prompts[0], 16, 8, 1024, 2)
+            remembered(table, size, model, prompts[0], 8, 256, 2)
             training(table, size, model, theirs, prompts[0], 9, 256, 2)
             del theirs
         if not quick:
