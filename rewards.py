@@ -75,7 +75,9 @@ def has_thinking_format(response: str) -> bool:
 
 
 def nesting_depth(text: str) -> int:
-    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text))
+    """Of JSON text; the brackets in its strings do not count."""
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"?', "", text, flags=re.DOTALL)
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", outside))
     return max(itertools.accumulate(steps, initial=0))
 
 

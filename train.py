@@ -626,7 +626,7 @@ def best_step(metric: str, history: dict[str, dict]) -> int | None:
 
 def loop(job: Job) -> None:
     """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come."""
-    cfg, state, parent = job.cfg, job.state, os.getppid()
+    cfg, state = job.cfg, job.state
     lines, _ = read_lines(job.run)
     history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
     if before := [line["lr"] for line in lines if "lr" in line][-1:]:
@@ -638,10 +638,7 @@ def loop(job: Job) -> None:
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
         while True:
             step, done = state["step"], state["step"] == cfg.steps
-            # torchrun was killed, and not its workers: another may soon be started in the same folder.
-            if orphaned := "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
-                job.say("torchrun is gone: stopping")
-            stopping = any(gather_json(bool(job.stopped) or orphaned, job.device))
+            stopping = any(gather_json(bool(job.stopped), job.device))
             regular = cfg.save_every and step % cfg.save_every == 0
             if not step % CHECKED_EVERY or done or regular:
                 check_same_weights(job.ddp.module, job.device)

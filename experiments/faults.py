@@ -45,17 +45,18 @@ def workers(torchrun: subprocess.Popen) -> list[int]:
     return []
 
 
-def end_of(torchrun: subprocess.Popen, patience: float = 120) -> bool:
-    """Waits until no process of its session is left; whether that came by itself."""
-    deadline = time.time() + patience
-    while time.time() < deadline:
+def end_of(torchrun: subprocess.Popen, ranks: list[int], patience: float = 120) -> bool:
+    """Waits until neither torchrun nor a rank is left, each in a session of its own; whether that came by itself."""
+    deadline, left = time.time() + patience, [torchrun.pid, *ranks]
+    while left and time.time() < deadline:
         torchrun.poll()
-        left = subprocess.run(["pgrep", "-s", str(torchrun.pid)], capture_output=True, text=True, check=False)
-        if not left.stdout.split():
-            return True
+        left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
         time.sleep(0.1)
-    subprocess.run(["pkill", "-KILL", "-s", str(torchrun.pid)], check=False)
-    return False
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    torchrun.wait()
+    return not left
 
 
 def same(a: Path, b: Path, step: int) -> bool:
@@ -91,18 +92,19 @@ def kills(count: int, steps: int = 40) -> None:
         torchrun = start(*(["--resume", str(run)] if begun else [*flags, "--name", run.name]))
         while len(workers(torchrun)) < 2 and torchrun.poll() is None:
             time.sleep(0.05)
-        time.sleep(rng.uniform(3, 16))              # the first seconds go into imports
+        time.sleep(rng.uniform(0, 16))              # the first seconds go into imports and joining
         victims = rng.choice(("worker", "torchrun", "both"))
+        ranks = workers(torchrun)
         if torchrun.poll() is None:
             moment = ("inside a checkpoint" if list(run.glob("checkpoints/.unfinished*")) else
                       "before the first step" if not (run / "metrics.jsonl").exists() else "in a step")
-            ranks = workers(torchrun) or [torchrun.pid]
-            killed = {"torchrun": [torchrun.pid], "worker": [rng.choice(ranks)], "both": [*ranks, torchrun.pid]}
+            killed = {"torchrun": [torchrun.pid], "worker": [rng.choice(ranks or [torchrun.pid])],
+                      "both": [*ranks, torchrun.pid]}
             for pid in killed[victims]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             tally.update({"kills": 1, f"of {victims}": 1, moment: 1})
-        tally["left over"] += not end_of(torchrun)
+        tally["left over"] += not end_of(torchrun, ranks)
         if (run / f"checkpoints/step_{steps}").exists() and torchrun.returncode == 0:
             tally["runs"] += 1
             tally["bit-identical"] += same(PLACE / "runs/whole", run, steps)

@@ -1,7 +1,10 @@
 """The ranks that torchrun started: joining and leaving them, and adding up over them. Without torchrun there is one."""
+import contextlib
+import ctypes
 import json
 import os
 import re
+import signal
 import socket
 import time
 from datetime import timedelta
@@ -17,8 +20,23 @@ TIMEOUT = timedelta(hours=1)
 processors: dist.ProcessGroup | None = None    # of all ranks, over their processors: NCCL cannot name who is missing
 
 
+def end_with_torchrun() -> None:
+    """From now on this process gets a SIGTERM when torchrun ends, whatever ends it (Linux alone knows how). Mistake: it
+    has ended before; joining would wait for it as long as TIMEOUT says."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":       # torchrun's store is there before its ranks
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            raise Mistake(f"torchrun is gone: nothing answers at {address[0]}:{address[1]} ({error})") from None
+
+
 def start_ranks() -> tuple[int, int, torch.device]:
     """Joins the process group that torchrun describes (alone without it). Returns rank, world size, device."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_torchrun()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

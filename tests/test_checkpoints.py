@@ -239,9 +239,26 @@ def test_a_worker_whose_torchrun_was_killed_saves_and_ends(tmp_path):
         output, _ = process.communicate(timeout=120)       # ends when the last worker has closed its output
     finally:
         subprocess.run(["pkill", "-f", "steps 100000 --name a"], check=False)
-    assert "torchrun is gone: stopping" in output and "stopped at step" in output, output
+    assert "stopping: the step at work is left" in output and "stopped at step" in output, output
     step = read_lines(tmp_path / "runs/a")[0][-1]["step"]
     assert fault(tmp_path / f"runs/a/checkpoints/step_{step}") is None
+
+
+@pytest.mark.parametrize("seconds", [0, 4])
+def test_ranks_whose_torchrun_was_killed_at_the_start_end(tmp_path, seconds):
+    """While they import, or join each other: they would wait for torchrun's store for an hour."""
+    process = run_train(tmp_path, "--steps", "100000", "--name", "b", ranks=2, wait=False)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(children.read_text().split()) < 2:
+        time.sleep(0.05)
+    ranks = children.read_text().split()
+    time.sleep(seconds)
+    process.kill()
+    try:
+        process.communicate(timeout=90)                    # ends when the last rank has closed its output
+        assert len(ranks) == 2
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", "steps 100000 --name b"], check=False)
 
 
 def test_retention(run):

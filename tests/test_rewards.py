@@ -544,6 +544,17 @@ def test_choices_as_data_sets_have_them(value, choices, answer):
     assert letter in label["choices"] or math_reward(f"\\boxed{{{letter}}}", json.dumps(label)).total == 1
 
 
+def test_brackets_in_a_text_are_no_nesting():
+    """30 of them in a name: the answer is read, and its first object lacks a field. 30 around it are too deep."""
+    item = {"bbox_2d": [10, 20, 50, 60], "p" + "[" * 30 + "oint_2d": [30, 40], "\\\"{": "[" * 30}
+    assert parse_boxes(f"<answer>{json.dumps([item])}</answer>")[1] == "no_point_2d"
+    assert parse_boxes("<answer>" + "[" * 30 + json.dumps([item]) + "</answer>")[1] == "too_deep"
+    began = time.process_time()
+    for text in ('"' * 20_000, '"\\' * 10_000, '\\"' * 10_000, '"[' * 10_000):
+        rewards.nesting_depth(text)
+    assert time.process_time() - began < 0.2
+
+
 def test_labels_of_a_task_that_says_nothing_of_them():
     read = rewards.Task("Look.", lambda answer, style: answer, lambda response, truth: Reward({}), None).read
     assert read("grün", None) == "grün" and read({"a": ["ü", 1]}, None) == '{"a": ["ü", 1]}'
