@@ -419,7 +419,8 @@ def set_up() -> Job:
         use_onednn(model)
     freeze(model, cfg.freeze)
     if cfg.lora_rank:
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.model)
+        base = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base)
         if checkpoint:
             load_adapter(model, checkpoint)
     if cfg.image_cache:

@@ -16,7 +16,6 @@ class Remembering(nn.Module):
     """What a vision tower becomes, before the class that it is."""
     kept: OrderedDict[tuple, Tensor]        # sums and grid of a picture → its image tokens, the least used first
     room: int                               # bytes
-    config: object
 
     def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
         sizes = [gh * gw for gh, gw in grids]
@@ -33,7 +32,7 @@ class Remembering(nn.Module):
             tokens |= zip(new, made.split([round(sizes[i] * whole) for i in new.values()], -2))
         for key in keys:
             if key in new:
-                self.kept[key] = tokens[key].cpu()
+                self.kept[key] = tokens[key].to("cpu", copy=True)      # a view would hold on to all of this call's
             self.kept.move_to_end(key)
         while sum(x.numel() * x.element_size() for x in self.kept.values()) > self.room and self.kept:
             self.kept.popitem(last=False)

@@ -152,8 +152,9 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text())
         stored = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise Mistake(f"{folder}: the adapter cannot be read ({error})") from None
+        of, alpha = config["base_model_name_or_path"], config["lora_alpha"]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise Mistake(f"{folder}: the adapter cannot be read ({type(error).__name__}: {error})") from None
     for field, plain in (("peft_type", "LORA"), ("bias", "none")):
         if config.get(field, plain) != plain:
             raise Mistake(f"{folder / CONFIG}: {field} is {config[field]!r}; only {plain!r} is supported")
@@ -169,8 +170,7 @@ def read_adapter(folder: Path) -> Adapter:
         matrices.setdefault(name, {})[found[2]] = tensor
     if torn := [name for name, pair in matrices.items() if len(pair) < 2]:
         raise Mistake(f"{folder / WEIGHTS}: {torn[0]} has only one of A and B")
-    return Adapter(folder, config["base_model_name_or_path"], config["lora_alpha"],
-                   {name: (pair["A"], pair["B"]) for name, pair in matrices.items()})
+    return Adapter(folder, of, alpha, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()})
 
 
 @torch.no_grad()

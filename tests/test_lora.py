@@ -147,11 +147,15 @@ def test_an_adapter_goes_out_and_in(tmp_path):
     ({"use_dora": True}, "use_dora is True, which is not supported"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     ("cut", "the adapter cannot be read"), ("B", "has only one of A and B"), ("name", "unknown tensor 'x'"),
     ("base", "does not fit to .*: model.layers.0.self_attn.q_proj is of shape"),
-    ({"base_model_name_or_path": "no/where/at all"}, "no/where/at all")])
+    ({"base_model_name_or_path": "no/where/at all"}, "no/where/at all"),
+    ([1], "the adapter cannot be read .TypeError"), ({}, "the adapter cannot be read .KeyError: 'lora_alpha'")])
 def test_adapters_that_are_not_ours(tmp_path, change, said):
     learnt(tiny(torch.float32, rank=2, targets="model.layers.0.self_attn.q")).save_pretrained(tmp_path)
-    if isinstance(change, dict):
-        (tmp_path / CONFIG).write_text(json.dumps(json.loads((tmp_path / CONFIG).read_text()) | change))
+    config = json.loads((tmp_path / CONFIG).read_text())
+    if not change:
+        del config["lora_alpha"]
+    if isinstance(change, (dict, list)):
+        (tmp_path / CONFIG).write_text(json.dumps(config | change if isinstance(change, dict) else change))
     elif change == "cut":
         (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:100])
     else:
