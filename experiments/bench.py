@@ -6,6 +6,7 @@
     oneDNN     our sampling and training with onednn.Linear's products by oneDNN against PyTorch's own choice (CPU)
     sampling   rollout.generate against transformers' generate with num_return_sequences = G
     leaving    rollouts that leave the batch as they end, against groups that leave whole, lengths log-normal
+    by length  micro-batches of rows sorted by length, against rows as they come
     image tokens   a step with a frozen tower, its image tokens kept against made anew
     training   forward and backward of packed rows, one a group, against G+1 separate rows through the same model, and
                against transformers' model with the same rows in a padded batch. All three must give the same loss
@@ -248,6 +249,22 @@ def leaving(table: Table, size: str, model, prompt: Prompt, B: int, G: int, R: i
         times = compare({"one by one": run(lengths), "together": run(together)}, repeats)
         table.against("rollouts that leave / groups", f"{size}, B {B}, G {G}, σ {sigma}, at most {R} new",
                       times["one by one"], times["together"])
+
+
+def by_length(table: Table, size: str, model, prompt: Prompt, S: int, R: int, repeats: int) -> None:
+    """Training on 16 rows in micro-batches of 4, sorted by their length as train.pack sorts them, against as they come.
+    Rows of S responses, whose lengths are log-normal around R with σ = 1."""
+    lengths = (torch.randn(16, S, generator=torch.Generator().manual_seed(1)).exp() * R).long().clamp(2, 8 * R).tolist()
+    rows = [pack_group(prompt, [Response([5] * n) for n in row])[0] for row in lengths]
+
+    def step(rows: list):
+        for i in range(0, len(rows), 4):
+            (-model(**vars(collate(rows[i:i + 4], model.lm_head.weight.device)))[0].sum()).backward()
+        model.zero_grad(set_to_none=True)
+    ordered = sorted(rows, key=lambda row: len(row.tokens))
+    times = compare({"sorted": lambda: step(ordered), "as they come": lambda: step(rows)}, repeats)
+    table.against("rows by length / as they come", f"{size}, 16 rows of {S} × about {R} tokens", times["sorted"],
+                  times["as they come"])
 
 
 def remembered(table: Table, size: str, model, prompt: Prompt, G: int, R: int, repeats: int) -> None:
@@ -575,6 +592,7 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         sampling(table, size, model, theirs, prompts, G, R, repeats)
         leaving(table, size, model, prompts[0], 4, G, 4 * R, repeats)
         remembered(table, size, model, prompts[0], G, R, repeats)
+        by_length(table, size, model, prompts[0], 3, R, repeats)
         training(table, size, model, theirs, prompts[0], G + 1, R, repeats)
         if importlib.util.find_spec("trl") and not quick:
             against_trl(table, size, model, theirs, prompts, G, R, repeats, folder / f"{size}-transformers")
