@@ -5,6 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from support.lora import adapters
 from support.optimizers import learn, state_bytes
 from support.ranks import gather_json
 
@@ -74,8 +75,10 @@ def memory_line(model: nn.Module, world: int, offload: bool) -> str:
     """By arithmetic."""
     weights, learning = (sum(p.numel() * p.element_size() for p in parameters) / 1e9
                          for parameters in (model.parameters(), learn(model)))
+    base = sum(layer.base.numel() * layer.base.element_size() for layer in adapters(model).values()) / 1e9
     return (f"memory of each rank before activations: weights {weights:.2f} GB, gradients {learning:.2f} GB, optimizer "
-            f"{state_bytes(model) / world / 1e9:.2f} GB{' in the memory of the host' if offload else ''}")
+            f"{state_bytes(model) / world / 1e9:.2f} GB{' in the memory of the host' if offload else ''}"
+            + (f"; {base:.2f} GB of the base in the memory of the host" if base else ""))
 
 
 def progress_line(m: dict) -> str:

@@ -224,6 +224,7 @@ def test_a_run_with_lora(tmp_path, monkeypatch):
         return output
     output = start("--steps", "4", "--name", "whole")
     assert "1.6 M parameters of" in output and "M learn" in output
+    assert "weights 0.00 GB, gradients 0.00 GB, optimizer 0.00 GB; 0.00 GB of the base in the memory of the host" in output
     start("--steps", "2", "--name", "two", ranks=2)
     whole, two = ([line["entropy"] for line in lines(tmp_path / f"runs/{name}")[:2]] for name in ("whole", "two"))
     assert two == pytest.approx(whole, rel=1e-3) and abs(whole[1] / whole[0] - 1) > 0.02
