@@ -48,7 +48,7 @@ def run_main(main) -> None:
         mistake = str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             mistake = ("out of memory" + f": {mistake}" * bool(mistake) + ". A smaller --sampling-batch needs less; in "
-                       "training so do a smaller --micro-rows, --max-row-tokens and --checkpoint-activations, and "
+                       "training so do a smaller --micro-rows or --max-row-tokens, and --checkpoint-activations; "
                        "--dry-run finds out how much is needed. What was saved before is still there")
         if isinstance(error, OSError):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

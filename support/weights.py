@@ -63,8 +63,6 @@ def read_config(path: Path) -> tuple[str, dict]:
     for where, section, only in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh" if third else "silu")):
         if section.get("hidden_act", only) != only:
             raise Mistake(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only {only!r} is supported")
-    if third and (text.get("rope_parameters") or text.get("rope_scaling") or {}).get("mrope_interleaved") is False:
-        raise Mistake(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is supported")
     if third and text.get("attention_bias"):
         raise Mistake(f"{path}: attention_bias is true; products with biases are not supported")
     if not third and (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
@@ -72,6 +70,8 @@ def read_config(path: Path) -> tuple[str, dict]:
             raise Mistake(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
                           f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if third and rope.get("mrope_interleaved") is False:
+        raise Mistake(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is supported")
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
         raise Mistake(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
 
@@ -105,9 +105,9 @@ def read_config(path: Path) -> tuple[str, dict]:
     if third and vision.get("out_hidden_size", text.get("hidden_size")) != text.get("hidden_size"):
         raise Mistake(f"{path}: the tower's out_hidden_size is {vision['out_hidden_size']}, hidden_size "
                       f"{text.get('hidden_size')}; they must be equal")
-    head_dim = text.get("head_dim") or field(text, "hidden_size") // field(text, "num_attention_heads")
+    by_width = field(text, "hidden_size") // field(text, "num_attention_heads")
     return family, {
-        "head_dim": 128 if third and not text.get("head_dim") else head_dim,
+        "head_dim": text.get("head_dim") or (128 if third else by_width),
         **{name: field(text, name) for name in numbers},
         "rms_norm_eps": field(text, "rms_norm_eps", 1e-6 if third else 1e-5),    # where it is missing, as transformers
         "rope_theta": rope.get("rope_theta", text.get("rope_theta", 5e5 if third else 1e6)),

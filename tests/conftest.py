@@ -44,7 +44,8 @@ def qwen3_folder(tmp_path_factory) -> Path:
                                          "video_token_id")}
     text = {"model_type": "qwen3_vl_text", "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 48, "intermediate_size": 256, "vocab_size": tiny["vocab_size"],
-            "rms_norm_eps": 1e-6, "rope_theta": 100.0, "eos_token_id": tiny["eos_token_id"], "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6, "rope_theta": 100.0, "eos_token_id": tiny["eos_token_id"],
+            "tie_word_embeddings": True,
             "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [8, 8, 8]}}
     vision = {"model_type": "qwen3_vl", "depth": 3, "hidden_size": 96, "num_heads": 4, "intermediate_size": 160,
               "hidden_act": "gelu_pytorch_tanh", "out_hidden_size": 128, "patch_size": 16, "spatial_merge_size": 2,

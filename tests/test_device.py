@@ -1,5 +1,5 @@
-"""A whole step on an accelerator that is not there: tensors that say they lie on it, computed by the CPU. What would mix
-devices on a GPU is an error here, and every wait for the device is counted."""
+"""A whole step on an accelerator that is not there: tensors that say they lie on it, computed by the CPU. What would
+mix devices on a GPU is an error here, and every wait for the device is counted."""
 import contextlib
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +110,8 @@ def far(monkeypatch):
     {}, {"precision": "bfloat16", "checkpoint_activations": True}, {"lora_rank": 2, "kl": 0.1, "inner_epochs": 2},
     {"label_style": "auto", "label_thought": "rollout", "normaliser": "seq-mean"}])
 def test_a_step_stays_on_its_device(far, monkeypatch, settings):
-    """Sampling, rewards, update, evaluation: the same numbers as on the CPU, and few waits: one a token and two more while
-    sampling, until what was sampled is read; a dozen a micro-batch, whatever the number of layers and parameters."""
+    """Sampling, rewards, update, evaluation: the same numbers as on the CPU, and few waits: one a token and three more
+    while sampling, until what was sampled is read; a dozen a micro-batch, whatever the number of layers."""
     cfg = train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=2, **settings)
     processor = Processor(TINY)
     prompts = [processor.prompt(Scenes("train")[i]) for i in range(4)]
@@ -132,13 +132,15 @@ def test_a_step_stays_on_its_device(far, monkeypatch, settings):
                 response.advantage = value
         result = train.update(cfg, Alone(model), reference, optimizers, groups, train.Meter())
         training = len(waits) - before
-        answers = [record.response for record, _ in evaluate(model, processor, [Scenes("val")[i] for i in range(3)], 12, 3)]
+        asked = [Scenes("val")[i] for i in range(3)]
+        answers = [record.response for record, _ in evaluate(model, processor, asked, 12, 3)]
         tokens = [o.tokens for group in groups for o in group.responses]
-        return result, tokens, answers, sampling, training, sum(float(p.detach().double().sum()) for p in model.parameters())
+        total = sum(float(p.detach().double().sum()) for p in model.parameters())
+        return result, tokens, answers, sampling, training, total
     sampled, collect = [], rollout.collect
     monkeypatch.setattr(rollout, "collect", lambda *args: sampled.append(len(waits)) or collect(*args))
     result, tokens, answers, sampling, training, total = step(far)
-    passes = 1 if cfg.inner_epochs == 1 else 4         # a second step, the log-probs before it and those of the reference
+    passes = 1 if cfg.inner_epochs == 1 else 4         # a second step, log-probs before it and of the reference
     assert 0 < sampling <= cfg.max_new_tokens + 3 and 0 < training <= passes * 2 * 13
     plain = step(torch.device("cpu"))
     assert tokens == plain[1] and answers == plain[2]
