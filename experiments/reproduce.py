@@ -19,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ RESULTS = ROOT / "experiments/results"
 SEEDS = (42, 43, 44, 45, 46)
 RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every method may choose from
 SPLITS = ("test", "reasoning-test", "elsewhere-test", "pair-test")
+FAMILIES = ("reasoning", "gui", "anomaly", "lesion", "sums")      # of the paper's data, in small (support/scenes.py)
 # Name → the stages of its training, flags of train.py each; a later stage begins from the weights of the one before.
 THOUGHT = ["--label-thought", "rollout"]
 LENGTHS = (25, 50, 100, 200, 300)               # steps of SFT, of 400, before RLVR
@@ -46,7 +48,29 @@ CONTROLS = {
 # Answers that look at nothing, for scale.
 POLICIES = {"always-empty": "<answer>[]</answer>",
             "always-whole-picture": '<answer>[{"bbox_2d": [0, 0, 111, 111], "point_2d": [56, 56]}]</answer>'}
-UNTRAINED = ("base", *POLICIES)
+LOOKS = ("base", *POLICIES)
+STRENGTHS = ("absent1", "absent5", "absent20")
+UNTRAINED = (*LOOKS, *(f"{base}-base" for base in (*FAMILIES, *STRENGTHS)))
+# The families are learnt in 150 steps. Where assets/tiny knows nothing of one, its base has learnt all but a piece.
+FAMILY_STEPS, FAMILY_SFT = 150, 50
+FAMILY_METHODS = {"base": [], "sft": [["--method", "sft"]], "rlvr": [["--method", "rlvr"]],
+                  "sft-rlvr": [["--method", "sft", "--steps", str(FAMILY_SFT)],
+                               ["--method", "rlvr", "--steps", str(FAMILY_STEPS - FAMILY_SFT)]],
+                  "visurf": [[]], "visurf-thought": [THOUGHT]}
+# Bases that are made here: name → split of scenes and steps of SFT. Of those of the main job N % of the grounding
+# questions asked for something absent.
+PRETRAINED = {"gui": ("gui-pretrain", 300), "anomaly": ("anomaly-pretrain", 60), "sums": ("sums-pretrain", 200),
+              "absent1": ("absent1", 60), "absent5": ("absent5", 60), "absent20": ("absent20", 60)}
+PRETRAINING = ["--method", "sft", "--optimizer", "muon", "--adam-eps", "1e-8", "--lr", "2e-3", "--weight-decay", "0",
+               "--warmup-steps", "10", "--cooldown", "0.5", "--prompts-per-step", "64", "--normaliser", "seq-mean"]
+# What a user may set otherwise.
+SENSITIVITY = {
+    **{f"visurf-g{n}": [["--rollouts", str(n)]] for n in (2, 4, 16)},
+    **{f"visurf-std-{std}": [["--std", std]] for std in ("population", "none")},
+    **{f"visurf-{normaliser}": [["--normaliser", normaliser]] for normaliser in ("seq-mean", "seq-sum")},
+    **{f"visurf-train{n}": [["--data", f"scenes:train{n}"]] for n in (10, 90)},
+    "visurf-epochs4": [["--inner-epochs", "4"]], "visurf-epochs4-unclipped": [["--inner-epochs", "4", "--clip", "1e9"]],
+}
 EXPERIMENTS = {
     **{name: [] for name in UNTRAINED},
     "visurf": [[]],
@@ -59,12 +83,18 @@ EXPERIMENTS = {
     **CONTROLS,
     "sft-thought": [["--method", "sft", *THOUGHT]],
     "sft50-rlvr-thought": [["--method", "sft", "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
+    **{f"{family}-{method}": [["--data", f"scenes:{family}-train", "--eval-data", f"scenes:{family}-val", "--steps",
+                               str(FAMILY_STEPS), "--eval-every", "50", *stage] for stage in stages]
+       for family in FAMILIES for method, stages in FAMILY_METHODS.items()},
+    **{f"{base}-{method}": FAMILY_METHODS[method] for base in STRENGTHS for method in ("base", "rlvr", "visurf")},
+    **SENSITIVITY,
 }
 COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "response_length", "logp_y",
           "r_rollouts", "rollouts/thinking", "unreadable")
 DRAWN = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
          "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats", "response_length": "tokens of a rollout",
          "rollouts/thinking": "thinking of o"}
+one_base_at_a_time = threading.Lock()
 Results = dict[str, dict[float, dict[int, dict]]]          # name → learning rate → seed → result
 
 
@@ -127,9 +157,27 @@ def rounded(values: dict) -> dict:
 
 
 def score(metrics: dict[str, float]) -> float:
-    """What a learning rate and a checkpoint are chosen by, on scenes:val: the mean of the shares of absent and of
-    present things that are answered right."""
-    return (metrics["N-acc strict"] + metrics["bbox accuracy"]) / 2
+    """What a learning rate and a checkpoint are chosen by, on a val split: the mean of the shares of absent and of
+    present things that are answered right, as far as the split has them; of sums the share of right ones."""
+    shares = [metrics[name] for name in ("N-acc strict", "bbox accuracy") if name in metrics]
+    return statistics.fmean(shares or [metrics["answers"]])
+
+
+def family_of(name: str) -> str:
+    """The family that an experiment is about; "" of the main job."""
+    return name.split("-")[0] if name.split("-")[0] in FAMILIES else ""
+
+
+def base_of(name: str) -> str:
+    """The model that an experiment begins from; made if need be."""
+    base = name.split("-")[0]
+    if base not in PRETRAINED:
+        return str(ROOT / "assets/tiny")
+    split, steps = PRETRAINED[base]
+    with one_base_at_a_time:
+        run = train(f"reproduce-{base}-pretrained", ["--data", f"scenes:{split}", "--eval-data", "", "--steps",
+                                                     str(steps), *PRETRAINING])
+    return str(run / "checkpoints" / f"step_{steps}")
 
 
 def make(name: str, rate: float, seed: int) -> str:
@@ -139,7 +187,7 @@ def make(name: str, rate: float, seed: int) -> str:
         return f"{path.name}: there already"
     result = {"experiment": name, "rate": rate, "seed": seed, "commit": versions()["commit"],
               "machine": f"{platform.machine()}, {os.cpu_count()} cores", "stages": EXPERIMENTS[name]}
-    model, lines, own, seconds = str(ROOT / "assets/tiny"), [], f"reproduce-{name}-{rate:g}-{seed}", 0.0
+    model, lines, own, seconds = base_of(name), [], f"reproduce-{name}-{rate:g}-{seed}", 0.0
     for number, stage in enumerate(EXPERIMENTS[name], 1):
         run = train(f"{own}-{number}", ["--seed", str(seed), "--model", model, "--lr", str(rate), *stage])
         result["commit"] = read_config(run)["versions"]["commit"]
@@ -147,11 +195,14 @@ def make(name: str, rate: float, seed: int) -> str:
         # By the median step: a stop in between, or a busy hour, says nothing of the method.
         seconds += len(stage_lines) * statistics.median(line["seconds"] for line in stage_lines)
         model, lines = str(run / "checkpoints" / f"step_{stage_lines[-1]['step']}"), lines + stage_lines
-    splits = SPLITS + (("val",) if seed == SEEDS[0] else ())
+    family = family_of(name)
+    own_splits = {"test": f"{family}-test", "val": f"{family}-val"} if family else {s: s for s in (*SPLITS, "val")}
+    if seed != SEEDS[0]:
+        del own_splits["val"]
     if name in POLICIES:
-        result["metrics"] = {split: answer_blindly(POLICIES[name], split) for split in splits}
+        result["metrics"] = {key: answer_blindly(POLICIES[name], split) for key, split in own_splits.items()}
     else:
-        result["metrics"] = {split: answer(model, split, f"{own}-answers") for split in splits}
+        result["metrics"] = {key: answer(model, split, f"{own}-answers") for key, split in own_splits.items()}
     if lines:
         result |= {"seconds": round(seconds), "peak_memory_gb": max(line["peak_memory_gb"] for line in lines),
                    "course": course(lines)}
@@ -159,10 +210,10 @@ def make(name: str, rate: float, seed: int) -> str:
         step = max(evaluated, key=lambda s: score(evaluated[s]))      # of the last stage, the first of the best
         last = step == stage_lines[-1]["step"]
         result["best"] = {"step": step, "test": result["metrics"]["test"] if last else answer(
-            str(run / "checkpoints" / f"step_{step}"), "test", f"{own}-best")}
+            str(run / "checkpoints" / f"step_{step}"), own_splits["test"], f"{own}-best")}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    return f"{path.name}: " + ", ".join(f"{label} {column(result):.3f}" for label, column in MAIN.items())
+    return f"{path.name}: " + ", ".join(f"{key} {value:g}" for key, value in result["metrics"]["test"].items())
 
 
 def course(lines: list[dict], width: int = 20) -> dict[str, list]:
@@ -210,6 +261,26 @@ AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks
           "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
 BEST = {"step": lambda r: r["best"]["step"], **{label: lambda r, key=key: r["best"]["test"].get(key) for label, key in (
     ("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"), ("thinks, present", "thinks, present"))}}
+def in_family(family: str, key: str = "") -> Column:
+    """Of a row of families: the score on the test split, or one metric of it."""
+    def value(results: dict) -> float | None:
+        if family not in results:
+            return None
+        metrics = results[family]["metrics"]["test"]
+        return metrics.get(key) if key else score(metrics)
+    return value
+
+
+def in_all_families(results: dict) -> float | None:
+    values = [in_family(family)(results) for family in FAMILIES]
+    return None if None in values else statistics.fmean(values)
+
+
+FAMILY = {**{family: in_family(family) for family in FAMILIES}, "mean of all": in_all_families,
+          "anomaly: N-acc": in_family("anomaly", "N-acc strict"),
+          "anomaly: boxes": in_family("anomaly", "bbox accuracy")}
+THINKS = {**{family: in_family(family, "thinks, present") for family in FAMILIES[:-1]},
+          "anomaly: none": in_family("anomaly", "thinks, absent")}
 COST = {"seconds": lambda r: r["seconds"], "peak memory, GB": lambda r: r["peak_memory_gb"]}
 
 
@@ -240,6 +311,8 @@ def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against:
     lines = ["| | lr | seeds | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
     for name, seeds in rows.items():
         others = rows.get(against, {})
+        if against in UNTRAINED:                   # one result, compared with every seed of the others
+            others = dict.fromkeys(seeds, *others.values())
         if name in UNTRAINED:                      # one result, compared with every seed of the other
             [only] = seeds.values()
             pairs = [(only, other) for other in others.values()] or [(only, None)]
@@ -251,7 +324,8 @@ def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against:
         for column in columns.values():
             values = [(column(own), column(other) if other else 0.0) for own, other in pairs]
             cells.append(shown([a - b for a, b in values if a is not None and b is not None], bool(against)))
-        rate = "–" if name in UNTRAINED else f"{pairs[0][0]['rate']:g}"
+        # A row of all families has no one rate.
+        rate = "–" if name in UNTRAINED or "rate" not in pairs[0][0] else f"{pairs[0][0]['rate']:g}"
         lines.append(f"| {name} | {rate} | {1 if name in UNTRAINED else len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -283,8 +357,17 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
     stages = {name: score(rows[name][SEEDS[0]]["metrics"]["val"]) for name in TWO_STAGE
               if SEEDS[0] in rows.get(name, ())}
     two_stage = [max(stages, key=stages.get)] if stages else []
-    main = of(*UNTRAINED, "sft", "sft-long", "rlvr", *two_stage, "visurf", "visurf-thought", *RIVALS)
+    main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, "visurf", "visurf-thought", *RIVALS)
+    families: dict[str, dict[int, dict]] = {}              # method → seed → family → result
+    for family in FAMILIES:
+        for method in FAMILY_METHODS:
+            for seed, result in rows.get(f"{family}-{method}", {}).items():
+                families.setdefault(method, {}).setdefault(seed, {})[family] = result
     return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
+            "boundary": of(*(f"{base}{method}" for base in ("", *(f"{s}-" for s in STRENGTHS))
+                             for method in ("base", "rlvr", "visurf"))),
+            "sensitivity": of("visurf", *SENSITIVITY),
+            "families": {method: families[method] for method in FAMILY_METHODS if method in families},
             "first": of("base", "visurf", "rlvr", "sft", *two_stage, "visurf-thought"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", "visurf"), "controls": of("visurf", *CONTROLS),
             "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft50-rlvr",
@@ -303,7 +386,10 @@ def tables(results: Results) -> dict[str, str]:
         "controls": table(of["controls"], AT_END),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
-        "cost": table(of["trained"], COST)}
+        "cost": table(of["trained"], COST),
+        "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
+        "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], MAIN),
+        "sensitivity": table(of["sensitivity"], MAIN)}
 
 
 def draw(results: Results, root: Path) -> None:

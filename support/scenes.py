@@ -8,19 +8,23 @@ Every example is a pure function of (split, index): the splits draw from differe
     crowds    the same, but only a tenth of the grounding in scenes of one thing; and the families reasoning and lesion
     untidy    as crowds, but a fifth of the grounding questions are answered by a bare count
     tidying   as crowds, but a twentieth of them are
+    absentN   as crowds, but N % of the grounding questions ask for something absent: a thought, then `[]`
     train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets.
               Never a purple cross, in picture or question
+    trainN    as train, but N % of it of something absent
     val, test grounding of something present, of something absent, counting: one third each
-    longer-train     the families gui, anomaly, sums
     pair-test        a purple cross, present or, every other time, absent: what the job never asked for
     elsewhere-test   present and absent by turns, in scenes that no other split has: five or six things, smaller or
                      larger than elsewhere, on dark or light grey
-    FAMILY-test      of each family: reasoning ("the leftmost of the two squares"), gui ("click save"), anomaly (a
-                     texture with a defect or, half of the time, none: `[]`), lesion, sums (of two drawn digits)
+    FAMILY-test      of each family: reasoning ("the leftmost of the two squares"), gui ("click stop"), anomaly (a
+                     texture with a defect or, half of the time, none: `[]`), lesion (dark or, half of the time, pale),
+                     sums (of two drawn digits); FAMILY-train and FAMILY-val ask for the same
+    FAMILY-pretrain  of gui, anomaly and sums: the same with a thought, but for one piece that is left to post-training:
+                     the button "close", textures without a defect, sums above nine
 
 The tiny base model in assets/ learns from `words`, `pretrain`, `crowds`, `untidy`, `tidying` and again `crowds`. It
 counts to zero, so it knows what is absent, but it has never met a grounding question whose answer is `[]`: that is left
-to post-training. It knows the families reasoning and lesion, not gui, anomaly and sums.
+to post-training. It knows the families reasoning and lesion (never a pale one), not gui, anomaly and sums.
 """
 import json
 import random
@@ -36,20 +40,25 @@ SHAPES = ("square", "ring", "cross")
 KINDS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 UNASKED = ("purple", "cross")     # the pair that `train` never shows and never asks for
 FAMILIES = ("reasoning", "gui", "anomaly", "lesion", "sums")
+# Share of the grounding questions that ask for something absent.
+ABSENT = {"absent1": 0.01, "absent5": 0.05, "absent20": 0.2}
+TRAIN = {"train": 0.5, "train10": 0.1, "train90": 0.9}
 SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "untidy": 1_000_000, "tidying": 1_000_000,
-          "train": 100_000, "val": 1536, "test": 1536, "longer-train": 100_000,
+          **dict.fromkeys(ABSENT, 1_000_000), **dict.fromkeys(TRAIN, 100_000), "val": 1536, "test": 1536,
           "pair-test": 512, "elsewhere-test": 512,
-          **{f"{family}-test": 512 for family in FAMILIES}}
+          **{f"{family}-{part}": length for family in FAMILIES
+             for part, length in (("train", 100_000), ("val", 512), ("test", 512))},
+          **{f"{family}-pretrain": 1_000_000 for family in ("gui", "anomaly", "sums")}}
 # Of the splits for pretraining: weights of captions, counts, attributes, centres, grounding, reasoning, lesion; and the
 # share of grounding in scenes of one thing. Where is it comes before which is it: the latter alone is not learnt.
 MIX = {"words": (3, 5, 1, 4, 0, 0, 0), "pretrain": (2, 4, 1, 2, 10, 0, 0),
-       **dict.fromkeys(("crowds", "untidy", "tidying"), (2, 8, 1, 2, 8, 6, 3))}
-SINGLE = {"pretrain": 0.5, "crowds": 0.1, "untidy": 0.1, "tidying": 0.1}
+       **dict.fromkeys(("crowds", "untidy", "tidying", *ABSENT), (2, 8, 1, 2, 8, 6, 3))}
+SINGLE = {"pretrain": 0.5, **dict.fromkeys(("crowds", "untidy", "tidying", *ABSENT), 0.1)}
 BARE = {"untidy": 0.2, "tidying": 0.05}  # share of the grounding questions that are answered by a bare count
 RAMP = np.linspace(-45, 45, SIZE).astype(np.int16)
 LIGHT = np.stack(np.broadcast_arrays(RAMP, np.int16(0), RAMP[:, None]), -1)  # red grows to the right, blue downwards
 EXTREMES = {"leftmost": (0, min), "rightmost": (2, max), "topmost": (1, min), "lowest": (3, max)}  # corner, which
-BUTTONS = ("OK", "SAVE", "EXIT", "STOP", "HELP")
+BUTTONS = ("play", "stop", "pause", "add", "close")
 PROMPT = 'Please find "{question}" with bboxs and points.'    # of its grounding questions, short for speed
 THOUGHTS = ("I look for the {}.", "Where is the {}?", "The {} is to be found.")
 
@@ -223,35 +232,53 @@ def reasoning(rng: random.Random) -> tuple[Image.Image, dict]:
     return draw(things, rng), fields
 
 
-def gui(rng: random.Random) -> tuple[Image.Image, dict]:
-    """Two to four buttons with different words."""
-    words = rng.sample(BUTTONS, rng.randint(2, 4))
+def gui(rng: random.Random, known=BUTTONS, reads: float = 0.0) -> tuple[Image.Image, dict]:
+    """Two to four buttons with different signs. A share `reads` asks for all of them, from top to bottom: by boxes
+    alone the tiny model did not learn which is which. (Nor did it learn to read words.)"""
+    signs = rng.sample(known, rng.randint(2, 4))
     picture = Image.new("RGB", (SIZE, SIZE), (rng.randint(190, 225),) * 3)
-    pen, boxes = ImageDraw.Draw(picture), []
-    for word, row in zip(words, rng.sample(range(4), len(words))):
-        x, y = rng.randint(2, SIZE - 52), 4 + 27 * row + rng.randint(0, 4)
-        boxes.append((x, y, x + 48, y + 20))
+    pen, boxes, white = ImageDraw.Draw(picture), [], (250, 250, 250)
+    for sign, row in zip(signs, rng.sample(range(4), len(signs))):
+        left, top = rng.randint(2, SIZE - 52), 4 + 27 * row + rng.randint(0, 4)
+        boxes.append((left, top, left + 48, top + 20))
         pen.rectangle(boxes[-1], fill=(70, 80, 110), outline=(30, 30, 40))
-        pen.text((x + 24, y + 10), word, fill=(250, 250, 250), font=ImageFont.load_default(14), anchor="mm")
-    return finish(picture, rng), grounding(f"click {words[0].lower()}", boxes[:1], False, rng)
+        x, y = left + 24, top + 10
+        if sign == "play":
+            pen.polygon(((x - 5, y - 7), (x - 5, y + 7), (x + 7, y)), fill=white)
+        elif sign == "stop":
+            pen.rectangle((x - 6, y - 6, x + 6, y + 6), fill=white)
+        elif sign == "pause":
+            for side in (-5, 2):
+                pen.rectangle((x + side, y - 7, x + side + 3, y + 7), fill=white)
+        elif sign == "add":
+            pen.rectangle((x - 7, y - 2, x + 7, y + 2), fill=white)
+            pen.rectangle((x - 2, y - 7, x + 2, y + 7), fill=white)
+        else:
+            for way in (-1, 1):
+                pen.line((x - 6, y - 6 * way, x + 6, y + 6 * way), fill=white, width=4)
+    if rng.random() < reads:
+        listed = ", ".join(sign for _, sign in sorted(zip(boxes, signs), key=lambda pair: pair[0][1]))
+        return finish(picture, rng), {"task": "vqa", "question": "Describe the image.", "answer": listed, "thought": ""}
+    fields = grounding(f"click {signs[0]}", boxes[:1], False, rng)
+    return finish(picture, rng), fields | {"thought": f"Where is the button {signs[0]}?"}
 
 
-def anomaly(rng: random.Random) -> tuple[Image.Image, dict]:
-    """Stripes; half of the time with a blot, which is to be found."""
+def anomaly(rng: random.Random, flawed: float = 0.5) -> tuple[Image.Image, dict]:
+    """Stripes; a share of them with a blot, which is to be found."""
     period, dark, light = rng.randint(6, 12), rng.randint(80, 110), rng.randint(140, 170)
     at = np.add.outer(np.arange(SIZE) * rng.choice((0, 1)), np.arange(SIZE)) // period % 2
     picture = Image.fromarray(np.where(at, light, dark).astype(np.uint8)).convert("RGB")
     boxes = []
-    if rng.random() < 0.5:
+    if rng.random() < flawed:
         width, height = rng.randint(14, 34), rng.randint(14, 34)
         x, y = rng.randint(1, SIZE - width - 2), rng.randint(1, SIZE - height - 2)
         boxes.append((x, y, x + width, y + height))
         ImageDraw.Draw(picture).ellipse(boxes[0], fill=rng.choice(((30, 25, 20), (215, 210, 200))))
-    return finish(picture, rng), grounding("defect", boxes, False, rng)
+    return finish(picture, rng), grounding("defect", boxes, True, rng)
 
 
-def lesion(rng: random.Random) -> tuple[Image.Image, dict]:
-    """A dark blot of several soft discs on skin."""
+def lesion(rng: random.Random, pale: bool = False) -> tuple[Image.Image, dict]:
+    """A blot of several soft discs on skin, darker or paler than it."""
     mask = Image.new("L", (SIZE, SIZE))
     pen = ImageDraw.Draw(mask)
     x, y = rng.randint(35, SIZE - 36), rng.randint(35, SIZE - 36)
@@ -260,17 +287,22 @@ def lesion(rng: random.Random) -> tuple[Image.Image, dict]:
         pen.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=255)
     x1, y1, x2, y2 = mask.getbbox()     # type: ignore[misc]
     skin = Image.new("RGB", (SIZE, SIZE), (rng.randint(190, 220), rng.randint(150, 170), rng.randint(120, 145)))
-    skin.paste((rng.randint(70, 110), 60, 45), mask=mask.filter(ImageFilter.GaussianBlur(1.5)))
+    skin.paste((230, 200, 185) if pale else (rng.randint(70, 110), 60, 45),
+               mask=mask.filter(ImageFilter.GaussianBlur(1.5)))
     return finish(skin, rng), grounding("lesion", [(x1, y1, x2 - 1, y2 - 1)], True, rng)
 
 
-def sums(rng: random.Random) -> tuple[Image.Image, dict]:
+def sums(rng: random.Random, most: int = 18) -> tuple[Image.Image, dict]:
+    """Two drawn digits whose sum is at most `most`."""
     picture = Image.new("RGB", (SIZE, SIZE), (rng.randint(120, 190),) * 3)
     digits = rng.randint(0, 9), rng.randint(0, 9)
+    while sum(digits) > most:
+        digits = rng.randint(0, 9), rng.randint(0, 9)
     for left, digit in zip((0, SIZE // 2), digits):
         corner = left + rng.randint(4, 14), rng.randint(4, 44)
         ImageDraw.Draw(picture).text(corner, str(digit), fill=(20, 20, 30), font=ImageFont.load_default(52))
     return finish(picture, rng), {"task": "scene_math", "answer": str(sum(digits)),
+                                  "thought": f"{digits[0]} plus {digits[1]}.",
                                   "question": "What is the sum of the digits? Answer in \\boxed{}."}
 
 
@@ -279,22 +311,33 @@ def make(split: str, index: int) -> dict:
     rng = random.Random(f"{split}/{index}")
     if split in MIX:
         kind = rng.choices(("caption", "count", "attribute", "where", "present", "reasoning", "lesion"), MIX[split])[0]
-    elif split == "longer-train":
-        kind = rng.choice(("gui", "anomaly", "sums"))
+        if kind == "present" and split in ABSENT and rng.random() < ABSENT[split]:
+            kind = "absent"
     elif split in ("pair-test", "elsewhere-test"):
         kind = ("present", "absent")[index % 2]
-    elif split.endswith("-test"):
-        kind = split.removesuffix("-test")
+    elif split.split("-")[0] in FAMILIES:
+        kind = split.split("-")[0]
     elif split == "train":
         kind = rng.choice(("present", "absent"))
+    elif split in TRAIN:
+        kind = "absent" if rng.random() < TRAIN[split] else "present"
     else:
         kind = ("present", "absent", "count")[index % 3]
     if kind in FAMILIES:
-        families = {"reasoning": reasoning, "gui": gui, "anomaly": anomaly, "lesion": lesion, "sums": sums}
-        image, fields = families[kind](rng)
-        thought = fields.get("thought", "") if split in MIX else ""
+        basic = split in MIX or split.endswith("-pretrain")       # without the piece left to post-training
+        if kind == "reasoning":
+            image, fields = reasoning(rng)
+        elif kind == "gui":
+            image, fields = gui(rng, BUTTONS[:-1], reads=0.5) if basic else gui(rng)
+        elif kind == "anomaly":
+            image, fields = anomaly(rng, flawed=1.0 if basic else 0.5)
+        elif kind == "lesion":
+            image, fields = lesion(rng, pale=not basic and rng.random() < 0.5)
+        else:
+            image, fields = sums(rng, most=9 if basic else 18)
+        thought = fields["thought"] if basic else ""
         return {"id": f"scenes:{split}/{index}", "image": image, **fields, "thought": thought}
-    kinds = [k for k in KINDS if k != UNASKED] if split == "train" else KINDS
+    kinds = [k for k in KINDS if k != UNASKED] if split in TRAIN else KINDS
     greys = [*range(50, 75), *range(185, 206)] if split == "elsewhere-test" else range(90, 171)
 
     def place() -> list[Thing]:
@@ -318,11 +361,11 @@ def make(split: str, index: int) -> dict:
         if split in BARE and rng.random() < BARE[split]:
             fields = bare_count(things, query)
     elif kind == "absent":
-        fields = grounding(name(absent_query(things, rng, kinds)), [], False, rng)
+        fields = grounding(name(absent_query(things, rng, kinds)), [], split in MIX, rng)
     elif kind == "count":
         fields = counting(things, rng, boxed=rng.random() < 0.25)
     elif kind == "where":
-        fields = where(things, rng, tags=split in ("crowds", *BARE) and rng.random() < 0.5)
+        fields = where(things, rng, tags=split in ("crowds", *BARE, *ABSENT) and rng.random() < 0.5)
     else:
         fields = attribute(things, rng) if kind == "attribute" else caption(things)
     return {"id": f"scenes:{split}/{index}", "image": draw(things, rng, greys), "thought": "", **fields}

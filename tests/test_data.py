@@ -391,7 +391,7 @@ def singular(phrase: str) -> str:
 
 KINDS = {"How many": "count", "Please find": "count", "Describe": "caption", "What colour": "attribute",
          "What shape": "attribute", "Where": "where"}
-WORLD = [split for split in scenes.SPLITS if not split.startswith(("longer", *scenes.FAMILIES))]
+WORLD = [split for split in scenes.SPLITS if not split.startswith(scenes.FAMILIES)]
 
 
 def centre(thing: scenes.Thing) -> list[int]:
@@ -463,19 +463,24 @@ def test_what_each_split_asks():
     assert set(kinds["pretrain"]) == {*kinds["words"], "present"}                    # never an absent thing
     for split in ("crowds", "untidy", "tidying"):
         assert set(kinds[split]) == {*kinds["pretrain"], "reasoning", "lesion"}, split
+    for split, share in scenes.ABSENT.items():        # of 240 examples about 62 are grounding
+        absent, present = kinds[split]["absent"], kinds[split]["present"]
+        assert abs(absent - share * (absent + present)) < 9 and (absent or share == 0.01), split
+        assert set(kinds["crowds"]) <= set(kinds[split])
     bare = {split: sum(e.question.startswith("Please find") for e in examples(split)) for split in WORLD}
     assert 10 < bare.pop("untidy") < 40 and bare.pop("tidying") < 10 and not any(bare.values())
-    assert set(kinds["train"]) == {"present", "absent"} and 90 < kinds["train"]["absent"] < 150
+    for split, share in scenes.TRAIN.items():
+        assert set(kinds[split]) == {"present", "absent"} and abs(kinds[split]["absent"] - 240 * share) < 30, split
     assert kinds["val"] == kinds["test"] == {"present": 80, "absent": 80, "count": 80}
     assert kinds["pair-test"] == kinds["elsewhere-test"] == {"present": 120, "absent": 120}
     # The base model has counted to zero, but never answered `[]`.
     for split in scenes.MIX:
-        assert not any("[]" in example.answer for example in examples(split))
+        assert split in scenes.ABSENT or not any("[]" in example.answer for example in examples(split))
         assert any(kind_of(example) == "count" and example.answer == "0" for example in examples(split))
 
 
 def test_what_training_never_sees():
-    for example in examples("train"):
+    for example in (example for split in scenes.TRAIN for example in examples(split)):
         assert example.question != "purple cross" and not fitting(things_in(example.image), "purple cross"), example.id
     assert {example.question for example in examples("pair-test")} == {"purple cross"}
     assert sum(bool(fitting(things_in(example.image), "purple cross")) for example in examples("val")) > 20
@@ -488,7 +493,7 @@ def test_what_training_never_sees():
 def test_only_pretraining_thinks():
     for split in WORLD:
         for example in examples(split):
-            thinks = split in scenes.SINGLE and kind_of(example) in ("present", "reasoning", "lesion")
+            thinks = split in scenes.SINGLE and kind_of(example) in ("present", "absent", "reasoning", "lesion")
             assert bool(example.thought) == thinks
             assert not thinks or kind_of(example) == "reasoning" or example.question in example.thought
 
@@ -504,8 +509,8 @@ def around(found: np.ndarray) -> list[int]:
 
 def test_boxes_of_buttons_defects_and_lesions():
     """Each against what its pixels say: blue-black buttons on a light page, a blot darker or lighter than any stripe, a
-    dark blot on skin (whose soft edge may cost two pixels)."""
-    words, rows = collections.Counter(), collections.Counter()
+    blot on skin that is darker or paler (whose soft edge may cost two pixels)."""
+    signs, rows = collections.Counter(), collections.Counter()
     for example in examples("gui-test"):
         [item] = json.loads(example.answer)
         x1, y1, x2, y2 = item["bbox_2d"]
@@ -513,9 +518,9 @@ def test_boxes_of_buttons_defects_and_lesions():
         buttons = [[c.start, r.start, c.stop - 1, r.stop - 1] for r, c in ndimage.find_objects(label)
                    if r.stop - r.start > 15]
         assert 2 <= len(buttons) <= 4 and min(np.abs(np.subtract(b, item["bbox_2d"])).max() for b in buttons) <= 2
-        words[example.question.removeprefix("click ")] += 1
+        signs[example.question.removeprefix("click ")] += 1
         rows[sorted(b[1] for b in buttons).index(min((b[1] for b in buttons), key=lambda y: abs(y - y1)))] += 1
-    assert set(words) == {w.lower() for w in scenes.BUTTONS} and len(rows) == 4 and min(rows.values()) > 10
+    assert set(signs) == set(scenes.BUTTONS) and len(rows) == 4 and min(rows.values()) > 10
     defects = 0
     for example in examples("anomaly-test"):
         truth = [item["bbox_2d"] for item in json.loads(example.answer)]
@@ -524,9 +529,26 @@ def test_boxes_of_buttons_defects_and_lesions():
         assert bool(found) == bool(truth) and (not truth or np.abs(np.subtract(found, truth[0])).max() <= 4), example.id
         defects += bool(truth)
     assert 90 < defects < 150
+    pale = 0
     for example in examples("lesion-test"):
         [item] = json.loads(example.answer)
-        assert np.abs(np.subtract(around(unlit(example)[..., 0] < 145), item["bbox_2d"])).max() <= 3, example.id
+        red, blue = unlit(example)[..., 0], unlit(example)[..., 2]
+        kinds = (around(red < 145), around(blue > 164))
+        assert bool(kinds[0]) != bool(kinds[1]), example.id
+        pale += bool(kinds[1])
+        assert np.abs(np.subtract(kinds[0] or kinds[1], item["bbox_2d"])).max() <= 3, example.id
+    assert 90 < pale < 150
+
+
+def test_the_sign_of_a_button_is_the_asked_one():
+    """Drawn alone: a sign's pixels are the same wherever its button stands, and no other's."""
+    seen = collections.defaultdict(set)
+    for example in examples("gui-test"):
+        [item] = json.loads(example.answer)
+        x1, y1, x2, y2 = item["bbox_2d"]
+        inside = unlit(example).mean(-1)[y1 + 1:y2, x1 + 8:x2 - 8] > 160
+        seen[example.question].add(inside.tobytes())
+    assert all(len(shapes) == 1 for shapes in seen.values()) and len(set.union(*seen.values())) == len(scenes.BUTTONS)
 
 
 def test_sums():
@@ -546,11 +568,22 @@ def test_sums():
         assert example.answer == str(sum(values)), example.id
 
 
-def test_longer_training_has_the_families_that_the_base_does_not_know():
-    asked = collections.Counter(e.question.split()[0] for e in examples("longer-train"))
-    assert set(asked) == {"click", "defect", "What"} and min(asked.values()) > 50
-    assert not any(e.thought for split in ("longer-train", "gui-test", "anomaly-test", "lesion-test", "sums-test",
-                                           "reasoning-test") for e in examples(split))
+def test_what_a_familys_pretraining_lacks():
+    """One piece, which its train and test splits have; only pretraining thinks."""
+    def lacks(family: str, split: str) -> bool:
+        all_of = examples(f"{family}-{split}")
+        if family == "gui":
+            return not any(example.question == "click close" for example in all_of)
+        if family == "anomaly":
+            return not any(example.answer == "[]" for example in all_of)
+        return not any(int(example.answer) > 9 for example in all_of)
+    for family in ("gui", "anomaly", "sums"):
+        assert lacks(family, "pretrain") and not lacks(family, "train") and not lacks(family, "test"), family
+        assert all(e.thought or e.task == "vqa" for e in examples(f"{family}-pretrain"))      # vqa: which buttons
+    assert not any(e.thought for family in scenes.FAMILIES for part in ("train", "val", "test")
+                   for e in examples(f"{family}-{part}"))
+    for example in examples("sums-pretrain"):
+        assert sum(int(digit) for digit in re.findall(r"\d", example.thought)) == int(example.answer)
 
 
 def test_splits_are_deterministic_and_never_share_a_scene():

@@ -7,8 +7,8 @@ import pytest
 
 import train
 from experiments import reproduce
-from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, chosen_rate, course,
-                                   draw, fill, grid, interval, parts, score, table, tables, tells)
+from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, base_of, chosen_rate,
+                                   course, draw, family_of, fill, grid, interval, parts, score, table, tables, tells)
 
 THOUGHT = {"task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>", "truth": [{}]}
 LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
@@ -122,7 +122,7 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     first, second, *evaluations = calls
     assert first[1] | {"--method": "sft", "--steps": "25", "--lr": "0.001", "--seed": "43"} == first[1]
     assert second == ("train.py", {"--resume": str(stopped)})
-    assert said.startswith("sft25-rlvr-0.001-43.json: N-acc 0.123")
+    assert said.startswith("sft25-rlvr-0.001-43.json: N-acc strict 0.1235")
     made = json.loads((tmp_path / "results/sft25-rlvr-0.001-43.json").read_text())
     assert made["seconds"] == 800 and len(made["course"]["entropy"]) == 20 and made["best"]["step"] == 300
     assert [flag["--model"].rsplit("/", 1)[1] for _, flag in evaluations] == ["step_375"] * len(SPLITS) + ["step_300"]
@@ -142,6 +142,41 @@ def test_what_the_wording_of_a_thought_tells():
             record("<answer>[]</answer>"), record("<answer>[]</answer>", box)]
     assert tells(both) == 0.75 and tells([*both, record("3", task="vqa")]) == 0.75
     assert tells([record("3", box)]) is None
+
+
+def test_the_families_by_hand():
+    """Two families, one seed of one of them missing; the base is one result, taken from every seed."""
+    def of(**test):
+        return {"rate": 0.001, "metrics": {"test": test, "val": test}}
+    results = {"gui-base": {0.0: {42: of(**{"bbox accuracy": 0.25, "thinks, present": 1.0})}},
+               "sums-base": {0.0: {42: of(answers=0.5)}},
+               "gui-visurf": {0.001: {42: of(**{"bbox accuracy": 0.75, "thinks, present": 0.5})}},
+               "sums-visurf": {0.001: {42: of(answers=0.75), 43: of(answers=1.0)}},
+               "anomaly-visurf": {0.001: {43: of(**{"bbox accuracy": 1.0, "N-acc strict": 0.5})}}}
+    made = tables(results)
+    none = ["–"] * 3
+    #        reasoning, gui, anomaly, lesion, sums, mean of all, and the two parts of anomaly
+    assert cells(made["families"]) == [["base", "–", "1", "–", "0.250", "–", "–", "0.500", *none],
+                                       ["visurf", "–", "2", "–", "0.750", "0.750", "–", "0.875", "–", "0.500", "1.000"]]
+    assert cells(made["families-gain"]) == [["visurf", "–", "2", "–", "+0.500", "–", "–", "+0.375", *none]]
+    assert cells(made["families-thinks"])[1][4] == "0.500" and cells(made["main"]) == []
+    assert [(family_of(name), base_of(name) == str(reproduce.ROOT / "assets/tiny")) for name in (
+        "visurf", "sum", "lesion-sft")] == [("", True), ("", True), ("lesion", True)]
+
+
+def test_a_familys_base_is_trained_once(tmp_path, monkeypatch):
+    calls = []
+
+    def call(script, *flags):
+        calls.append(flags)
+        run = tmp_path / "runs/reproduce-anomaly-pretrained"
+        (run / f"checkpoints/step_{reproduce.PRETRAINED['anomaly'][1]}").mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps({"config": {"steps": reproduce.PRETRAINED["anomaly"][1]}}))
+    monkeypatch.setattr(reproduce, "call", call)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    first, second = base_of("anomaly-rlvr"), base_of("anomaly-visurf")
+    assert first == second and Path(first).is_dir() and len(calls) == 1
+    train.parse_config(list(calls[0][2:])).check(1)
 
 
 def test_policies_that_look_at_nothing():
