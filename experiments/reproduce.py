@@ -59,7 +59,7 @@ FAMILY_METHODS = {"base": [], "sft": [["--method", "sft"]], "rlvr": [["--method"
                   "visurf": [[]], "visurf-thought": [THOUGHT]}
 # Bases that are made here: name → split of scenes and steps of SFT. Of those of the main job N % of the grounding
 # questions asked for something absent.
-PRETRAINED = {"gui": ("gui-pretrain", 300), "anomaly": ("anomaly-pretrain", 60), "sums": ("sums-pretrain", 200),
+PRETRAINED = {"gui": ("gui-pretrain", 120), "anomaly": ("anomaly-pretrain", 60), "sums": ("sums-pretrain", 200),
               "absent1": ("absent1", 60), "absent5": ("absent5", 60), "absent20": ("absent20", 60)}
 PRETRAINING = ["--method", "sft", "--optimizer", "muon", "--adam-eps", "1e-8", "--lr", "2e-3", "--weight-decay", "0",
                "--warmup-steps", "10", "--cooldown", "0.5", "--prompts-per-step", "64", "--normaliser", "seq-mean"]

@@ -4,7 +4,7 @@
     python tests/mutate.py train.py --within pack update train_step
 
 Mutants: an operator or a comparison becomes its neighbour, a condition its opposite, a number another, True False; a
-statement is left out. Printed: how many died, and each survivor with its line, to be judged: equivalent, or a test that
+statement is left out. Printed: each with its line, and how many died. A survivor is to be judged: equivalent, or a test that
 is missing. Nothing in the repository is changed: each mutant is a copy in a temporary folder.
 """
 import argparse
@@ -114,12 +114,12 @@ def main() -> None:
     for file in args.files:
         possible = mutants((ROOT / file).read_text(), args.within)
         drawn = sorted(random.Random(args.seed).sample(possible, min(args.count, len(possible))))
+        alive = 0
         with ThreadPoolExecutor(args.jobs) as pool:
-            alive = list(pool.map(lambda mutant: survives(file, mutant[2]), drawn))
-        print(f"{file}: {len(drawn) - sum(alive)} of {len(drawn)} died, of {len(possible)} possible", flush=True)
-        for (line, what, _), lives in zip(drawn, alive):
-            if lives:
-                print(f"  line {line}: {what}", flush=True)
+            for (line, what, _), lives in zip(drawn, pool.map(lambda mutant: survives(file, mutant[2]), drawn)):
+                alive += lives
+                print(f"{file}, line {line}: {'lives' if lives else 'died'}: {what}", flush=True)
+        print(f"{file}: {len(drawn) - alive} of {len(drawn)} died, of {len(possible)} possible", flush=True)
 
 
 if __name__ == "__main__":

@@ -436,13 +436,15 @@ def test_the_entropy_bonus_raises_the_entropy(alone):
     assert entropy[1.0] > entropy[0.0] + 1e-3
 
 
-def test_auto_label_style_is_the_rendering_the_policy_finds_likelier(alone):
-    """The tiny base was trained on blanks after commas and colons."""
+def test_auto_label_style_is_the_rendering_the_policy_finds_likelier(alone, monkeypatch):
+    """The tiny base was trained on blanks after commas and colons, whichever style is tried first."""
     model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
     processor = Processor(model.folder)
     prompt = processor.prompt(Scenes("test")[0])
-    text, ids = train.label_tokens(train.Config(label_style="auto"), model, processor, prompt)
-    assert text == train.label_text("scene_grounding", prompt.answer, "spaced") and ids == processor.encode(text)
+    for order in (("spaced", "compact"), ("compact", "spaced")):
+        monkeypatch.setattr(train, "LABEL_STYLES", order)
+        text, ids = train.label_tokens(train.Config(label_style="auto"), model, processor, prompt)
+        assert text == train.label_text("scene_grounding", prompt.answer, "spaced") and ids == processor.encode(text)
     assert train.label_tokens(train.Config(label_style="compact"), model, processor, prompt)[0] != text
 
 
