@@ -525,15 +525,21 @@ def run_evaluation(job: Job, history: dict[str, dict]) -> None:
     cfg, step = job.cfg, job.state["step"]
     own = job.held_out[job.rank::job.world]
     answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=job.stopped)
+    records: list[Record] = []
+    drawn: list = []     # a prompt holds the patches of its picture, 17 MB of a large one: only these stay
+    stopped = False
     try:
-        pairs = list(tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0))
+        for record, prompt in tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0):
+            records.append(record)
+            if len(drawn) < 12:
+                drawn.append((record, prompt))
     except Stopped:
-        pairs = None
-    if not all(gather_json(pairs is not None, job.device)):
+        stopped = True
+    if any(gather_json(stopped, job.device)):
         raise Stopped
     if job.rank == 0:
-        draw_sheet(for_sheet(pairs[:12]), job.run / "samples" / f"step_{step}.png")
-    everyone = gather_json([vars(record) for record, _ in pairs], job.device)
+        draw_sheet(for_sheet(drawn), job.run / "samples" / f"step_{step}.png")
+    everyone = gather_json([vars(record) for record in records], job.device)
     history[f"step {step}"] = summarise([Record(**r) for part in everyone for r in part])
     job.log({"step": step, "eval": history[f"step {step}"]})
     job.say(f"{cfg.eval_data}, first {len(job.held_out)}:\n" + table(history))

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ import support.ranks
 import support.runs
 import train
 from data import Processor, collate, pack_group
+from eval import judge
 from model import Qwen2_5_VL
 from support.checkpoints import read_state
 from support.lora import add_lora, merge_after
@@ -463,6 +466,27 @@ def test_a_step_that_is_not_finite_changes_nothing(alone, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.inf))
     with pytest.raises(Mistake, match="weights that are not finite: try a smaller --lr"):
         run_update(cfg, model, groups)
+
+
+def test_an_evaluation_keeps_the_prompts_of_its_picture_alone(alone, monkeypatch, tmp_path):
+    """A prompt holds its picture's patches: 192 of them were 60 MB of the built-in world, and gigabytes of real ones."""
+    processor, made, most = Processor(ROOT / "assets/tiny"), [], []
+
+    def answered(*_, **__):
+        for i in range(40):
+            prompt = processor.prompt(Scenes("test")[i % 3])
+            made.append(weakref.ref(prompt))
+            yield judge(prompt, "<answer>[]</answer>", 5), prompt
+            most.append(sum(prompt_of() is not None for prompt_of in made))
+    monkeypatch.setattr(train, "evaluate", answered)
+    lines = []
+    job = SimpleNamespace(cfg=train.Config(), state={"step": 7}, held_out=range(40), rank=0, world=1, run=tmp_path,
+                          ddp=SimpleNamespace(module=None), processor=processor, stopped=(), device=torch.device("cpu"),
+                          log=lines.append, say=print)
+    (tmp_path / "samples").mkdir()
+    train.run_evaluation(job, {})
+    assert lines[0]["eval"]["N-acc strict"] == 1 and (tmp_path / "samples/step_7.png").exists()
+    assert len(most) == 40 and max(most) <= 14
 
 
 def test_the_point_of_the_paper_on_one_question(alone):
