@@ -69,6 +69,9 @@ def test_a_number_in_the_state_that_changed(run):
     assert fault(path.parent) == "state.json is not what was written"
     path.write_text('{"step": 3, "cursor": 12, "bad_steps": 0}')       # as it was before there were digests
     assert fault(path.parent) is None
+    for other in ('[3, 12, 0]', '{}', '{"step": 3, "bad_steps": 0}', '{"step": "3", "cursor": 12, "bad_steps": 0}'):
+        path.write_text(other)
+        assert fault(path.parent) == "state.json is not that of a checkpoint", other
 
 
 def test_what_is_no_checkpoint_does_not_disturb(run):
