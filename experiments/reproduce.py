@@ -281,7 +281,6 @@ FAMILY = {**{family: in_family(family) for family in FAMILIES}, "mean of all": i
           "anomaly: boxes": in_family("anomaly", "bbox accuracy")}
 THINKS = {**{family: in_family(family, "thinks, present") for family in FAMILIES[:-1]},
           "anomaly: none": in_family("anomaly", "thinks, absent")}
-COST = {"seconds": lambda r: r["seconds"], "peak memory, GB": lambda r: r["peak_memory_gb"]}
 
 
 def read_results() -> Results:
@@ -338,6 +337,25 @@ def shown(values: list[float], signed: bool) -> str:
     return f"{mean:{'+' if signed else ''}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
+def read_cost() -> dict[str, list[dict]]:
+    """What experiments/cost.py measured: name → its stages: steps, and seconds of a step at its start and its end."""
+    path = ROOT / "experiments/cost.json"
+    return json.loads(path.read_text())["seconds"] if path.exists() else {}
+
+
+def cost_table(rows: dict[str, dict[int, dict]], measured: dict[str, list[dict]]) -> str:
+    """A whole training is the steps of each stage times the mean of a step at its start and at its end."""
+    whole = {name: sum(stage["steps"] * (stage["start"] + stage["end"]) / 2 for stage in stages)
+             for name, stages in measured.items()}
+    lines = ["| | a step at the start, s | at the end, s | whole training, s | against RLVR | peak memory, GB |",
+             "|---" * 6 + "|"]
+    for name in (name for name in rows if name in measured):
+        memory = shown([seed["peak_memory_gb"] for seed in rows[name].values()], signed=False)
+        lines.append(f"| {name} | {measured[name][0]['start']:.2f} | {measured[name][-1]['end']:.2f} | "
+                     f"{whole[name]:.0f} | {whole[name] / whole['rlvr']:.2f} | {memory} |")
+    return "\n".join(lines)
+
+
 def grid(results: Results) -> str:
     """score on scenes:val of the first seed, for every learning rate."""
     lines = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---" * (1 + len(RATES)) + "|"]
@@ -386,7 +404,7 @@ def tables(results: Results) -> dict[str, str]:
         "controls": table(of["controls"], AT_END),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
-        "cost": table(of["trained"], COST),
+        "cost": cost_table(of["trained"], read_cost()),
         "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
         "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], MAIN),
         "sensitivity": table(of["sensitivity"], MAIN)}

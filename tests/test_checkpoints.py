@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,3 +323,18 @@ def test_weights_that_are_not_finite_are_not_saved(run):
     assert code == 1 and "weights hold NaN or Inf" in output and "Traceback" not in output, output
     assert "Last checkpoint from before that: runs/a/checkpoints/step_2" in output
     assert not (run / "checkpoints/step_4").exists()
+
+
+def test_the_commit_of_a_run(monkeypatch):
+    """What git says; a copy without git has none."""
+    for told, commit in (("abc1234-dirty\n", "abc1234-dirty"), ("", "unknown")):
+        monkeypatch.setattr(runs.subprocess, "run", lambda *_, told=told, **__: SimpleNamespace(stdout=told))
+        assert runs.versions()["commit"] == commit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the open files of Linux")
+def test_syncing_leaves_no_file_open(tmp_path):
+    (tmp_path / "a").write_text("a")
+    before = len(os.listdir("/proc/self/fd"))
+    checkpoints.sync(tmp_path / "a")
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,68 @@
+"""Seconds of a step of every method, in one run and in turns, so that other work on the machine falls on all of them
+alike: `python experiments/cost.py [--repeats 9]`, with nothing beside it, after experiments/reproduce.py has trained.
+
+A step of each stage is taken from the weights that the stage began with and from those it ended with (seed 42, at the
+learning rates that are in runs/), on the same 16 prompts; nothing is learnt. Medians, into experiments/cost.json, which
+`python experiments/reproduce.py tables` reads.
+"""
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+import train  # noqa: E402
+from data import Processor, load  # noqa: E402
+from experiments.reproduce import EXPERIMENTS, ROOT, SEEDS, parts, read_results  # noqa: E402
+from model import Qwen2_5_VL  # noqa: E402
+from support.onednn import use_onednn  # noqa: E402
+from support.optimizers import make_optimizers  # noqa: E402
+from support.ranks import start_ranks  # noqa: E402
+from support.runs import versions  # noqa: E402
+
+
+def job_of(flags: list[str], model: Path, device) -> train.Job:
+    """A training that has just begun from the model, and learns nothing."""
+    cfg = replace(train.parse_config(flags), lr=1e-30)
+    ddp = DistributedDataParallel(use_onednn(Qwen2_5_VL.from_pretrained(model)), gradient_as_bucket_view=True)
+    state = {"step": 0, "cursor": 0, "bad_steps": 0}
+    return train.Job(cfg, 0, 1, device, ddp, None, Processor(model), make_optimizers(cfg, ddp.module), state,
+                     load(cfg.data))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    repeats = parser.parse_args().repeats
+    _, _, device = start_ranks()
+    jobs: dict[tuple[str, int, str], train.Job] = {}
+    for name, seeds in parts(read_results())["trained"].items():
+        before = ROOT / "assets/tiny"
+        for number, stage in enumerate(EXPERIMENTS[name]):
+            run = ROOT / "runs" / f"reproduce-{name}-{seeds[SEEDS[0]]['rate']:g}-{SEEDS[0]}-{number + 1}"
+            after = max(run.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.split("_")[1]))
+            jobs[name, number, "start"] = job_of(stage, before, device)
+            jobs[name, number, "end"] = job_of(stage, after, device)
+            before = after
+    seconds: dict[tuple, list[float]] = {key: [] for key in jobs}
+    for _ in range(repeats + 1):                    # the first of each warms up
+        for key, job in jobs.items():
+            job.state.update(step=0, cursor=0)
+            seconds[key].append(train.train_step(job)["seconds"])
+    measured: dict[str, list[dict]] = {}
+    for (name, number, moment), values in seconds.items():
+        stages = measured.setdefault(name, [])
+        if number == len(stages):
+            stages.append({"steps": jobs[name, number, "start"].cfg.steps})
+        stages[number][moment] = round(statistics.median(values[1:]), 3)
+    (ROOT / "experiments/cost.json").write_text(json.dumps({"commit": versions()["commit"], "repeats": repeats,
+                                                            "seconds": measured}, indent=1) + "\n")
+    print(json.dumps(measured, indent=1))
+
+
+if __name__ == "__main__":
+    main()
