@@ -68,15 +68,17 @@ def changes(node: ast.AST) -> list[tuple[ast.AST, str]]:
 
 def mutants(source: str, within: list[str]) -> list[tuple[int, str, str]]:
     """(line, what was there → what is, the mutant's source), in the order of the file, in the functions named `within`
-    or, if there are none, everywhere. Text and types stay."""
+    or, if none is named, everywhere. Text and types stay."""
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]          # ast counts columns in bytes
     kept = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
     kept += [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     skipped = {id(part) for root in kept if root for part in ast.walk(root)}
-    roots = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in within] or [tree]
+    roots = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in within]
+    if len(roots) < len(within):
+        raise SystemExit(f"of {', '.join(within)} there are only {', '.join(node.name for node in roots) or 'none'}")
     made = []
-    for node in (node for root in roots for node in ast.walk(root) if id(node) not in skipped):
+    for node in (node for root in roots or [tree] for node in ast.walk(root) if id(node) not in skipped):
         for part, text in changes(node):
             first = starts[part.lineno - 1] + part.col_offset
             last = starts[part.end_lineno - 1] + part.end_col_offset
