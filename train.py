@@ -116,7 +116,7 @@ class Config:
     max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]",
                                  least=1)
     temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]", above=0)
-    sampling_batch: int = option(64, "sampling", "prompts sampled or evaluated together; any value gives the same "
+    sampling_batch: int = option(32, "sampling", "prompts sampled or evaluated together; any value gives the same "
                                  "answers", least=1)
     cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs; not tried on a GPU yet")
 
@@ -656,6 +656,7 @@ def loop(job: Job) -> None:
                 if job.held_out and not stopping and f"step {step}" not in history and (
                         not step or done or cfg.eval_every and step % cfg.eval_every == 0):
                     run_evaluation(job, history)
+                    give_memory_back()
                 if job.rank == 0 and saved == step:
                     keep_newest(job.run, cfg.keep, best_step(cfg.keep_best, history))
                 if done or stopping:

@@ -68,7 +68,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """CUDA: allocated; CPU: resident. 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9       # Linux counts in KiB
 
 
 def memory_line(model: nn.Module, world: int, offload: bool) -> str:
