@@ -214,6 +214,8 @@ def test_with_the_controls_y_is_never_pushed_down(std):
     groups = [random_group(rng) for _ in range(2000)]
     assert min(with_label(*group, std)[0] for group in groups) > -1e-12
     assert min(with_label(*group, std, smoothing=False)[0] for group in groups) < -1  # and that is smoothing's doing
+    if std == "sample":       # all rollouts right and thinking, y without the point for a thought
+        assert with_label(6.0, [7.0] * 8, std, smoothing=False).tolist() == pytest.approx([-8 / 3] + [1 / 3] * 8)
 
 
 def test_the_y_term_vanishes_as_the_policy_succeeds():
