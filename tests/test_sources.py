@@ -426,7 +426,7 @@ def test_row_of_wrong_types(folder, change):
 
 @pytest.mark.parametrize("name, error, reason", [
     ("scenes:nowhere", ValueError,
-     "nowhere does not exist; the splits are words, pretrain, crowds, untidy, tidying, train, val, test"),
+     "nowhere does not exist; the splits are words, pretrain, crowds, untidy, tidying, absent1"),
     ("scenes", ValueError, "give scenes:SPLIT"), ("data.csv", ValueError, "data.csv: give scenes:SPLIT"),
     ("nowhere.jsonl", ValueError, "nowhere.jsonl: there is no such file")])
 def test_unknown_data(name, error, reason):
