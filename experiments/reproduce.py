@@ -297,6 +297,12 @@ def chosen_rate(rates: dict[float, dict[int, dict]]) -> float:
     return max(sorted(tried), key=tried.get) if tried else min(rates)
 
 
+def shown_rate(rates: dict[float, dict[int, dict]]) -> float:
+    """The chosen one, as soon as it has as many seeds as any other."""
+    chosen = chosen_rate(rates)
+    return max(rates, key=lambda rate: (len(rates[rate]), rate == chosen))
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % interval by Student's t; nan of fewer than three values, of which it says nothing."""
     from scipy.stats import t
@@ -368,7 +374,7 @@ def grid(results: Results) -> str:
 
 def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
     """The rows of each table: name → seed → result, at each method's own learning rate; of two stages the best."""
-    rows = {name: results[name][chosen_rate(results[name])] for name in EXPERIMENTS if name in results}
+    rows = {name: results[name][shown_rate(results[name])] for name in EXPERIMENTS if name in results}
 
     def of(*names: str) -> dict[str, dict[int, dict]]:
         return {name: rows[name] for name in names if name in rows}

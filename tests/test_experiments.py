@@ -8,8 +8,8 @@ import pytest
 import train
 from experiments import reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, base_of, chosen_rate,
-                                   cost_table, course, draw, family_of, fill, grid, interval, parts, score, table,
-                                   tables, tells)
+                                   cost_table, course, draw, family_of, fill, grid, interval, parts, score,
+                                   shown_rate, table, tables, tells)
 
 THOUGHT = {"task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>", "truth": [{}]}
 LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
@@ -49,6 +49,11 @@ def test_the_learning_rate_is_chosen_on_val():
              0.002: {43: result(1.0)}}                     # not tried with the first seed
     assert chosen_rate(tried) == 0.001 and score({"N-acc strict": 1.0, "bbox accuracy": 0.5}) == 0.75
     assert parts({"visurf": tried})["main"] == {"visurf": tried[0.001]}
+    tried[0.002][42] = result(0.8, val=0.9)                # chosen, with as many seeds as 0.001; then with fewer
+    assert chosen_rate(tried) == shown_rate(tried) == 0.002
+    del tried[0.002][43]
+    assert chosen_rate(tried) == 0.002 and shown_rate(tried) == 0.001
+    del tried[0.002]
     stages = {f"sft{n}-rlvr": {0.001: {42: result(0.5, val=n / 100 if n < 200 else 0.0)}} for n in (25, 100, 200)}
     assert list(parts(stages)["main"]) == ["sft100-rlvr"] and len(parts(stages)["lengths"]) == 3
     assert cells(grid({"visurf": tried})) == [["visurf", "0.500", "0.700", "–"]]
