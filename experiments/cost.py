@@ -44,6 +44,8 @@ def main() -> None:
         before = ROOT / "assets/tiny"
         for number, stage in enumerate(EXPERIMENTS[name]):
             run = ROOT / "runs" / f"reproduce-{name}-{seeds[SEEDS[0]]['rate']:g}-{SEEDS[0]}-{number + 1}"
+            if not run.is_dir():
+                raise SystemExit(f"{run} is missing: first python experiments/reproduce.py run {name}, on this machine")
             after = max(run.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.split("_")[1]))
             jobs[name, number, "start"] = job_of(stage, before, device)
             jobs[name, number, "end"] = job_of(stage, after, device)

@@ -51,7 +51,7 @@ POLICIES = {"always-empty": "<answer>[]</answer>",
 LOOKS = ("base", *POLICIES)
 STRENGTHS = ("absent1", "absent5", "absent20")
 UNTRAINED = (*LOOKS, *(f"{base}-base" for base in (*FAMILIES, *STRENGTHS)))
-# The families are learnt in 150 steps. Where assets/tiny knows nothing of one, its base has learnt all but a piece.
+# The families are trained for 150 steps. Where assets/tiny knows nothing of one, its base has learnt all but a piece.
 FAMILY_STEPS, FAMILY_SFT = 150, 50
 FAMILY_METHODS = {"base": [], "sft": [["--method", "sft"]], "rlvr": [["--method", "rlvr"]],
                   "sft-rlvr": [["--method", "sft", "--steps", str(FAMILY_SFT)],

@@ -235,7 +235,7 @@ def reasoning(rng: random.Random) -> tuple[Image.Image, dict]:
 
 def gui(rng: random.Random, known=tuple(BUTTONS)) -> tuple[Image.Image, dict]:
     """Two to four buttons of different colours, each with some word. (The tiny model did not learn to read words, or to
-    tell small signs apart, in 10,000 examples.)"""
+    tell small signs apart, in 5,000 to 10,000 examples.)"""
     colours = rng.sample(known, rng.randint(2, 4))
     picture = Image.new("RGB", (SIZE, SIZE), (rng.randint(140, 180),) * 3)
     pen, boxes = ImageDraw.Draw(picture), []
@@ -245,8 +245,8 @@ def gui(rng: random.Random, known=tuple(BUTTONS)) -> tuple[Image.Image, dict]:
         pen.rectangle(boxes[-1], fill=BUTTONS[colour], outline=(30, 30, 40))
         pen.text((x + 24, y + 11), rng.choice(("OK", "SAVE", "EXIT", "STOP")), fill=(30, 30, 40),
                  font=ImageFont.load_default(10), anchor="mm")
-    question = f"click the {colours[0]} button"
-    return finish(picture, rng), grounding(question, boxes[:1], True, rng) | {"thought": f"Where is {colours[0]}?"}
+    fields = grounding(f"click the {colours[0]} button", boxes[:1], False, rng)
+    return finish(picture, rng), fields | {"thought": f"Where is {colours[0]}?"}
 
 
 def anomaly(rng: random.Random, flawed: float = 0.5) -> tuple[Image.Image, dict]:

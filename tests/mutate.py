@@ -4,8 +4,8 @@
     python tests/mutate.py train.py --within pack update train_step
 
 Mutants: an operator or a comparison becomes its neighbour, a condition its opposite, a number another, True False; a
-statement is left out. Printed: each with its line, and how many died. A survivor is to be judged: equivalent, or a test that
-is missing. Nothing in the repository is changed: each mutant is a copy in a temporary folder.
+statement is left out. Printed: each with its line, and how many died. A survivor is to be judged: equivalent, or a
+test that is missing. Nothing in the repository is changed: each mutant is a copy in a temporary folder.
 """
 import argparse
 import ast
@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("test_train.py -k 'not (rank or resume or leaves_all or decoding or alone or slow_one or signal or edit or dry_run"
-         " or sigterm or one_question)'")
+QUICK = ("test_train.py -k 'not (rank or resume or leaves_all or decoding or alone or slow_one or signal or edit"
+         " or dry_run or sigterm or one_question)'")
 TESTS = {        # file → the tests that look at it, as pytest is told, the quickest first
     "objective.py": ("test_objective.py",), "rewards.py": ("test_rewards.py",), "rollout.py": ("test_rollout.py",),
     "data.py": ("test_data.py", "test_sources.py"), "model.py": ("test_model.py", "test_rollout.py"),
@@ -94,7 +94,8 @@ def survives(file: str, source: str) -> bool:
         shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".git", "runs", "evaluations", "__pycache__"))
         (place / file).write_text(source)
         for tests in TESTS[file]:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(f"tests/{tests}")]
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                       *shlex.split(f"tests/{tests}")]
             try:
                 # The longest file takes six minutes on a busy machine; a mutant that never ends is a dead one.
                 done = subprocess.run(command, cwd=place, capture_output=True, timeout=900, check=False)
