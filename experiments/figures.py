@@ -86,6 +86,29 @@ def draw_lengths(rows: dict[str, dict[int, dict]], interval, columns: dict, path
     figure.savefig(path)
 
 
+def draw_boundary(rows: dict[str, dict[int, dict]], interval, column, path: Path) -> None:
+    """A metric of each method over the share of absent targets that the base has seen. rows: `absentN-METHOD`, and
+    METHOD from the base that has seen none."""
+    figure, [panel] = blank(4.6, 3.0, 1)
+    shares = {name: int(name.split("-")[0].removeprefix("absent")) if name.startswith("absent") else 0 for name in rows}
+    places = sorted(set(shares.values()))
+    for number, method in enumerate(("base", "rlvr", "visurf")):
+        points = sorted((share, *interval([column(seed) for seed in rows[name].values()]))
+                        for name, share in shares.items() if name.split("-")[-1] == method)
+        if points:
+            steps, means, halves = zip(*points)
+            panel.errorbar([places.index(step) for step in steps], means, [h if h == h else 0 for h in halves],
+                           label=method, capsize=3, color=COLOURS[number], marker=MARKERS[number],
+                           linestyle=STYLES[number])
+    panel.set_xticks(range(len(places)), [f"{share} %" for share in places])
+    panel.set_xlabel("absent targets in the base's training", fontsize=8)
+    panel.set_ylabel("N-acc", fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path)
+
+
 def draw_weights(path: Path) -> None:
     """The weight of ∇log π of a token of y, over its probability p, in the failed group of `python objective.py`."""
     figure, [panel] = blank(5.2, 3.2, 1)

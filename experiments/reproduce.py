@@ -239,6 +239,16 @@ def at_end(name: str) -> Column:
     return lambda result: result["course"][name][-1]
 
 
+def at_start(name: str) -> Column:
+    """The first 20 steps."""
+    return lambda result: result["course"][name][0]
+
+
+def highest(name: str) -> Column:
+    """Of the means over 20 steps each."""
+    return lambda result: max(value for value in result["course"][name] if value is not None)
+
+
 MAIN = {"N-acc": at("test", "N-acc strict"), "T-acc": at("test", "T-acc"), "boxes": at("test", "bbox accuracy"),
         "thinks, present": at("test", "thinks, present"), "thinks, absent": at("test", "thinks, absent"),
         "counting": at("test", "answers"), "reasoning": at("reasoning-test", "bbox accuracy")}
@@ -259,8 +269,14 @@ ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
 AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
           "entropy": at_end("entropy"), "smoothed": at_end("smoothed"), "tied": at_end("tied"),
           "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
+CONTROLLED = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
+              "reasoning": MAIN["reasoning"], "log π(y), first": at_start("logp_y"), "Â_y, last": at_end("advantage_y"),
+              "smoothed": at_end("smoothed"), "entropy, highest": highest("entropy"), "last": at_end("entropy"),
+              "unreadable, highest": highest("unreadable"), "r(o), last": at_end("r_rollouts")}
 BEST = {"step": lambda r: r["best"]["step"], **{label: lambda r, key=key: r["best"]["test"].get(key) for label, key in (
     ("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"), ("thinks, present", "thinks, present"))}}
+
+
 def in_family(family: str, key: str = "") -> Column:
     """Of a row of families: the score on the test split, or one metric of it."""
     def value(results: dict) -> float | None:
@@ -407,7 +423,7 @@ def tables(results: Results) -> dict[str, str]:
         "paired": table(of["main"], MAIN, against="visurf"), "lengths": table(of["lengths"], MAIN),
         "parts": table(of["first"], PARTS), "parts-paired": table(of["first"], PARTS, against="rlvr"),
         "thought": table(of["thought"], {**MAIN, "thought tells": at("test", "thought tells")}),
-        "controls": table(of["controls"], AT_END),
+        "controls": table(of["controls"], CONTROLLED),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
         "cost": cost_table(of["trained"], read_cost()),
@@ -434,6 +450,12 @@ def draw(results: Results, root: Path) -> None:
         figures.draw_course(of["trained"], DRAWN, folder / "course.png")
     if of["controls"]:
         figures.draw_course(of["controls"], DRAWN, folder / "controls.png")
+    if of["families"]:
+        figures.draw_points(of["families"], FAMILY, interval, folder / "families.png")
+    if len(of["sensitivity"]) > 1:
+        figures.draw_points(of["sensitivity"], MAIN, interval, folder / "sensitivity.png")
+    if any(name.startswith(STRENGTHS) for name in of["boundary"]):
+        figures.draw_boundary(of["boundary"], interval, MAIN["N-acc"], folder / "boundary.png")
     if len(of["lengths"]) > 1:
         figures.draw_lengths(of["lengths"], interval, {k: MAIN[k] for k in (
             "N-acc", "boxes", "thinks, present", "thinks, absent")}, folder / "lengths.png")
