@@ -21,6 +21,12 @@ def blank(width: float, height: float, columns: int, rows: int = 1, **options) -
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
+def look(number: int) -> dict:
+    """Colour and marker of the number-th line: no two alike among the first 49."""
+    return {"color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]}
+
+
 def draw_points(rows: dict[str, dict[int, dict]], columns: dict, interval, path: Path) -> None:
     """A panel a column: of every method each seed's value as a dot, and mean and 95 % interval as a bar."""
     figure, panels = blank(1.5 + 1.7 * len(columns), 0.8 + 0.28 * len(rows), len(columns), sharey=True)
@@ -49,9 +55,8 @@ def draw_course(rows: dict[str, dict[int, dict]], names: dict[str, str], path: P
     for spare in panels[len(names):]:
         spare.set_axis_off()
     for number, (method, seeds) in enumerate(rows.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)],
-                 "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5, "markevery": (number, 5),
-                 "linewidth": 1.2}
+        style = look(number) | {"linestyle": STYLES[number % len(STYLES)], "markersize": 3.5,
+                                "markevery": (number % 5, 5), "linewidth": 1.2}
         for panel, name in zip(panels, names):
             points = list(zip(*(seed["course"][name] for seed in seeds.values())))
             means = [statistics.fmean(p) if None not in p else float("nan") for p in points]
@@ -74,12 +79,27 @@ def draw_lengths(rows: dict[str, dict[int, dict]], interval, columns: dict, path
         points = sorted((n, *interval([column(seed) for seed in rows[name].values()])) for name, n in lengths.items())
         steps, means, halves = zip(*points)
         panel.errorbar(range(len(steps)), means, [h if h == h else 0 for h in halves], label=title, capsize=3,
-                       color=COLOURS[number], marker=MARKERS[number], linestyle=STYLES[number])
+                       linestyle=STYLES[number], **look(number))
         if "visurf" in rows:
             panel.axhline(statistics.fmean(column(seed) for seed in rows["visurf"].values()), color=COLOURS[number],
                           linestyle=STYLES[number], linewidth=0.8, alpha=0.6)
     panel.set_xticks(range(len(steps)), [f"{n}" for n in steps])
     panel.set_xlabel("steps of SFT, of 400; the rest is RLVR. Thin lines: ViSurf", fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path)
+
+
+def draw_cost(times: dict[str, float], rows: dict[str, dict[int, dict]], interval, score, path: Path) -> None:
+    """The score of each method on the test split over the time of its training, in trainings of RLVR."""
+    figure, [panel] = blank(5.2, 3.0, 1)
+    for number, name in enumerate(name for name in rows if name in times):
+        mean, half = interval([score(seed) for seed in rows[name].values()])
+        panel.errorbar([times[name]], [mean], [half] if half == half else None, label=name, capsize=3, linestyle="", markersize=5,
+                       **look(number))
+    panel.set_xlabel("time of a training; RLVR = 1", fontsize=8)
+    panel.set_ylabel("(N-acc + boxes) / 2", fontsize=8)
     panel.tick_params(labelsize=8)
     panel.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=8)
@@ -98,8 +118,7 @@ def draw_boundary(rows: dict[str, dict[int, dict]], interval, column, path: Path
         if points:
             steps, means, halves = zip(*points)
             panel.errorbar([places.index(step) for step in steps], means, [h if h == h else 0 for h in halves],
-                           label=method, capsize=3, color=COLOURS[number], marker=MARKERS[number],
-                           linestyle=STYLES[number])
+                           label=method, capsize=3, linestyle=STYLES[number], **look(number))
     panel.set_xticks(range(len(places)), [f"{share} %" for share in places])
     panel.set_xlabel("absent targets in the base's training", fontsize=8)
     panel.set_ylabel("N-acc", fontsize=8)

@@ -269,6 +269,7 @@ ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
 AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
           "entropy": at_end("entropy"), "smoothed": at_end("smoothed"), "tied": at_end("tied"),
           "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
+THOUGHTS = {**MAIN, "thought tells": at("test", "thought tells")}
 CONTROLLED = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
               "reasoning": MAIN["reasoning"], "log π(y), first": at_start("logp_y"), "Â_y, last": at_end("advantage_y"),
               "smoothed": at_end("smoothed"), "entropy, highest": highest("entropy"), "last": at_end("entropy"),
@@ -365,10 +366,14 @@ def read_cost() -> dict[str, list[dict]]:
     return json.loads(path.read_text())["seconds"] if path.exists() else {}
 
 
+def times(measured: dict[str, list[dict]]) -> dict[str, float]:
+    """Seconds of a whole training: the steps of each stage times the mean of a step at its start and at its end."""
+    return {name: sum(stage["steps"] * (stage["start"] + stage["end"]) / 2 for stage in stages)
+            for name, stages in measured.items()}
+
+
 def cost_table(rows: dict[str, dict[int, dict]], measured: dict[str, list[dict]]) -> str:
-    """A whole training is the steps of each stage times the mean of a step at its start and at its end."""
-    whole = {name: sum(stage["steps"] * (stage["start"] + stage["end"]) / 2 for stage in stages)
-             for name, stages in measured.items()}
+    whole = times(measured)
     lines = ["| | a step at the start, s | at the end, s | whole training, s | against RLVR | peak memory, GB |",
              "|---" * 6 + "|"]
     for name in (name for name in rows if name in measured):
@@ -422,7 +427,7 @@ def tables(results: Results) -> dict[str, str]:
         "first": table(of["first"], MAIN), "main": table(of["main"], MAIN), "grid": grid(results),
         "paired": table(of["main"], MAIN, against="visurf"), "lengths": table(of["lengths"], MAIN),
         "parts": table(of["first"], PARTS), "parts-paired": table(of["first"], PARTS, against="rlvr"),
-        "thought": table(of["thought"], {**MAIN, "thought tells": at("test", "thought tells")}),
+        "thought": table(of["thought"], THOUGHTS),
         "controls": table(of["controls"], CONTROLLED),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
@@ -448,6 +453,11 @@ def draw(results: Results, root: Path) -> None:
         few = {label: column for label, column in ELSEWHERE.items() if "T-acc" not in label}
         figures.draw_points(of["injection"], few, interval, folder / "elsewhere.png")
         figures.draw_course(of["trained"], DRAWN, folder / "course.png")
+        figures.draw_points(of["first"], PARTS, interval, folder / "parts.png")
+        figures.draw_points(of["thought"], THOUGHTS, interval, folder / "thought.png")
+        if measured := times(read_cost()):
+            figures.draw_cost({name: seconds / measured["rlvr"] for name, seconds in measured.items()}, of["trained"],
+                              interval, lambda result: score(result["metrics"]["test"]), folder / "cost.png")
     if of["controls"]:
         figures.draw_course(of["controls"], DRAWN, folder / "controls.png")
     if of["families"]:

@@ -89,7 +89,7 @@ def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
     draw(results, tmp_path)
     assert {path.name for path in tmp_path.glob("experiments/figures/*.png")} == {
         "methods.png", "elsewhere.png", "course.png", "controls.png", "lengths.png", "families.png", "boundary.png",
-        "sensitivity.png"}
+        "sensitivity.png", "parts.png", "thought.png", "cost.png"}
     assert (tmp_path / "docs/weights.png").exists() and (tmp_path / "assets/methods.png").exists()
     draw({}, tmp_path)                             # with no result at all
 
