@@ -96,8 +96,8 @@ def draw_cost(times: dict[str, float], rows: dict[str, dict[int, dict]], interva
     figure, [panel] = blank(5.2, 3.0, 1)
     for number, name in enumerate(name for name in rows if name in times):
         mean, half = interval([score(seed) for seed in rows[name].values()])
-        panel.errorbar([times[name]], [mean], [half] if half == half else None, label=name, capsize=3, linestyle="", markersize=5,
-                       **look(number))
+        panel.errorbar([times[name]], [mean], [half] if half == half else None, label=name, capsize=3, linestyle="",
+                       markersize=5, **look(number))
     panel.set_xlabel("time of a training; RLVR = 1", fontsize=8)
     panel.set_ylabel("(N-acc + boxes) / 2", fontsize=8)
     panel.tick_params(labelsize=8)
