@@ -38,6 +38,8 @@ THOUGHT = ["--label-thought", "rollout"]
 LENGTHS = (25, 50, 100, 200, 300)               # steps of SFT, of 400, before RLVR
 TWO_STAGE = {f"sft{n}-rlvr": [["--method", "sft", "--steps", str(n)], ["--method", "rlvr", "--steps", str(400 - n)]]
              for n in LENGTHS}
+# A whole training of each, one after the other.
+IN_FULL = "sft400-rlvr400"
 RIVALS = ("luffy", "hpt", "chord", "sgrpo", "sum")
 CONTROLS = {
     "visurf-no-align": [["--label-style", "compact"]],
@@ -78,6 +80,7 @@ EXPERIMENTS = {
     "sft": [["--method", "sft"]],
     "sft-long": [["--method", "sft", "--steps", "1200"]],       # a step of SFT takes about a third of one that samples
     **TWO_STAGE,
+    IN_FULL: [["--method", "sft"], ["--method", "rlvr"]],
     "visurf-thought": [THOUGHT],
     **{name: [["--method", name]] for name in RIVALS},
     **CONTROLS,
@@ -402,7 +405,8 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
     stages = {name: score(rows[name][SEEDS[0]]["metrics"]["val"]) for name in TWO_STAGE
               if SEEDS[0] in rows.get(name, ())}
     two_stage = [max(stages, key=stages.get)] if stages else []
-    main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, "visurf", "visurf-thought", *RIVALS)
+    main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, IN_FULL, "visurf", "visurf-thought",
+              *RIVALS)
     families: dict[str, dict[int, dict]] = {}              # method → seed → family → result
     for family in FAMILIES:
         for method in FAMILY_METHODS:
