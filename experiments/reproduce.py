@@ -38,7 +38,7 @@ THOUGHT = ["--label-thought", "rollout"]
 LENGTHS = (25, 50, 100, 200, 300)               # steps of SFT, of 400, before RLVR
 TWO_STAGE = {f"sft{n}-rlvr": [["--method", "sft", "--steps", str(n)], ["--method", "rlvr", "--steps", str(400 - n)]]
              for n in LENGTHS}
-# A whole training of each, one after the other.
+# A whole training of each, one after the other: the first at SFT's own learning rate, the second at each of RATES.
 IN_FULL = "sft400-rlvr400"
 RIVALS = ("luffy", "hpt", "chord", "sgrpo", "sum")
 CONTROLS = {
@@ -80,7 +80,7 @@ EXPERIMENTS = {
     "sft": [["--method", "sft"]],
     "sft-long": [["--method", "sft", "--steps", "1200"]],       # a step of SFT takes about a third of one that samples
     **TWO_STAGE,
-    IN_FULL: [["--method", "sft"], ["--method", "rlvr"]],
+    IN_FULL: [["--method", "sft", "--lr", "0.002"], ["--method", "rlvr"]],
     "visurf-thought": [THOUGHT],
     **{name: [["--method", name]] for name in RIVALS},
     **CONTROLS,
