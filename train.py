@@ -168,6 +168,11 @@ class Config:
                             ("", *summarise([])))
     log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step", least=1)
 
+    @property
+    def G(self) -> int:
+        """Rollouts of a prompt. SFT samples none, unless its label borrows a thought of them."""
+        return 0 if self.method == "sft" and self.label_thought == "none" else self.rollouts
+
     def check(self, world: int) -> None:
         """Mistake: an option that cannot be, by its flag."""
         for flag, wrong, rule in (
@@ -240,13 +245,13 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
     place of the first prompt in the endless sequence of examples. Stopped: as soon as `stop` is not empty."""
     controls = cfg if cfg.method == "visurf" else replace(cfg, smoothing=False)     # the rivals have no control 3
     thinks = cfg.label_thought == "rollout"
-    G = int(thinks) if cfg.method == "sft" else cfg.rollouts       # sft samples only what its label borrows
     sampled: list[list[Response]] = []
     for i in range(0, len(prompts), cfg.sampling_batch):
         part = prompts[i:i + cfg.sampling_batch]
         places = range(first + i, first + i + len(part))
-        sampled += [[] for _ in part] if not G else generate(
-            model, part, G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places, graphs=cfg.cuda_graphs, stop=stop)
+        sampled += [[] for _ in part] if not cfg.G else generate(
+            model, part, cfg.G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places, graphs=cfg.cuda_graphs,
+            stop=stop)
     groups = []
     for place, (prompt, responses) in enumerate(zip(prompts, sampled), first):
         y, rollouts = None, [processor.decode(o.tokens) for o in responses]
@@ -385,7 +390,7 @@ class Job:
 
 def open_data(cfg: Config, processor: Processor, data: str):
     """The source of --data or --eval-data, by the same options."""
-    longest = 1 if cfg.method == "sft" and cfg.label_thought == "none" else cfg.max_new_tokens
+    longest = cfg.max_new_tokens if cfg.G else 1
 
     def fits(example, size) -> None:
         processor.check_length(example, size, cfg.max_row_tokens, longest, cfg.label_thought == "rollout")
@@ -568,8 +573,8 @@ def dry_run(job: Job) -> None:
     model.eos_ids = ()                 # no response ends before max_new_tokens
     parts: dict[str, tuple] = {"update": (
         lambda: update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter()), share / groups)}
-    if cfg.method != "sft":
-        parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.rollouts, cfg.max_new_tokens,
+    if cfg.G:
+        parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.G, cfg.max_new_tokens,
                                               cfg.temperature, graphs=cfg.cuda_graphs), share / together)
     evaluated = -(-len(job.held_out) // job.world)
     if evaluated:

@@ -85,6 +85,7 @@ EXPERIMENTS = {
     **{name: [["--method", name]] for name in RIVALS},
     **CONTROLS,
     "sft-thought": [["--method", "sft", *THOUGHT]],
+    "sft-thought-of-one": [["--method", "sft", *THOUGHT, "--rollouts", "1"]],
     "sft50-rlvr-thought": [["--method", "sft", "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
     **{f"{family}-{method}": [["--data", f"scenes:{family}-train", "--eval-data", f"scenes:{family}-val", "--steps",
                                str(FAMILY_STEPS), "--eval-every", "50", *stage] for stage in stages]
@@ -419,8 +420,8 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},
             "first": of("base", "visurf", "rlvr", "sft", *two_stage, "visurf-thought"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", "visurf"), "controls": of("visurf", *CONTROLS),
-            "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft50-rlvr",
-                          "sft50-rlvr-thought"),
+            "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft-thought-of-one",
+                          "sft50-rlvr", "sft50-rlvr-thought"),
             "injection": of("base", "rlvr", "sgrpo", "visurf", "visurf-no-smoothing", "visurf-no-controls", "sft")}
 
 

@@ -298,7 +298,7 @@ def test_the_label_borrows_a_thought(alone, monkeypatch):
         assert [processor.decode(g.responses[0].tokens) for g in groups] == [
             rewards.label_text("scene_grounding", p.answer, "spaced") for p in prompts]
     train.make_groups(train.Config(method="sft"), model, processor, prompts, 5)
-    assert asked == [3, 1, 3, 3]        # sft samples nothing unless its label borrows
+    assert asked == [3, 3, 3, 3]        # sft samples nothing unless its label borrows
 
 
 def test_a_prompt_that_comes_twice_in_a_step_is_answered_anew(alone):
@@ -688,8 +688,9 @@ def test_a_picture_that_only_decoding_shows_to_be_bad(tmp_path, ranks):
     assert "left out: 2 rows of a.jsonl" in output.strip().splitlines()[-1] and "a.jsonl, first 4:" in output
     code, output = run_train(tmp_path, *flags, "--name", "b")
     assert code != 0 and re.search("a.jsonl, row [35] .* .--skip-bad-rows leaves such rows out", output)
-    code, output = run_train(tmp_path, *flags, "--skip-bad-rows", "--dry-run")
-    assert code == 0 and "longest prompt of 4 read" in output
+    code, output = run_train(tmp_path, *flags, "--skip-bad-rows", "--dry-run", "--method", "sft", "--label-thought",
+                             "rollout")
+    assert code == 0 and "longest prompt of 4 read" in output and "sampling" in output      # of the thoughts
 
 
 @pytest.mark.parametrize("name, call, stopped_at", [
