@@ -36,10 +36,12 @@ FAMILIES = ("reasoning", "gui", "anomaly", "lesion", "sums")      # of the paper
 # Name → the stages of its training, flags of train.py each; a later stage begins from the weights of the one before.
 THOUGHT = ["--label-thought", "rollout"]
 LENGTHS = (25, 50, 100, 200, 300)               # steps of SFT, of 400, before RLVR
-TWO_STAGE = {f"sft{n}-rlvr": [["--method", "sft", "--steps", str(n)], ["--method", "rlvr", "--steps", str(400 - n)]]
+SFT = ["--method", "sft", "--lr", "0.002"]      # as a first stage at its own learning rate; RATES are the second's
+TWO_STAGE = {f"sft{n}-rlvr": [[*SFT, "--steps", str(n)], ["--method", "rlvr", "--steps", str(400 - n)]]
              for n in LENGTHS}
-# A whole training of each, one after the other: the first at SFT's own learning rate, the second at each of RATES.
-IN_FULL = "sft400-rlvr400"
+IN_FULL = "sft400-rlvr400"                      # a whole training of each
+SAME_RATE = {f"{name}-same-lr": [[flag for flag in stage if flag not in SFT[2:]] for stage in stages]
+             for name, stages in TWO_STAGE.items()}
 RIVALS = ("luffy", "hpt", "chord", "sgrpo", "sum")
 CONTROLS = {
     "visurf-no-align": [["--label-style", "compact"]],
@@ -80,13 +82,14 @@ EXPERIMENTS = {
     "sft": [["--method", "sft"]],
     "sft-long": [["--method", "sft", "--steps", "1200"]],       # a step of SFT takes about a third of one that samples
     **TWO_STAGE,
-    IN_FULL: [["--method", "sft", "--lr", "0.002"], ["--method", "rlvr"]],
+    IN_FULL: [SFT, ["--method", "rlvr"]],
+    **SAME_RATE,
     "visurf-thought": [THOUGHT],
     **{name: [["--method", name]] for name in RIVALS},
     **CONTROLS,
     "sft-thought": [["--method", "sft", *THOUGHT]],
     "sft-thought-of-one": [["--method", "sft", *THOUGHT, "--rollouts", "1"]],
-    "sft50-rlvr-thought": [["--method", "sft", "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
+    "sft50-rlvr-thought": [[*SFT, "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
     **{f"{family}-{method}": [["--data", f"scenes:{family}-train", "--eval-data", f"scenes:{family}-val", "--steps",
                                str(FAMILY_STEPS), "--eval-every", "50", *stage] for stage in stages]
        for family in FAMILIES for method, stages in FAMILY_METHODS.items()},
@@ -418,8 +421,9 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
                              for method in ("base", "rlvr", "visurf"))),
             "sensitivity": of("visurf", *SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},
-            "first": of("base", "visurf", "rlvr", "sft", *two_stage, "visurf-thought"),
-            "lengths": of("rlvr", *TWO_STAGE, "sft", "visurf"), "controls": of("visurf", *CONTROLS),
+            "first": of("base", "visurf", "rlvr", "sft", *two_stage, IN_FULL, "visurf-thought"),
+            "lengths": of("rlvr", *TWO_STAGE, "sft", IN_FULL, *SAME_RATE, "visurf"),
+            "controls": of("visurf", *CONTROLS),
             "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft-thought-of-one",
                           "sft50-rlvr", "sft50-rlvr-thought"),
             "injection": of("base", "rlvr", "sgrpo", "visurf", "visurf-no-smoothing", "visurf-no-controls", "sft")}
@@ -471,8 +475,9 @@ def draw(results: Results, root: Path) -> None:
         figures.draw_points(of["sensitivity"], MAIN, interval, folder / "sensitivity.png")
     if any(name.startswith(STRENGTHS) for name in of["boundary"]):
         figures.draw_boundary(of["boundary"], interval, MAIN["N-acc"], folder / "boundary.png")
-    if len(of["lengths"]) > 1:
-        figures.draw_lengths(of["lengths"], interval, {k: MAIN[k] for k in (
+    lengths = {name: seeds for name, seeds in of["lengths"].items() if name not in (IN_FULL, *SAME_RATE)}
+    if len(lengths) > 1:
+        figures.draw_lengths(lengths, interval, {k: MAIN[k] for k in (
             "N-acc", "boxes", "thinks, present", "thinks, absent")}, folder / "lengths.png")
 
 

@@ -126,7 +126,7 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     (stopped / "config.json").write_text(json.dumps({"config": {"steps": 375}, "versions": {"commit": "abc"}}))
     said = reproduce.make("sft25-rlvr", 0.001, 43)
     first, second, *evaluations = calls
-    assert first[1] | {"--method": "sft", "--steps": "25", "--lr": "0.001", "--seed": "43"} == first[1]
+    assert first[1] | {"--method": "sft", "--steps": "25", "--lr": "0.002", "--seed": "43"} == first[1]
     assert second == ("train.py", {"--resume": str(stopped)})
     assert said.startswith("sft25-rlvr-0.001-43.json: N-acc strict 0.1235")
     made = json.loads((tmp_path / "results/sft25-rlvr-0.001-43.json").read_text())
