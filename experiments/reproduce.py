@@ -90,6 +90,7 @@ EXPERIMENTS = {
     "sft-thought": [["--method", "sft", *THOUGHT]],
     "sft-thought-of-one": [["--method", "sft", *THOUGHT, "--rollouts", "1"]],
     "sft50-rlvr-thought": [[*SFT, "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
+    f"{IN_FULL}-thought": [[*SFT, *THOUGHT], ["--method", "rlvr"]],
     **{f"{family}-{method}": [["--data", f"scenes:{family}-train", "--eval-data", f"scenes:{family}-val", "--steps",
                                str(FAMILY_STEPS), "--eval-every", "50", *stage] for stage in stages]
        for family in FAMILIES for method, stages in FAMILY_METHODS.items()},
@@ -425,7 +426,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
             "lengths": of("rlvr", *TWO_STAGE, "sft", IN_FULL, *SAME_RATE, "visurf"),
             "controls": of("visurf", *CONTROLS),
             "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft-thought-of-one",
-                          "sft50-rlvr", "sft50-rlvr-thought"),
+                          "sft50-rlvr", "sft50-rlvr-thought", IN_FULL, f"{IN_FULL}-thought"),
             "injection": of("base", "rlvr", "sgrpo", "visurf", "visurf-no-smoothing", "visurf-no-controls", "sft")}
 
 
