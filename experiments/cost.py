@@ -1,12 +1,14 @@
-"""Seconds of a step of every method, in one run and in turns, so that other work on the machine falls on all of them
-alike: `python experiments/cost.py [--repeats 9]`, with nothing beside it, after experiments/reproduce.py has trained.
+"""Seconds of a step and memory of every method: `python experiments/cost.py [--repeats 9]`, with nothing beside it,
+after experiments/reproduce.py has trained.
 
-A step of each stage is taken from the weights that the stage began with and from those it ended with (seed 42, at the
-learning rates that are in runs/), on the same 16 prompts; nothing is learnt. Medians, into experiments/cost.json, which
-`python experiments/reproduce.py tables` reads.
+Memory: the most that the first 20 steps of each stage hold, a process each, without an evaluation. Seconds: a step of
+each stage from the weights that the stage began with and from those it ended with (seed 42, at the learning rates that
+are in runs/), on the same 16 prompts; nothing is learnt. All methods take turns in one process, so that other work on
+the machine falls on all of them alike; medians. Into experiments/cost.json, which `reproduce.py tables` reads.
 """
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import train  # noqa: E402
 from data import Processor, load  # noqa: E402
-from experiments.reproduce import EXPERIMENTS, ROOT, SEEDS, parts, read_results  # noqa: E402
+from experiments.reproduce import EXPERIMENTS, ROOT, SEEDS, call, parts, read_results, steps_of  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
 from support.onednn import use_onednn  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
@@ -34,22 +36,34 @@ def job_of(flags: list[str], model: Path, device) -> train.Job:
                      load(cfg.data))
 
 
+def peak_memory(flags: list[str], model: Path) -> float:
+    """GB resident at most, in the first 20 steps of a training."""
+    run = ROOT / "runs/cost-memory"
+    shutil.rmtree(run, ignore_errors=True)
+    call("train.py", "--name", run.name, "--model", str(model), *flags, "--steps", "20", "--eval-data", "")
+    return max(line["peak_memory_gb"] for line in steps_of(run))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     repeats = parser.parse_args().repeats
-    _, _, device = start_ranks()
-    jobs: dict[tuple[str, int, str], train.Job] = {}
+    stages: dict[tuple[str, int], tuple[list[str], Path, Path]] = {}        # flags, weights before and after
     for name, seeds in parts(read_results())["trained"].items():
         before = ROOT / "assets/tiny"
-        for number, stage in enumerate(EXPERIMENTS[name]):
+        for number, flags in enumerate(EXPERIMENTS[name]):
             run = ROOT / "runs" / f"reproduce-{name}-{seeds[SEEDS[0]]['rate']:g}-{SEEDS[0]}-{number + 1}"
             if not run.is_dir():
                 raise SystemExit(f"{run} is missing: first python experiments/reproduce.py run {name}, on this machine")
             after = max(run.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.split("_")[1]))
-            jobs[name, number, "start"] = job_of(stage, before, device)
-            jobs[name, number, "end"] = job_of(stage, after, device)
+            stages[name, number] = flags, before, after
             before = after
+    memory: dict[str, float] = {}
+    for (name, _), (flags, before, _) in stages.items():       # first: a process of its own must not join these ranks
+        memory[name] = max(memory.get(name, 0.0), round(peak_memory(flags, before), 3))
+    _, _, device = start_ranks()
+    jobs = {(*key, moment): job_of(flags, model, device) for key, (flags, before, after) in stages.items()
+            for moment, model in (("start", before), ("end", after))}
     seconds: dict[tuple, list[float]] = {key: [] for key in jobs}
     for _ in range(repeats + 1):                    # the first of each warms up
         for key, job in jobs.items():
@@ -57,12 +71,12 @@ def main() -> None:
             seconds[key].append(train.train_step(job)["seconds"])
     measured: dict[str, list[dict]] = {}
     for (name, number, moment), values in seconds.items():
-        stages = measured.setdefault(name, [])
-        if number == len(stages):
-            stages.append({"steps": jobs[name, number, "start"].cfg.steps})
-        stages[number][moment] = round(statistics.median(values[1:]), 3)
+        of = measured.setdefault(name, [])
+        if number == len(of):
+            of.append({"steps": jobs[name, number, "start"].cfg.steps})
+        of[number][moment] = round(statistics.median(values[1:]), 3)
     (ROOT / "experiments/cost.json").write_text(json.dumps({"commit": versions()["commit"], "repeats": repeats,
-                                                            "seconds": measured}, indent=1) + "\n")
+                                                            "seconds": measured, "memory": memory}, indent=1) + "\n")
     print(json.dumps(measured, indent=1))
 
 

@@ -368,10 +368,11 @@ def shown(values: list[float], signed: bool) -> str:
     return f"{mean:{'+' if signed else ''}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def read_cost() -> dict[str, list[dict]]:
-    """What experiments/cost.py measured: name → its stages: steps, and seconds of a step at its start and its end."""
+def read_cost() -> dict[str, dict]:
+    """What experiments/cost.py measured: "seconds": name → its stages: steps, and seconds of a step at its start and
+    its end; "memory": name → GB."""
     path = ROOT / "experiments/cost.json"
-    return json.loads(path.read_text())["seconds"] if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {"seconds": {}, "memory": {}}
 
 
 def times(measured: dict[str, list[dict]]) -> dict[str, float]:
@@ -380,14 +381,13 @@ def times(measured: dict[str, list[dict]]) -> dict[str, float]:
             for name, stages in measured.items()}
 
 
-def cost_table(rows: dict[str, dict[int, dict]], measured: dict[str, list[dict]]) -> str:
-    whole = times(measured)
+def cost_table(measured: dict[str, dict]) -> str:
+    whole = times(measured["seconds"])
     lines = ["| | a step at the start, s | at the end, s | whole training, s | against RLVR | peak memory, GB |",
              "|---" * 6 + "|"]
-    for name in (name for name in rows if name in measured):
-        memory = shown([seed["peak_memory_gb"] for seed in rows[name].values()], signed=False)
-        lines.append(f"| {name} | {measured[name][0]['start']:.2f} | {measured[name][-1]['end']:.2f} | "
-                     f"{whole[name]:.0f} | {whole[name] / whole['rlvr']:.2f} | {memory} |")
+    for name, stages in measured["seconds"].items():
+        lines.append(f"| {name} | {stages[0]['start']:.2f} | {stages[-1]['end']:.2f} | {whole[name]:.0f} | "
+                     f"{whole[name] / whole['rlvr']:.2f} | {measured['memory'][name]:.3f} |")
     return "\n".join(lines)
 
 
@@ -441,7 +441,7 @@ def tables(results: Results) -> dict[str, str]:
         "controls": table(of["controls"], CONTROLLED),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
-        "cost": cost_table(of["trained"], read_cost()),
+        "cost": cost_table(read_cost()),
         "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
         "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], MAIN),
         "sensitivity": table(of["sensitivity"], MAIN)}
@@ -465,7 +465,7 @@ def draw(results: Results, root: Path) -> None:
         figures.draw_course(of["trained"], DRAWN, folder / "course.png")
         figures.draw_points(of["first"], PARTS, interval, folder / "parts.png")
         figures.draw_points(of["thought"], THOUGHTS, interval, folder / "thought.png")
-        if measured := times(read_cost()):
+        if measured := times(read_cost()["seconds"]):
             figures.draw_cost({name: seconds / measured["rlvr"] for name, seconds in measured.items()}, of["trained"],
                               interval, lambda result: score(result["metrics"]["test"]), folder / "cost.png")
     if of["controls"]:

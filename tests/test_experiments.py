@@ -151,11 +151,11 @@ def test_what_the_wording_of_a_thought_tells():
 
 
 def test_the_cost_by_hand():
-    rows = {name: {42: {"peak_memory_gb": 0.5}} for name in ("rlvr", "sft50-rlvr", "hpt")}
     stages = [{"steps": 50, "start": 0.25, "end": 0.75}, {"steps": 350, "start": 1.5, "end": 0.5}]
-    made = cost_table(rows, {"rlvr": [{"steps": 400, "start": 1.0, "end": 3.0}], "sft50-rlvr": stages})
+    made = cost_table({"seconds": {"rlvr": [{"steps": 400, "start": 1.0, "end": 3.0}], "sft50-rlvr": stages},
+                       "memory": {"rlvr": 0.5, "sft50-rlvr": 0.625}})
     assert cells(made) == [["rlvr", "1.00", "3.00", "800", "1.00", "0.500"],
-                           ["sft50-rlvr", "0.25", "0.50", "375", "0.47", "0.500"]]       # 25 + 350; hpt was not measured
+                           ["sft50-rlvr", "0.25", "0.50", "375", "0.47", "0.625"]]       # 25 + 350
 
 
 def test_the_families_by_hand():
