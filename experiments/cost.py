@@ -71,10 +71,10 @@ def main() -> None:
             seconds[key].append(train.train_step(job)["seconds"])
     measured: dict[str, list[dict]] = {}
     for (name, number, moment), values in seconds.items():
-        of = measured.setdefault(name, [])
-        if number == len(of):
-            of.append({"steps": jobs[name, number, "start"].cfg.steps})
-        of[number][moment] = round(statistics.median(values[1:]), 3)
+        own = measured.setdefault(name, [])
+        if number == len(own):
+            own.append({"steps": jobs[name, number, "start"].cfg.steps})
+        own[number][moment] = round(statistics.median(values[1:]), 3)
     (ROOT / "experiments/cost.json").write_text(json.dumps({"commit": versions()["commit"], "repeats": repeats,
                                                             "seconds": measured, "memory": memory}, indent=1) + "\n")
     print(json.dumps(measured, indent=1))

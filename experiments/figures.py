@@ -21,6 +21,16 @@ def blank(width: float, height: float, columns: int, rows: int = 1, **options) -
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
+def finish(figure: Figure, panel, path: Path, x: str, y: str = "") -> None:
+    """Labels, grid and legend of a figure of one panel; writes it."""
+    panel.set_xlabel(x, fontsize=8)
+    panel.set_ylabel(y, fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path)
+
+
 def look(number: int) -> dict:
     """Colour and marker of the number-th line: no two alike among the first 49."""
     return {"color": COLOURS[number % len(COLOURS)],
@@ -84,11 +94,7 @@ def draw_lengths(rows: dict[str, dict[int, dict]], interval, columns: dict, path
             panel.axhline(statistics.fmean(column(seed) for seed in rows["visurf"].values()), color=COLOURS[number],
                           linestyle=STYLES[number], linewidth=0.8, alpha=0.6)
     panel.set_xticks(range(len(steps)), [f"{n}" for n in steps])
-    panel.set_xlabel("steps of SFT, of 400; the rest is RLVR. Thin lines: ViSurf", fontsize=8)
-    panel.tick_params(labelsize=8)
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(path)
+    finish(figure, panel, path, "steps of SFT, of 400; the rest is RLVR. Thin lines: ViSurf")
 
 
 def draw_cost(times: dict[str, float], rows: dict[str, dict[int, dict]], interval, score, path: Path) -> None:
@@ -98,12 +104,7 @@ def draw_cost(times: dict[str, float], rows: dict[str, dict[int, dict]], interva
         mean, half = interval([score(seed) for seed in rows[name].values()])
         panel.errorbar([times[name]], [mean], [half] if half == half else None, label=name, capsize=3, linestyle="",
                        markersize=5, **look(number))
-    panel.set_xlabel("time of a training; RLVR = 1", fontsize=8)
-    panel.set_ylabel("(N-acc + boxes) / 2", fontsize=8)
-    panel.tick_params(labelsize=8)
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(path)
+    finish(figure, panel, path, "time of a training; RLVR = 1", "(N-acc + boxes) / 2")
 
 
 def draw_boundary(rows: dict[str, dict[int, dict]], interval, column, path: Path) -> None:
@@ -120,12 +121,7 @@ def draw_boundary(rows: dict[str, dict[int, dict]], interval, column, path: Path
             panel.errorbar([places.index(step) for step in steps], means, [h if h == h else 0 for h in halves],
                            label=method, capsize=3, linestyle=STYLES[number], **look(number))
     panel.set_xticks(range(len(places)), [f"{share} %" for share in places])
-    panel.set_xlabel("absent targets in the base's training", fontsize=8)
-    panel.set_ylabel("N-acc", fontsize=8)
-    panel.tick_params(labelsize=8)
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(path)
+    finish(figure, panel, path, "absent targets in the base's training", "N-acc")
 
 
 def draw_weights(path: Path) -> None:
@@ -139,15 +135,10 @@ def draw_weights(path: Path) -> None:
         cfg = types.SimpleNamespace(method=method, std="sample", label_weight=0.1)
         own = torch.ones(1) if method == "sft" else objective.advantages(cfg, r)[:1]
         _, weight = objective.label_term(method, torch.nn.functional.logsigmoid(logit), own)
-        panel.plot(logit, weight.expand_as(logit), label=label, color=COLOURS[number], linestyle=STYLES[number],
-                   marker=MARKERS[number], markevery=(5 * number, 28), markersize=5)
+        panel.plot(logit, weight.expand_as(logit), label=label, linestyle=STYLES[number], markevery=(5 * number, 28),
+                   markersize=5, **look(number))
     panel.set_yscale("log")
     panel.set_ylim(1e-4, 5)
     shown = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
     panel.set_xticks(torch.logit(shown).tolist(), [f"{p:g}" for p in shown.tolist()])
-    panel.set_xlabel("p, probability of a token of y", fontsize=9)
-    panel.set_ylabel("weight of its ∇log π", fontsize=9)
-    panel.tick_params(labelsize=8)
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(path)
+    finish(figure, panel, path, "p, probability of a token of y", "weight of its ∇log π")

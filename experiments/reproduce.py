@@ -36,12 +36,12 @@ FAMILIES = ("reasoning", "gui", "anomaly", "lesion", "sums")      # of the paper
 # Name → the stages of its training, flags of train.py each; a later stage begins from the weights of the one before.
 THOUGHT = ["--label-thought", "rollout"]
 LENGTHS = (25, 50, 100, 200, 300)               # steps of SFT, of 400, before RLVR
-SFT = ["--method", "sft", "--lr", "0.002"]      # as a first stage at its own learning rate; RATES are the second's
-TWO_STAGE = {f"sft{n}-rlvr": [[*SFT, "--steps", str(n)], ["--method", "rlvr", "--steps", str(400 - n)]]
-             for n in LENGTHS}
+SFT = ["--method", "sft"]
+TUNED_SFT = [*SFT, "--lr", "0.002"]             # as a first stage at its own learning rate; RATES are the second's
+TWO_STAGE, SAME_RATE = ({f"sft{n}-rlvr{ending}": [[*first, "--steps", str(n)],
+                                                  ["--method", "rlvr", "--steps", str(400 - n)]] for n in LENGTHS}
+                        for first, ending in ((TUNED_SFT, ""), (SFT, "-same-lr")))
 IN_FULL = "sft400-rlvr400"                      # a whole training of each
-SAME_RATE = {f"{name}-same-lr": [[flag for flag in stage if flag not in SFT[2:]] for stage in stages]
-             for name, stages in TWO_STAGE.items()}
 RIVALS = ("luffy", "hpt", "chord", "sgrpo", "sum")
 CONTROLS = {
     "visurf-no-align": [["--label-style", "compact"]],
@@ -82,15 +82,15 @@ EXPERIMENTS = {
     "sft": [["--method", "sft"]],
     "sft-long": [["--method", "sft", "--steps", "1200"]],       # a step of SFT takes about a third of one that samples
     **TWO_STAGE,
-    IN_FULL: [SFT, ["--method", "rlvr"]],
+    IN_FULL: [TUNED_SFT, ["--method", "rlvr"]],
     **SAME_RATE,
     "visurf-thought": [THOUGHT],
     **{name: [["--method", name]] for name in RIVALS},
     **CONTROLS,
     "sft-thought": [["--method", "sft", *THOUGHT]],
     "sft-thought-of-one": [["--method", "sft", *THOUGHT, "--rollouts", "1"]],
-    "sft50-rlvr-thought": [[*SFT, "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
-    f"{IN_FULL}-thought": [[*SFT, *THOUGHT], ["--method", "rlvr"]],
+    "sft50-rlvr-thought": [[*TUNED_SFT, "--steps", "50", *THOUGHT], ["--method", "rlvr", "--steps", "350"]],
+    f"{IN_FULL}-thought": [[*TUNED_SFT, *THOUGHT], ["--method", "rlvr"]],
     **{f"{family}-{method}": [["--data", f"scenes:{family}-train", "--eval-data", f"scenes:{family}-val", "--steps",
                                str(FAMILY_STEPS), "--eval-every", "50", *stage] for stage in stages]
        for family in FAMILIES for method, stages in FAMILY_METHODS.items()},
@@ -410,8 +410,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
     stages = {name: score(rows[name][SEEDS[0]]["metrics"]["val"]) for name in TWO_STAGE
               if SEEDS[0] in rows.get(name, ())}
     two_stage = [max(stages, key=stages.get)] if stages else []
-    main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, IN_FULL, "visurf", "visurf-thought",
-              *RIVALS)
+    main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, IN_FULL, "visurf", "visurf-thought", *RIVALS)
     families: dict[str, dict[int, dict]] = {}              # method → seed → family → result
     for family in FAMILIES:
         for method in FAMILY_METHODS:
