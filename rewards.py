@@ -663,11 +663,15 @@ def label_text(task: str, answer: str, style: str, thought: str = "", before: st
 
 def borrowed_thought(rollouts: list[str], seed: int, place: int) -> str:
     """Departure 4: what a rollout says in front of its answer, "<think>…</think>" with the blanks behind it, of one
-    that is drawn by (seed, place) among those that think; "" where none does. place: of the prompt in the endless
-    sequence of examples. A thought that holds a special token is not borrowed."""
-    before = [o.partition("<answer>")[0] for o in rollouts if has_thinking_format(o)]
-    thoughts = [text for text in before
-                if re.fullmatch(r"<think>.*</think>\s*", text, re.DOTALL) and not SPECIAL.search(text)]
+    that is drawn by (seed, place) among those that think; "" where none does. The answer behind it is
+    <answer>…</answer> or, as the math prompt asks for, \\boxed{…}; a thought that holds such a mark or a special token
+    is not borrowed. place: of the prompt in the endless sequence of examples."""
+    thoughts = []
+    for o in rollouts:
+        before = re.match(r"<think>.*?</think>\s*", o, re.DOTALL)
+        if before and (has_thinking_format(o) or r"\boxed{" in o[before.end():]):
+            thoughts.append(before[0])
+    thoughts = [text for text in thoughts if not (SPECIAL.search(text) or "<answer>" in text or r"\boxed{" in text)]
     return random.Random(f"{seed}/{place}/thought").choice(thoughts) if thoughts else ""
 
 

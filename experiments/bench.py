@@ -619,7 +619,7 @@ def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         if size == "3B" and not quick:
             theirs = transformers_model(model, folder / "3B-transformers", device)
             sampling(table, size, model, theirs, prompts[:4], 8, 128, 2)
-            leaving(table, size, model, prompts[0], 16, 8, 1024, 2)
+            leaving(table, size, model, prompts[0], 16, 8, 128, 1)
             remembered(table, size, model, prompts[0], 8, 256, 2)
             training(table, size, model, theirs, prompts[0], 9, 256, 2)
             del theirs

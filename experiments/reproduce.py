@@ -167,7 +167,7 @@ def rounded(values: dict) -> dict:
 def score(metrics: dict[str, float]) -> float:
     """What a learning rate and a checkpoint are chosen by, on a val split: the mean of the shares of absent and of
     present things that are answered right, as far as the split has them; of sums the share of right ones."""
-    shares = [metrics[name] for name in ("N-acc strict", "bbox accuracy") if name in metrics]
+    shares = [metrics[name] for name in ("N-acc strict", "bbox accuracy") if metrics.get(name) is not None]
     return statistics.fmean(shares or [metrics["answers"]])
 
 
@@ -214,8 +214,9 @@ def make(name: str, rate: float, seed: int) -> str:
     if lines:
         result |= {"seconds": round(seconds), "peak_memory_gb": max(line["peak_memory_gb"] for line in lines),
                    "course": course(lines)}
-        evaluated = {line["step"]: line["eval"] for line in read_lines(run)[0] if "eval" in line and line["step"]}
-        step = max(evaluated, key=lambda s: score(evaluated[s]))      # of the last stage, the first of the best
+        evaluated = {line["step"]: line["eval"] for line in read_lines(run)[0]
+                     if "eval" in line and (run / "checkpoints" / f"step_{line['step']}").is_dir()}
+        step = max(evaluated, key=lambda s: score(evaluated[s]))      # of what the last stage kept, the first of the best
         last = step == stage_lines[-1]["step"]
         result["best"] = {"step": step, "test": result["metrics"]["test"] if last else answer(
             str(run / "checkpoints" / f"step_{step}"), own_splits["test"], f"{own}-best")}

@@ -48,6 +48,8 @@ def test_the_learning_rate_is_chosen_on_val():
     tried = {0.0005: {42: result(0.9, val=0.5, rate=0.0005)}, 0.001: {42: result(0.1, val=0.7), 43: result(0.2)},
              0.002: {43: result(1.0)}}                     # not tried with the first seed
     assert chosen_rate(tried) == 0.001 and score({"N-acc strict": 1.0, "bbox accuracy": 0.5}) == 0.75
+    assert score({"N-acc strict": None, "bbox accuracy": 0.5}) == 0.5
+    assert score({"N-acc strict": None, "bbox accuracy": None, "answers": 0.25}) == 0.25
     assert parts({"visurf": tried})["main"] == {"visurf": tried[0.001]}
     tried[0.002][42] = result(0.8, val=0.9)                # chosen, with as many seeds as 0.001; then with fewer
     assert chosen_rate(tried) == shown_rate(tried) == 0.002
@@ -114,7 +116,7 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
         for step in {300, steps}:
             (run / f"checkpoints/step_{step}").mkdir(parents=True, exist_ok=True)
         lines = [{"step": step, "eval": {"N-acc strict": value, "bbox accuracy": 0.5}}
-                 for step, value in ((0, 1.0), (100, 0.2), (300, 0.9), (375, 0.8))]
+                 for step, value in ((0, 1.0), (150, 1.0), (300, 0.9), (375, 0.8))]      # none is kept of step 150
         lines += [{"step": step, "seconds": 2.0, "peak_memory_gb": 0.5, "entropy": 1.0} for step in range(1, steps + 1)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (run / "config.json").write_text(json.dumps({"config": {"steps": steps}, "versions": {"commit": "abc"}}))

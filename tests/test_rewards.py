@@ -949,6 +949,10 @@ def test_which_thought_is_borrowed():
     assert set(drawn.values()) == {f"<think>thought {i}</think>\n" for i in range(4)}
     assert drawn == {place: rewards.borrowed_thought(odd + thinking, 42, place) for place in drawn}
     assert drawn != {place: rewards.borrowed_thought(odd + thinking, 43, place) for place in drawn}
+    boxed = ["\\boxed{4}", "2 plus 2. \\boxed{4}", "<think>2 plus \\boxed{2}</think>\\boxed{4}", "<think>4</think>"]
+    assert rewards.borrowed_thought(boxed, 0, 0) == ""
+    for thought, behind in (("<think>2 plus 2.</think>\n", "\\boxed{5}"), ("<think>a</think> ", "so \\boxed{5}.")):
+        assert rewards.borrowed_thought([*boxed, thought + behind], 0, 0) == thought
 
 
 def test_braces_in_a_prompt_and_in_a_question_stay(monkeypatch):
