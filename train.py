@@ -118,7 +118,7 @@ class Config:
     temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]", above=0)
     sampling_batch: int = option(32, "sampling", "prompts sampled or evaluated together; any value gives the same "
                                  "answers", least=1)
-    cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs; not tried on a GPU yet")
+    cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs")
 
     steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1)
     prompts_per_step: int = option(16, "optimisation", "prompts per step over all ranks [recipe 16]", least=1)
