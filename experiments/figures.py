@@ -53,6 +53,7 @@ def draw_points(rows: dict[str, dict[int, dict]], columns: dict, interval, path:
                            markersize=9)
         panel.set_title(title, fontsize=9)
         panel.grid(axis="x", alpha=0.3)
+        panel.locator_params(axis="x", nbins=4)
         panel.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()

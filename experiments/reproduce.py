@@ -422,7 +422,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
                              for method in ("base", "rlvr", "visurf"))),
             "sensitivity": of("visurf", *SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},
-            "first": of("base", "visurf", "rlvr", "sft", *two_stage, IN_FULL, "visurf-thought"),
+            "first": of("base", "visurf", "rlvr", "sft", "sft-long", *two_stage, IN_FULL, "visurf-thought"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", IN_FULL, *SAME_RATE, "visurf"),
             "controls": of("visurf", *CONTROLS),
             "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft-thought-of-one",
@@ -471,10 +471,11 @@ def draw(results: Results, root: Path) -> None:
     if of["controls"]:
         figures.draw_course(of["controls"], DRAWN, folder / "controls.png")
     if of["families"]:
-        figures.draw_points(of["families"], FAMILY, interval, folder / "families.png")
+        scores = {name: FAMILY[name] for name in (*FAMILIES, "mean of all")}
+        figures.draw_points(of["families"], scores, interval, folder / "families.png")
     if len(of["sensitivity"]) > 1:
         figures.draw_points(of["sensitivity"], MAIN, interval, folder / "sensitivity.png")
-    if any(name.startswith(STRENGTHS) for name in of["boundary"]):
+    if any(name.startswith(STRENGTHS) and name not in UNTRAINED for name in of["boundary"]):
         figures.draw_boundary(of["boundary"], interval, MAIN["N-acc"], folder / "boundary.png")
     lengths = {name: seeds for name, seeds in of["lengths"].items() if name not in (IN_FULL, *SAME_RATE)}
     if len(lengths) > 1:
