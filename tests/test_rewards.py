@@ -953,6 +953,8 @@ def test_which_thought_is_borrowed():
     assert rewards.borrowed_thought(boxed, 0, 0) == ""
     for thought, behind in (("<think>2 plus 2.</think>\n", "\\boxed{5}"), ("<think>a</think> ", "so \\boxed{5}.")):
         assert rewards.borrowed_thought([*boxed, thought + behind], 0, 0) == thought
+        y = rewards.label_text("math", "4", "spaced", before=thought)
+        assert y == thought + "\\boxed{4}" and rewards.label_reward("math", y, "4").terms == {"accuracy": 1.0}
 
 
 def test_braces_in_a_prompt_and_in_a_question_stay(monkeypatch):
