@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from support import scenes  # noqa: E402
 from support.runs import read_config, read_lines, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
@@ -135,7 +136,8 @@ def answer(model: str, split: str, out: str) -> dict[str, float]:
     folder = ROOT / "runs" / out / split
     call("eval.py", "--model", model, "--data", f"scenes:{split}", "--out", str(folder))
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    return rounded(json.loads((folder / "metrics.json").read_text())["metrics"] | {"thought tells": tells(records)})
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    return rounded(metrics | {"thought tells": tells(records)} | (by_size(records, split) if "sums" in split else {}))
 
 
 def tells(records: list[dict]) -> float | None:
@@ -150,6 +152,15 @@ def tells(records: list[dict]) -> float | None:
             seen.setdefault(re.sub(r"\d+", "…", wording), [0, 0])[not record["truth"]] += 1
     present, absent = (sum(count[kind] for count in seen.values()) for kind in (0, 1))
     return sum(map(max, seen.values())) / (present + absent) if present and absent else None
+
+
+def by_size(records: list[dict], split: str) -> dict[str, float]:
+    """Right answers among the sums that the base has met and among those that it has not."""
+    right: dict[str, list[bool]] = {"up to nine": [], "above nine": []}
+    for record in records:
+        small = int(scenes.make(split, record["index"])["answer"]) <= 9
+        right["up to nine" if small else "above nine"].append(record["score"] == 1)
+    return {size: statistics.fmean(of_size) for size, of_size in right.items() if of_size}
 
 
 def answer_blindly(response: str, split: str) -> dict[str, float]:
@@ -304,7 +315,8 @@ def in_all_families(results: dict) -> float | None:
 
 FAMILY = {**{family: in_family(family) for family in FAMILIES}, "mean of all": in_all_families,
           "anomaly: N-acc": in_family("anomaly", "N-acc strict"),
-          "anomaly: boxes": in_family("anomaly", "bbox accuracy")}
+          "anomaly: boxes": in_family("anomaly", "bbox accuracy"),
+          "sums up to nine": in_family("sums", "up to nine"), "above": in_family("sums", "above nine")}
 THINKS = {**{family: in_family(family, "thinks, present") for family in FAMILIES[:-1]},
           "anomaly: none": in_family("anomaly", "thinks, absent")}
 

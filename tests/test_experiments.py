@@ -10,6 +10,7 @@ from experiments import reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, base_of, chosen_rate,
                                    cost_table, course, draw, family_of, fill, grid, interval, parts, score,
                                    shown_rate, table, tables, tells)
+from support import scenes
 
 THOUGHT = {"task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>", "truth": [{}]}
 LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
@@ -138,6 +139,16 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     assert made["metrics"]["test"]["T-acc"] == 0.1235 and reproduce.make("sft25-rlvr", 0.001, 43).endswith("already")
 
 
+def test_sums_by_size():
+    sums = [int(scenes.make("sums-test", i)["answer"]) for i in range(40)]
+    records = [{"index": i, "score": 1.0 if total in (3, 12) else 0.1} for i, total in enumerate(sums)]
+    small, large = (sum(s in (3, 12) for s in some) / len(some) for some in (
+        [s for s in sums if s <= 9], [s for s in sums if s > 9]))
+    assert 0 < small < 1 and 0 < large < 1
+    assert reproduce.by_size(records, "sums-test") == {"up to nine": small, "above nine": large}
+    assert reproduce.by_size(records[:1], "sums-test").keys() == {"up to nine" if sums[0] <= 9 else "above nine"}
+
+
 def test_what_the_wording_of_a_thought_tells():
     def record(response, *truth, question="red ring", task="scene_grounding"):
         return {"task": task, "question": question, "response": response, "truth": list(truth)}
@@ -165,16 +176,18 @@ def test_the_families_by_hand():
     def of(**test):
         return {"rate": 0.001, "metrics": {"test": test, "val": test}}
     results = {"gui-base": {0.0: {42: of(**{"bbox accuracy": 0.25, "thinks, present": 1.0})}},
-               "sums-base": {0.0: {42: of(answers=0.5)}},
+               "sums-base": {0.0: {42: of(answers=0.5, **{"up to nine": 0.75, "above nine": 0.0})}},
                "gui-visurf": {0.001: {42: of(**{"bbox accuracy": 0.75, "thinks, present": 0.5})}},
                "sums-visurf": {0.001: {42: of(answers=0.75), 43: of(answers=1.0)}},
                "anomaly-visurf": {0.001: {43: of(**{"bbox accuracy": 1.0, "N-acc strict": 0.5})}}}
     made = tables(results)
     none = ["–"] * 3
-    #        reasoning, gui, anomaly, lesion, sums, mean of all, and the two parts of anomaly
-    assert cells(made["families"]) == [["base", "–", "1", "–", "0.250", "–", "–", "0.500", *none],
-                                       ["visurf", "–", "2", "–", "0.750", "0.750", "–", "0.875", "–", "0.500", "1.000"]]
-    assert cells(made["families-gain"]) == [["visurf", "–", "2", "–", "+0.500", "–", "–", "+0.375", *none]]
+    #        reasoning, gui, anomaly, lesion, sums, mean of all, the two parts of anomaly and those of sums
+    assert cells(made["families"]) == [
+        ["base", "–", "1", "–", "0.250", "–", "–", "0.500", *none, "0.750", "0.000"],
+        ["visurf", "–", "2", "–", "0.750", "0.750", "–", "0.875", "–", "0.500", "1.000", "–", "–"]]
+    gain = ["visurf", "–", "2", "–", "+0.500", "–", "–", "+0.375", *none, "–", "–"]
+    assert cells(made["families-gain"]) == [gain]
     assert cells(made["families-thinks"])[1][4] == "0.500" and cells(made["main"]) == []
     assert [(family_of(name), base_of(name) == str(reproduce.ROOT / "assets/tiny")) for name in (
         "visurf", "sum", "lesion-sft")] == [("", True), ("", True), ("lesion", True)]
