@@ -61,7 +61,8 @@ FAMILY_STEPS, FAMILY_SFT = 150, 50
 FAMILY_METHODS = {"base": [], "sft": [["--method", "sft"]], "rlvr": [["--method", "rlvr"]],
                   "sft-rlvr": [["--method", "sft", "--steps", str(FAMILY_SFT)],
                                ["--method", "rlvr", "--steps", str(FAMILY_STEPS - FAMILY_SFT)]],
-                  "visurf": [[]], "visurf-thought": [THOUGHT]}
+                  "visurf": [[]], "visurf-thought": [THOUGHT],
+                  "visurf-g2": [["--rollouts", "2"]]}       # y is a third of its group, not a ninth
 # Bases that are made here: name → split of scenes and steps of SFT. Of those of the main job N % of the grounding
 # questions asked for something absent.
 PRETRAINED = {"gui": ("gui-pretrain", 120), "anomaly": ("anomaly-pretrain", 60), "sums": ("sums-pretrain", 200),
