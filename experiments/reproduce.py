@@ -137,8 +137,9 @@ def answer(model: str, split: str, out: str) -> dict[str, float]:
     folder = ROOT / "runs" / out / split
     call("eval.py", "--model", model, "--data", f"scenes:{split}", "--out", str(folder))
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
-    return rounded(metrics | {"thought tells": tells(records)} | (by_size(records, split) if "sums" in split else {}))
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"] | {"thought tells": tells(records)}
+    return rounded(metrics | (by_size(records, split) if "sums" in split else {}) |
+                   (by_colour(records, split) if split in SPLITS else {}))
 
 
 def tells(records: list[dict]) -> float | None:
@@ -162,6 +163,18 @@ def by_size(records: list[dict], split: str) -> dict[str, float]:
         small = int(scenes.make(split, record["index"])["answer"]) <= 9
         right["up to nine" if small else "above nine"].append(record["score"] == 1)
     return {size: statistics.fmean(of_size) for size, of_size in right.items() if of_size}
+
+
+def by_colour(records: list[dict], split: str) -> dict[str, float]:
+    """N-acc where a thing of the colour that is asked for is in the picture, in another shape, and where none is."""
+    rejected: dict[str, list[bool]] = {"N-acc, colour there": [], "N-acc, colour not there": []}
+    for record in records:
+        if "grounding" in record["task"] and not record["truth"]:
+            things = scenes.make_with_things(split, record["index"])[1]
+            there = any(thing.colour in record["question"].split() for thing in things)
+            rejected["N-acc, colour there" if there else "N-acc, colour not there"].append(
+                record["error"] is None and not record["predicted"])
+    return {place: statistics.fmean(of_place) for place, of_place in rejected.items() if of_place}
 
 
 def answer_blindly(response: str, split: str) -> dict[str, float]:
@@ -287,6 +300,9 @@ PARTS = {"here: T-acc": MAIN["T-acc"], "boxes": MAIN["boxes"], "boxes, not rejec
 ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
     ("here", "test"), ("pair", "pair-test"), ("elsewhere", "elsewhere-test"))
     for label, key in (("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"))}
+REJECTS = {f"{place}: {label}": at(split, key) for place, split in (("here", "test"), ("elsewhere", "elsewhere-test"))
+           for label, key in (("N-acc", "N-acc strict"), ("colour there", "N-acc, colour there"),
+                              ("not there", "N-acc, colour not there"))}
 AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
           "entropy": at_end("entropy"), "smoothed": at_end("smoothed"), "tied": at_end("tied"),
           "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
@@ -450,7 +466,7 @@ def tables(results: Results) -> dict[str, str]:
         "first": table(of["first"], MAIN), "main": table(of["main"], MAIN), "grid": grid(results),
         "paired": table(of["main"], MAIN, against="visurf"), "lengths": table(of["lengths"], MAIN),
         "parts": table(of["first"], PARTS), "parts-paired": table(of["first"], PARTS, against="rlvr"),
-        "thought": table(of["thought"], THOUGHTS),
+        "thought": table(of["thought"], THOUGHTS), "rejects": table(of["trained"], REJECTS),
         "controls": table(of["controls"], CONTROLLED),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),

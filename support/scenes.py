@@ -294,6 +294,11 @@ def sums(rng: random.Random, most: int = 18) -> tuple[Image.Image, dict]:
 
 def make(split: str, index: int) -> dict:
     """Fields of data.Example: id, image, question, answer, task and, where the label has one, a thought."""
+    return make_with_things(split, index)[0]
+
+
+def make_with_things(split: str, index: int) -> tuple[dict, list[Thing]]:
+    """The same, and the things in the picture; none in a family's."""
     rng = random.Random(f"{split}/{index}")
     if split in MIX:
         kind = rng.choices(("caption", "count", "attribute", "where", "present", "reasoning", "lesion"), MIX[split])[0]
@@ -322,7 +327,7 @@ def make(split: str, index: int) -> dict:
         else:
             image, fields = sums(rng, most=9 if basic else 18)
         thought = fields["thought"] if basic else ""
-        return {"id": f"scenes:{split}/{index}", "image": image, **fields, "thought": thought}
+        return {"id": f"scenes:{split}/{index}", "image": image, **fields, "thought": thought}, []
     kinds = [k for k in KINDS if k != UNASKED] if split in TRAIN else KINDS
     greys = [*range(50, 75), *range(185, 206)] if split == "elsewhere-test" else range(90, 171)
 
@@ -354,4 +359,4 @@ def make(split: str, index: int) -> dict:
         fields = where(things, rng, tags=split in ("crowds", *BARE, *ABSENT) and rng.random() < 0.5)
     else:
         fields = attribute(things, rng) if kind == "attribute" else caption(things)
-    return {"id": f"scenes:{split}/{index}", "image": draw(things, rng, greys), "thought": "", **fields}
+    return {"id": f"scenes:{split}/{index}", "image": draw(things, rng, greys), "thought": "", **fields}, things

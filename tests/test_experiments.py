@@ -12,7 +12,8 @@ from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, 
                                    shown_rate, table, tables, tells)
 from support import scenes
 
-THOUGHT = {"task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>", "truth": [{}]}
+THOUGHT = {"index": 1, "task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>", "truth": [{}],
+           "error": None, "predicted": []}
 LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
 
 
@@ -137,6 +138,21 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     assert [flag["--model"].rsplit("/", 1)[1] for _, flag in evaluations] == ["step_375"] * len(SPLITS) + ["step_300"]
     assert made["metrics"]["test"]["thought tells"] == 0.5
     assert made["metrics"]["test"]["T-acc"] == 0.1235 and reproduce.make("sft25-rlvr", 0.001, 43).endswith("already")
+
+
+def test_rejections_by_colour():
+    """What is asked for and absent, judged by the picture's things: a policy that rejects where the colour is not there."""
+    records = []
+    for i in range(60):
+        row, things = scenes.make_with_things("test", i)
+        assert row.keys() == scenes.make("test", i).keys()
+        there = [thing for thing in things if thing.colour in row["question"].split()]
+        truth = [{}] if row["answer"] != "[]" else []
+        records.append({"index": i, "task": row["task"], "question": row["question"], "truth": truth, "error": None,
+                        "predicted": [{}] * bool(there)})
+    assert reproduce.by_colour(records, "test") == {"N-acc, colour there": 0.0, "N-acc, colour not there": 1.0}
+    assert reproduce.by_colour([r | {"error": "x"} for r in records], "test")["N-acc, colour not there"] == 0.0
+    assert reproduce.by_colour([r for r in records if r["truth"]], "test") == {}
 
 
 def test_sums_by_size():
