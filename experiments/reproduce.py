@@ -241,7 +241,7 @@ def make(name: str, rate: float, seed: int) -> str:
                    "course": course(lines)}
         evaluated = {line["step"]: line["eval"] for line in read_lines(run)[0]
                      if "eval" in line and (run / "checkpoints" / f"step_{line['step']}").is_dir()}
-        step = max(evaluated, key=lambda s: score(evaluated[s]))      # of what the last stage kept, the first of the best
+        step = max(evaluated, key=lambda s: score(evaluated[s]))     # of those kept, the first of the best
         last = step == stage_lines[-1]["step"]
         result["best"] = {"step": step, "test": result["metrics"]["test"] if last else answer(
             str(run / "checkpoints" / f"step_{step}"), own_splits["test"], f"{own}-best")}
