@@ -669,9 +669,9 @@ def borrowed_thought(rollouts: list[str], seed: int, place: int) -> str:
     thoughts = []
     for o in rollouts:
         before = re.match(r"<think>.*?</think>\s*", o, re.DOTALL)
-        if before and (has_thinking_format(o) or r"\boxed{" in o[before.end():]):
+        if (before and (has_thinking_format(o) or r"\boxed{" in o[before.end():])
+                and not (SPECIAL.search(before[0]) or "<answer>" in before[0] or r"\boxed{" in before[0])):
             thoughts.append(before[0])
-    thoughts = [text for text in thoughts if not (SPECIAL.search(text) or "<answer>" in text or r"\boxed{" in text)]
     return random.Random(f"{seed}/{place}/thought").choice(thoughts) if thoughts else ""
 
 

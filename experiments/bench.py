@@ -15,7 +15,7 @@
     vision     pictures of different sizes in one call of the vision tower, against one call each
     growth     seconds against G, prompt length, response length, images
     GPU only   decoding, with and without CUDA graphs, against the bandwidth bound; training against the peak of the
-               matrix units (MFU); a step of full fine-tuning with --preset paper's options and its memory
+               matrix units (MFU); a step of full fine-tuning of 3B with --preset paper's options, and its memory
 
 Weights are random, but for the tiny model; prompts hold one picture; responses never end early. Memory is the peak
 during a call above what was resident before it (CPU: resident set; GPU: allocated). `times_faster` above 1 and
@@ -623,8 +623,7 @@ def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
             remembered(table, size, model, prompts[0], 8, 256, 2)
             training(table, size, model, theirs, prompts[0], 9, 256, 2)
             del theirs
-        if not quick:
-            full_step(table, size, model, prompts[:2], 256)
+            full_step(table, size, model, prompts[:2], 256)     # 7B with its optimizer does not fit one H200
         del model
         torch.cuda.empty_cache()
 

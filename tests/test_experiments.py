@@ -12,8 +12,8 @@ from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, 
                                    shown_rate, table, tables, tells)
 from support import scenes
 
-THOUGHT = {"index": 1, "task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>", "truth": [{}],
-           "error": None, "predicted": []}
+THOUGHT = {"index": 1, "task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>",
+           "truth": [{}], "error": None, "predicted": []}
 LABELS = {"N-acc": MAIN["N-acc"], "boxes": MAIN["boxes"]}
 
 
@@ -140,19 +140,20 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     assert made["metrics"]["test"]["T-acc"] == 0.1235 and reproduce.make("sft25-rlvr", 0.001, 43).endswith("already")
 
 
-def test_rejections_by_colour():
-    """What is asked for and absent, judged by the picture's things: a policy that rejects where the colour is not there."""
-    records = []
-    for i in range(60):
-        row, things = scenes.make_with_things("test", i)
-        assert row.keys() == scenes.make("test", i).keys()
-        there = [thing for thing in things if thing.colour in row["question"].split()]
-        truth = [{}] if row["answer"] != "[]" else []
-        records.append({"index": i, "task": row["task"], "question": row["question"], "truth": truth, "error": None,
-                        "predicted": [{}] * bool(there)})
-    assert reproduce.by_colour(records, "test") == {"N-acc, colour there": 0.0, "N-acc, colour not there": 1.0}
-    assert reproduce.by_colour([r | {"error": "x"} for r in records], "test")["N-acc, colour not there"] == 0.0
-    assert reproduce.by_colour([r for r in records if r["truth"]], "test") == {}
+def test_rejections_by_colour(monkeypatch):
+    """A red square and a blue ring. Absent are the red ring and the blue square (colour there), green things and the
+    cross (not there); the red square is there, and counting is no grounding."""
+    assert scenes.make("test", 1) == scenes.make_with_things("test", 1)[0]
+    things = [scenes.Thing("red", "square", (0, 0, 9, 9)), scenes.Thing("blue", "ring", (20, 20, 29, 29))]
+    monkeypatch.setattr(scenes, "make_with_things", lambda split, index: ({}, things))
+
+    def record(question, predicted, truth=(), error=None, task="scene_grounding"):
+        return {"index": 0, "task": task, "question": question, "truth": truth, "predicted": predicted, "error": error}
+    records = [record("red ring", [{}]), record("blue square", []), record("green ring", []), record("cross", []),
+               record("green object", [], error="not_json"), record("red square", [], truth=[{}]),
+               record("How many red rings?", [], task="vqa")]
+    assert reproduce.by_colour(records, "test") == {"N-acc, colour there": 1 / 2, "N-acc, colour not there": 2 / 3}
+    assert reproduce.by_colour(records[5:], "test") == {}
 
 
 def test_sums_by_size():
