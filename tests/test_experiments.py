@@ -1,6 +1,7 @@
 """The arithmetic of experiments/reproduce.py, and that every experiment is a command that train.py takes."""
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,24 @@ def test_policies_that_look_at_nothing():
     nothing, everything = (answer_blindly(response, "pair-test") for response in POLICIES.values())
     assert (nothing["N-acc strict"], nothing["T-acc"], nothing["bbox accuracy"]) == (1.0, 0.0, 0.0)
     assert (everything["N-acc strict"], everything["T-acc"]) == (0.0, 1.0) and everything["bbox accuracy"] < 0.05
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_every_interval_of_a_sentence_is_in_a_table(page):
+    """As it is, in points, or as the rest to 1: a new seed changes the tables, and a sentence is soon forgotten."""
+    number = r"([+-]?\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)"
+    in_tables = [(abs(float(mean)), float(half)) for made in tables(reproduce.read_results()).values()
+                 for mean, half in re.findall(number, made)]
+    sentences = re.sub("<!-- table: .*?<!-- end -->", "", (reproduce.ROOT / page).read_text(), flags=re.DOTALL)
+    said = re.findall(number, re.sub(r"\s+", " ", sentences))
+    assert said
+
+    def same(shown: str, value: float) -> bool:         # value has three decimals, or one in points
+        digits = len(shown.partition(".")[2])
+        return abs(abs(float(shown)) - value) <= 0.5 * 10 ** -digits + (1e-9 if value < 1 else 0.05)
+    assert not [f"{mean} ± {half}" for mean, half in said if not any(
+        same(mean, value) and same(half, scale * width) for a, width in in_tables
+        for scale, value in ((1, a), (100, 100 * a), (100, 100 * abs(1 - a))))], f"{page}: in no table"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
