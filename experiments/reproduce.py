@@ -7,8 +7,8 @@
 A result is one small file, experiments/results/NAME-RATE-SEED.json: commit, machine, flags, seconds, metrics of every
 split, the course of the training. A file that exists is not made again. Seeds are paired: the same base, the same order
 of the data. The first seed tries every learning rate; the rate with the best score on scenes:val is the method's, and
-the other seeds are trained at it. `tables` writes the tables into README.md and experiments/README.md, between the
-lines `<!-- table: NAME -->` and `<!-- end -->`, and the figures into experiments/figures/.
+the other seeds are trained at it. `tables` writes the tables into PAGES, between the lines
+`<!-- table: NAME -->` and `<!-- end -->`, and the figures into experiments/figures/.
 """
 import argparse
 import json
@@ -30,6 +30,7 @@ from support import scenes  # noqa: E402
 from support.runs import read_config, read_lines, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
+PAGES = ("README.md", "experiments/README.md", "docs/sensitivity.md")
 SEEDS = (42, 43, 44, 45, 46)
 RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every method may choose from
 SPLITS = ("test", "reasoning-test", "elsewhere-test", "pair-test")
@@ -441,6 +442,8 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
               if SEEDS[0] in rows.get(name, ())}
     two_stage = [max(stages, key=stages.get)] if stages else []
     main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, IN_FULL, "visurf", "visurf-thought", *RIVALS)
+    other_rates = {f"visurf-lr-{rate:g}": seeds for rate, seeds in results.get("visurf", {}).items()
+                   if seeds is not rows["visurf"]}
     families: dict[str, dict[int, dict]] = {}              # method → seed → family → result
     for family in FAMILIES:
         for method in FAMILY_METHODS:
@@ -449,7 +452,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
     return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
             "boundary": of(*(f"{base}{method}" for base in ("", *(f"{s}-" for s in STRENGTHS))
                              for method in ("base", "rlvr", "visurf"))),
-            "sensitivity": of("visurf", *SENSITIVITY),
+            "sensitivity": of("visurf") | other_rates | of(*SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},
             "first": of("base", "visurf", "rlvr", "sft", "sft-long", *two_stage, IN_FULL, "visurf-thought"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", IN_FULL, *SAME_RATE, "visurf"),
@@ -549,9 +552,8 @@ def main() -> None:
     if args.what == "run":
         run(args.names or [*EXPERIMENTS], list(args.seeds), list(args.rates), args.jobs)
     made = tables(read_results())
-    for path in (ROOT / "README.md", ROOT / "experiments/README.md"):
-        if path.exists():
-            path.write_text(fill(path.read_text(), made))
+    for path in (ROOT / page for page in PAGES):
+        path.write_text(fill(path.read_text(), made))
     draw(read_results(), ROOT)
     for name, text in made.items():
         print(f"{name}\n\n{text}\n")

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from experiments import reproduce
-from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, POLICIES, SPLITS, answer_blindly, base_of, chosen_rate,
+from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, base_of, chosen_rate,
                                    cost_table, course, draw, family_of, fill, grid, interval, parts, score,
                                    shown_rate, table, tables, tells)
 from support import scenes
@@ -232,7 +232,7 @@ def test_policies_that_look_at_nothing():
     assert (everything["N-acc strict"], everything["T-acc"]) == (0.0, 1.0) and everything["bbox accuracy"] < 0.05
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_interval_of_a_sentence_is_in_a_table(page):
     """As it is, in points, or as the rest to 1: a new seed changes the tables, and a sentence is soon forgotten."""
     number = r"([+-]?\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)"
@@ -258,5 +258,5 @@ def test_every_experiment_is_a_command(name):
 
 def test_the_tables_of_the_pages_are_what_the_results_say():
     made = tables(reproduce.read_results())
-    for page in (reproduce.ROOT / "README.md", reproduce.ROOT / "experiments/README.md"):
+    for page in (reproduce.ROOT / name for name in PAGES):
         assert fill(page.read_text(), made) == page.read_text(), f"python experiments/reproduce.py tables renews {page}"
