@@ -6,8 +6,8 @@
 
 A result is one small file, experiments/results/NAME-RATE-SEED.json: commit, machine, flags, seconds, metrics of every
 split, the course of the training. A file that exists is not made again. Seeds are paired: the same base, the same order
-of the data. The first seed tries every learning rate; the rate with the best score on scenes:val is the method's, and
-the other seeds are trained at it. `tables` writes the tables into PAGES, between the lines
+of the data. The first seed tries the learning rates; the rate with the best score on scenes:val is the method's, and
+the other seeds are trained at it. `tables` writes the tables into the PAGES, between the lines
 `<!-- table: NAME -->` and `<!-- end -->`, and the figures into experiments/figures/.
 """
 import argparse

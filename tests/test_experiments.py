@@ -8,9 +8,9 @@ import pytest
 
 import train
 from experiments import reproduce
-from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, base_of, chosen_rate,
-                                   cost_table, course, draw, family_of, fill, grid, interval, parts, score,
-                                   shown_rate, table, tables, tells)
+from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, base_of,
+                                   chosen_rate, cost_table, course, draw, family_of, fill, grid, interval, parts,
+                                   score, shown_rate, table, tables, tells)
 from support import scenes
 
 THOUGHT = {"index": 1, "task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>",
