@@ -471,6 +471,7 @@ def tables(results: Results) -> dict[str, str]:
         "parts": table(of["first"], PARTS), "parts-paired": table(of["first"], PARTS, against="rlvr"),
         "thought": table(of["thought"], THOUGHTS), "rejects": table(of["trained"], REJECTS),
         "controls": table(of["controls"], CONTROLLED),
+        "controls-paired": table(of["controls"], MAIN, against="visurf"),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
         "cost": cost_table(read_cost()),
