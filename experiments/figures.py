@@ -112,15 +112,15 @@ def draw_boundary(rows: dict[str, dict[int, dict]], interval, column, path: Path
     """A metric of each method over the share of absent targets that the base has seen. rows: `absentN-METHOD`, and
     METHOD from the base that has seen none."""
     figure, [panel] = blank(4.6, 3.0, 1)
-    shares = {name: int(name.split("-")[0].removeprefix("absent")) if name.startswith("absent") else 0 for name in rows}
-    places = sorted(set(shares.values()))
-    for number, method in enumerate(("base", "rlvr", "visurf")):
-        points = sorted((share, *interval([column(seed) for seed in rows[name].values()]))
-                        for name, share in shares.items() if name.split("-")[-1] == method)
-        if points:
-            steps, means, halves = zip(*points)
-            panel.errorbar([places.index(step) for step in steps], means, [h if h == h else 0 for h in halves],
-                           label=method, capsize=3, linestyle=STYLES[number], **look(number))
+    points: dict[str, list[tuple[int, float, float]]] = {}
+    for name, seeds in rows.items():
+        share, _, method = name.removeprefix("absent").partition("-") if name.startswith("absent") else ("0", "", name)
+        points.setdefault(method, []).append((int(share), *interval([column(seed) for seed in seeds.values()])))
+    places = sorted({share for of_method in points.values() for share, _, _ in of_method})
+    for number, (method, of_method) in enumerate(points.items()):
+        at, means, halves = zip(*sorted(of_method))
+        panel.errorbar([places.index(share) for share in at], means, [h if h == h else 0 for h in halves],
+                       label=method, capsize=3, linestyle=STYLES[number], **look(number))
     panel.set_xticks(range(len(places)), [f"{share} %" for share in places])
     finish(figure, panel, path, "absent targets in the base's training", "N-acc")
 

@@ -56,6 +56,7 @@ POLICIES = {"always-empty": "<answer>[]</answer>",
             "always-whole-picture": '<answer>[{"bbox_2d": [0, 0, 111, 111], "point_2d": [56, 56]}]</answer>'}
 LOOKS = ("base", *POLICIES)
 STRENGTHS = ("absent1", "absent5", "absent20")
+BOUNDARY_METHODS = ("base", "rlvr", "visurf", "visurf-thought")
 UNTRAINED = (*LOOKS, *(f"{base}-base" for base in (*FAMILIES, *STRENGTHS)))
 # The families are trained for 150 steps. Where assets/tiny knows nothing of one, its base has learnt all but a piece.
 FAMILY_STEPS, FAMILY_SFT = 150, 50
@@ -97,7 +98,7 @@ EXPERIMENTS = {
     **{f"{family}-{method}": [["--data", f"scenes:{family}-train", "--eval-data", f"scenes:{family}-val", "--steps",
                                str(FAMILY_STEPS), "--eval-every", "50", *stage] for stage in stages]
        for family in FAMILIES for method, stages in FAMILY_METHODS.items()},
-    **{f"{base}-{method}": FAMILY_METHODS[method] for base in STRENGTHS for method in ("base", "rlvr", "visurf")},
+    **{f"{base}-{method}": FAMILY_METHODS[method] for base in STRENGTHS for method in BOUNDARY_METHODS},
     **SENSITIVITY,
 }
 COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "response_length", "logp_y",
@@ -451,7 +452,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
     return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
             "boundary": of(*(f"{base}{method}" for base in ("", *(f"{s}-" for s in STRENGTHS))
-                             for method in ("base", "rlvr", "visurf"))),
+                             for method in BOUNDARY_METHODS)),
             "sensitivity": of("visurf") | other_rates | of(*SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},
             "first": of("base", "visurf", "rlvr", "sft", "sft-long", *two_stage, IN_FULL, "visurf-thought"),
