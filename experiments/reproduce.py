@@ -305,6 +305,8 @@ ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
 REJECTS = {f"{place}: {label}": at(split, key) for place, split in (("here", "test"), ("elsewhere", "elsewhere-test"))
            for label, key in (("N-acc", "N-acc strict"), ("colour there", "N-acc, colour there"),
                               ("not there", "N-acc, colour not there"))}
+REJECTING = {"N-acc": MAIN["N-acc"], "colour there": REJECTS["here: colour there"],
+             "not there": REJECTS["here: not there"], **MAIN}
 AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
           "entropy": at_end("entropy"), "smoothed": at_end("smoothed"), "tied": at_end("tied"),
           "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
@@ -477,7 +479,7 @@ def tables(results: Results) -> dict[str, str]:
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
         "cost": cost_table(read_cost()),
         "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
-        "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], MAIN),
+        "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], REJECTING),
         "sensitivity": table(of["sensitivity"], MAIN)}
 
 
