@@ -141,7 +141,8 @@ def answer(model: str, split: str, out: str) -> dict[str, float]:
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"] | {"thought tells": tells(records)}
     return rounded(metrics | (by_size(records, split) if "sums" in split else {}) |
-                   (by_colour(records, split) if split in SPLITS else {}))
+                   (by_colour(records, split) if split in SPLITS else {}) |
+                   ({"thought as learnt": as_learnt(records)} if split == "test" else {}))
 
 
 def tells(records: list[dict]) -> float | None:
@@ -156,6 +157,14 @@ def tells(records: list[dict]) -> float | None:
             seen.setdefault(re.sub(r"\d+", "…", wording), [0, 0])[not record["truth"]] += 1
     present, absent = (sum(count[kind] for count in seen.values()) for kind in (0, 1))
     return sum(map(max, seen.values())) / (present + absent) if present and absent else None
+
+
+def as_learnt(records: list[dict]) -> float | None:
+    """Of the thoughts, the share that is one of the sentences that the base learnt, about the thing asked for."""
+    thoughts = [(record["response"].split("</think>")[0].removeprefix("<think>"), record["question"])
+                for record in records if "grounding" in record["task"] and "</think>" in record["response"]]
+    kept = [thought in [sentence.format(question) for sentence in scenes.THOUGHTS] for thought, question in thoughts]
+    return statistics.fmean(kept) if kept else None
 
 
 def by_size(records: list[dict], split: str) -> dict[str, float]:
@@ -310,7 +319,7 @@ REJECTING = {"N-acc": MAIN["N-acc"], "colour there": REJECTS["here: colour there
 AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
           "entropy": at_end("entropy"), "smoothed": at_end("smoothed"), "tied": at_end("tied"),
           "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
-THOUGHTS = {**MAIN, "thought tells": at("test", "thought tells")}
+THOUGHTS = {**MAIN, "thought tells": at("test", "thought tells"), "as learnt": at("test", "thought as learnt")}
 CONTROLLED = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
               "reasoning": MAIN["reasoning"], "log π(y), first": at_start("logp_y"), "Â_y, last": at_end("advantage_y"),
               "smoothed": at_end("smoothed"), "entropy, highest": highest("entropy"), "last": at_end("entropy"),

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from experiments import reproduce
-from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, base_of,
+from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, as_learnt, base_of,
                                    chosen_rate, cost_table, course, draw, family_of, fill, grid, interval, parts,
                                    score, shown_rate, table, tables, tells)
 from support import scenes
@@ -167,7 +167,7 @@ def test_sums_by_size():
     assert reproduce.by_size(records[:1], "sums-test").keys() == {"up to nine" if sums[0] <= 9 else "above nine"}
 
 
-def test_what_the_wording_of_a_thought_tells():
+def test_what_the_wording_of_a_thought_tells_and_whether_it_is_kept():
     def record(response, *truth, question="red ring", task="scene_grounding"):
         return {"task": task, "question": question, "response": response, "truth": list(truth)}
     box = {"bbox_2d": [0, 0, 2, 2]}
@@ -179,6 +179,10 @@ def test_what_the_wording_of_a_thought_tells():
             record("<answer>[]</answer>"), record("<answer>[]</answer>", box)]
     assert tells(both) == 0.75 and tells([*both, record("3", task="vqa")]) == 0.75
     assert tells([record("3", box)]) is None
+    learnt = record("<think>Where is the red ring?</think><answer>[]</answer>")
+    assert as_learnt([learnt, record("<think>I look look.</think>"), record("<answer>[]</answer>"), record("3", task="vqa"),
+                      record("<think>Where is the red ring?</think>", question="blue ring")]) == pytest.approx(1 / 3)
+    assert as_learnt([record("<answer>[]</answer>")]) is None
 
 
 def test_the_cost_by_hand():
