@@ -435,10 +435,12 @@ def cost_table(measured: dict[str, dict]) -> str:
 
 
 def grid(results: Results) -> str:
-    """score on scenes:val of the first seed, for every learning rate."""
-    lines = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---" * (1 + len(RATES)) + "|"]
-    for name in (n for n in EXPERIMENTS if n in results and n not in UNTRAINED):
-        tried = [results[name].get(rate, {}).get(SEEDS[0]) for rate in RATES]
+    """score on scenes:val of the first seed, for every learning rate that was tried."""
+    trained = {name: results[name] for name in EXPERIMENTS if name in results and name not in UNTRAINED}
+    rates = sorted({rate for of_name in trained.values() for rate in of_name})
+    lines = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
+    for name, of_name in trained.items():
+        tried = [of_name.get(rate, {}).get(SEEDS[0]) for rate in rates]
         cells = (f"{score(r['metrics']['val']):.3f}" if r else "–" for r in tried)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

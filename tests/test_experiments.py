@@ -61,7 +61,8 @@ def test_the_learning_rate_is_chosen_on_val():
     del tried[0.002]
     stages = {f"sft{n}-rlvr": {0.001: {42: result(0.5, val=n / 100 if n < 200 else 0.0)}} for n in (25, 100, 200)}
     assert list(parts(stages)["main"]) == ["sft100-rlvr"] and len(parts(stages)["lengths"]) == 3
-    assert cells(grid({"visurf": tried})) == [["visurf", "0.500", "0.700", "–"]]
+    assert cells(grid({"visurf": tried, "sft": {0.004: {42: result(0.5, val=0.9)}}})) == [
+        ["visurf", "0.500", "0.700", "–"], ["sft", "–", "–", "0.900"]]
 
 
 def test_tables_are_written_between_their_marks():
