@@ -145,13 +145,19 @@ def answer(model: str, split: str, out: str) -> dict[str, float]:
                    ({"thought as learnt": as_learnt(records)} if split == "test" else {}))
 
 
+def thought_of(record: dict) -> str:
+    """What an answer says up to the end of its thought, with the first tag; "" of an answer without one."""
+    thought, end, _ = record["response"].partition("</think>")
+    return thought if end else ""
+
+
 def tells(records: list[dict]) -> float | None:
     """How often the wording of the thought alone, without numbers and the words of the question, tells an absent thing
     from a present one by the best guess. 0.5 is chance, where as many are absent as present; None without both."""
     seen: dict[str, list[int]] = {}
     for record in records:
         if "grounding" in record["task"]:
-            wording = record["response"].split("</think>")[0] if "</think>" in record["response"] else ""
+            wording = thought_of(record)
             for word in record["question"].split():
                 wording = wording.replace(word, "…")
             seen.setdefault(re.sub(r"\d+", "…", wording), [0, 0])[not record["truth"]] += 1
@@ -161,9 +167,8 @@ def tells(records: list[dict]) -> float | None:
 
 def as_learnt(records: list[dict]) -> float | None:
     """Of the thoughts, the share that is one of the sentences that the base learnt, about the thing asked for."""
-    thoughts = [(record["response"].split("</think>")[0].removeprefix("<think>"), record["question"])
-                for record in records if "grounding" in record["task"] and "</think>" in record["response"]]
-    kept = [thought in [sentence.format(question) for sentence in scenes.THOUGHTS] for thought, question in thoughts]
+    kept = [thought_of(record) in ["<think>" + sentence.format(record["question"]) for sentence in scenes.THOUGHTS]
+            for record in records if "grounding" in record["task"] and thought_of(record)]
     return statistics.fmean(kept) if kept else None
 
 
@@ -314,6 +319,7 @@ ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
 REJECTS = {f"{place}: {label}": at(split, key) for place, split in (("here", "test"), ("elsewhere", "elsewhere-test"))
            for label, key in (("N-acc", "N-acc strict"), ("colour there", "N-acc, colour there"),
                               ("not there", "N-acc, colour not there"))}
+# MAIN, with the two parts of N-acc behind it.
 REJECTING = {"N-acc": MAIN["N-acc"], "colour there": REJECTS["here: colour there"],
              "not there": REJECTS["here: not there"], **MAIN}
 AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},

@@ -8,9 +8,9 @@ import pytest
 
 import train
 from experiments import reproduce
-from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, as_learnt, base_of,
-                                   chosen_rate, cost_table, course, draw, family_of, fill, grid, interval, parts,
-                                   score, shown_rate, table, tables, tells)
+from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, as_learnt,
+                                   base_of, chosen_rate, cost_table, course, draw, family_of, fill, grid, interval,
+                                   parts, score, shown_rate, table, tables, tells)
 from support import scenes
 
 THOUGHT = {"index": 1, "task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>",
@@ -181,8 +181,9 @@ def test_what_the_wording_of_a_thought_tells_and_whether_it_is_kept():
     assert tells(both) == 0.75 and tells([*both, record("3", task="vqa")]) == 0.75
     assert tells([record("3", box)]) is None
     learnt = record("<think>Where is the red ring?</think><answer>[]</answer>")
-    assert as_learnt([learnt, record("<think>I look look.</think>"), record("<answer>[]</answer>"), record("3", task="vqa"),
-                      record("<think>Where is the red ring?</think>", question="blue ring")]) == pytest.approx(1 / 3)
+    decayed, of_another = record("<think>I look look.</think>"), learnt | {"question": "blue ring"}
+    assert as_learnt([learnt, decayed, of_another, record("<answer>[]</answer>"),
+                      record("<think>I count.</think>3", task="vqa")]) == pytest.approx(1 / 3)
     assert as_learnt([record("<answer>[]</answer>")]) is None
 
 
