@@ -109,20 +109,21 @@ def draw_cost(times: dict[str, float], rows: dict[str, dict[int, dict]], interva
 
 
 def draw_boundary(rows: dict[str, dict[int, dict]], interval, column, path: Path) -> None:
-    """A metric of each method over the share of absent targets that the base has seen. rows: `absentN-METHOD`, and
-    METHOD from the base that has seen none."""
-    figure, [panel] = blank(4.6, 3.0, 1)
+    """A metric of each method over the bases, in the order of the rows: `BASE-METHOD`, and METHOD from assets/tiny."""
+    figure, [panel] = blank(5.2, 3.0, 1)
+    places: list[str] = []
     points: dict[str, list[tuple[int, float, float]]] = {}
     for name, seeds in rows.items():
-        share, _, method = name.removeprefix("absent").partition("-") if name.startswith("absent") else ("0", "", name)
-        points.setdefault(method, []).append((int(share), *interval([column(seed) for seed in seeds.values()])))
-    places = sorted({share for of_method in points.values() for share, _, _ in of_method})
+        base, _, method = name.partition("-") if name.startswith(("stage", "absent")) else ("tiny", "", name)
+        if base not in places:
+            places.append(base)
+        points.setdefault(method, []).append((places.index(base), *interval([column(seed) for seed in seeds.values()])))
     for number, (method, of_method) in enumerate(points.items()):
-        at, means, halves = zip(*sorted(of_method))
-        panel.errorbar([places.index(share) for share in at], means, [h if h == h else 0 for h in halves],
-                       label=method, capsize=3, linestyle=STYLES[number], **look(number))
-    panel.set_xticks(range(len(places)), [f"{share} %" for share in places])
-    finish(figure, panel, path, "absent targets in the base's training", "N-acc")
+        at, means, halves = zip(*of_method)
+        panel.errorbar(at, means, [h if h == h else 0 for h in halves], label=method, capsize=3,
+                       linestyle=STYLES[number], **look(number))
+    panel.set_xticks(range(len(places)), places)
+    finish(figure, panel, path, "base", "N-acc")
 
 
 def draw_weights(path: Path) -> None:

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,10 @@ CONTROLS = {
 POLICIES = {"always-empty": "<answer>[]</answer>",
             "always-whole-picture": '<answer>[{"bbox_2d": [0, 0, 111, 111], "point_2d": [56, 56]}]</answer>'}
 LOOKS = ("base", *POLICIES)
-STRENGTHS = ("absent1", "absent5", "absent20")
+# The base at earlier points of its own training, from this repository's history: name → a commit with those weights.
+EARLIER = {"stage3": "cd070c3", "stage5": "8347d72"}       # the stages of experiments/make_tiny.sh
+ABSENT = ("absent1", "absent5", "absent20")
+STRENGTHS = (*EARLIER, *ABSENT)
 BOUNDARY_METHODS = ("base", "rlvr", "visurf", "visurf-thought")
 UNTRAINED = (*LOOKS, *(f"{base}-base" for base in (*FAMILIES, *STRENGTHS)))
 # The families are trained for 150 steps. Where assets/tiny knows nothing of one, its base has learnt all but a piece.
@@ -68,7 +72,7 @@ FAMILY_METHODS = {"base": [], "sft": [["--method", "sft"]], "rlvr": [["--method"
 # Bases that are made here: name → split of scenes and steps of SFT. Of those of the main job N % of the grounding
 # questions asked for something absent.
 PRETRAINED = {"gui": ("gui-pretrain", 120), "anomaly": ("anomaly-pretrain", 60), "sums": ("sums-pretrain", 200),
-              "absent1": ("absent1", 60), "absent5": ("absent5", 60), "absent20": ("absent20", 60)}
+              **{base: (base, 60) for base in ABSENT}}
 PRETRAINING = ["--method", "sft", "--optimizer", "muon", "--adam-eps", "1e-8", "--lr", "2e-3", "--weight-decay", "0",
                "--warmup-steps", "10", "--cooldown", "0.5", "--prompts-per-step", "64", "--normaliser", "seq-mean"]
 # What a user may set otherwise.
@@ -220,6 +224,8 @@ def family_of(name: str) -> str:
 def base_of(name: str) -> str:
     """The model that an experiment begins from; made if need be."""
     base = name.split("-")[0]
+    if base in EARLIER:
+        return str(earlier(base))
     if base not in PRETRAINED:
         return str(ROOT / "assets/tiny")
     split, steps = PRETRAINED[base]
@@ -227,6 +233,23 @@ def base_of(name: str) -> str:
         run = train(f"reproduce-{base}-pretrained", ["--data", f"scenes:{split}", "--eval-data", "", "--steps",
                                                      str(steps), *PRETRAINING])
     return str(run / "checkpoints" / f"step_{steps}")
+
+
+def earlier(base: str) -> Path:
+    """The folder of assets/tiny with the weights of an earlier commit."""
+    folder = ROOT / "runs" / f"reproduce-{base}"
+    with one_base_at_a_time:
+        if not folder.exists():
+            weights = subprocess.run(["git", "show", f"{EARLIER[base]}:assets/tiny/model.safetensors"], cwd=ROOT,
+                                     capture_output=True)
+            if weights.returncode:
+                raise SystemExit(f"{base}: the weights of commit {EARLIER[base]} are not in this clone. A shallow "
+                                 "clone gets them by git fetch --unshallow.")
+            partial = folder.with_suffix(".partial")
+            shutil.copytree(ROOT / "assets/tiny", partial, dirs_exist_ok=True)
+            (partial / "model.safetensors").write_bytes(weights.stdout)
+            partial.rename(folder)
+    return folder
 
 
 def make(name: str, rate: float, seed: int) -> str:
@@ -470,7 +493,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
             for seed, result in rows.get(f"{family}-{method}", {}).items():
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
     return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
-            "boundary": of(*(f"{base}{method}" for base in ("", *(f"{s}-" for s in STRENGTHS))
+            "boundary": of(*(f"{base}{method}" for base in (*(f"{e}-" for e in EARLIER), "", *(f"{a}-" for a in ABSENT))
                              for method in BOUNDARY_METHODS)),
             "sensitivity": of("visurf") | other_rates | of(*SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},

@@ -89,7 +89,8 @@ def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
                 "peak_memory_gb": 0.5, "best": {"step": 300, "test": metrics},
                 "course": {name: [0.5, None] if name == "logp_y" else [0.5, 1.0] for name in COURSE}}
     results = {name: {0.001: {seed: made(seed) for seed in (42, 43)[:1 if name == "base" else 2]}} for name in (
-        "base", "visurf", "rlvr", "sft", "sft25-rlvr", "visurf-no-align", "visurf-g2", "absent5-rlvr", "sums-sft")}
+        "base", "visurf", "rlvr", "sft", "sft25-rlvr", "visurf-no-align", "visurf-g2", "absent5-rlvr", "stage5-rlvr",
+        "sums-sft")}
     written = tables(results)
     assert [row[0] for row in cells(written["lengths"])] == ["rlvr", "sft25-rlvr", "sft", "visurf"]
     draw(results, tmp_path)
