@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data import Processor, Prompt, check_aspect, check_text, convert_boxes, load
 from model import Qwen2_5_VL
 from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes, parse_json,
-                     parse_points, score)
+                     parse_points, score, trailing_text)
 from rollout import generate
 from support.images import open_image, picture_file
 from support.masks import Segmenter
@@ -49,7 +49,7 @@ from support.sources import Example, noticed, read, stat_of
 # the mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
 SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc", "bbox accuracy", "targets IoU>0.5",
          "answers")
-ALWAYS = ("thinks, present", "thinks, absent", "length", "examples")
+ALWAYS = ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent", "length", "examples")
 JUDGES = ("rewards.py", "data.py", "eval.py", "support/verify_math.py", "support/masks.py")     # what makes a score
 BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
 BENCHMARKS = {
@@ -266,6 +266,8 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
                                       for r in grounding),
         "thinks, present": mean(r.thinks for r in present),
         "thinks, absent": mean(r.thinks for r in absent),
+        "trailing text, present": mean(bool(trailing_text(r.response)) for r in present),
+        "trailing text, absent": mean(bool(trailing_text(r.response)) for r in absent),
         "answers": mean(r.score for r in others),                    # counting and other short answers
         "length": mean(r.length for r in records),
         "examples": len(records),

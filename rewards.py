@@ -64,6 +64,12 @@ def answer_text(response: str) -> str | None:
     return None if start < 0 or end < 0 else response[start + len("<answer>"):end].strip()
 
 
+def trailing_text(response: str) -> str:
+    """What follows the answer that answer_text reads. Accuracy and metrics look at the answer alone, as the authors'
+    scripts do; only the thinking format asks for the end. So an answer without a thought goes on at no cost."""
+    return response[response.find("<answer>"):].partition("</answer>")[2].strip()
+
+
 SPECIAL = re.compile(r"<\|\w+\|>")     # <|im_start|> and its like must never come out of data; <tool_call> is text
 
 

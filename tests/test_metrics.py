@@ -17,10 +17,10 @@ def item(*box):
     return {"bbox_2d": list(box), "point_2d": [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]}
 
 
-def record(predicted, truth, error=None, task="scene_grounding", score=0.0, thinks=True, length=10):
+def record(predicted, truth, error=None, task="scene_grounding", score=0.0, thinks=True, length=10, tail=""):
     """With filled boxes as masks."""
     a, b = box_mask(predicted, SIZE), box_mask(truth, SIZE)
-    return Record("id", task, "question", "response", length, thinks, error, predicted, truth, SIZE, SIZE,
+    return Record("id", task, "question", f"<answer></answer>{tail}", length, thinks, error, predicted, truth, SIZE, SIZE,
                   [i["bbox_2d"] for i in predicted], [i["point_2d"] for i in predicted], hull(truth) if truth else None,
                   *intersection_union(a, b), int(a.sum()), score)
 
@@ -64,7 +64,8 @@ def test_summary_by_hand():
     metrics = summarise([
         record(box, box, length=40), record(other, box, thinks=False, length=40),
         record([], box, "no_answer", length=2),
-        record([], [], thinks=False, length=8), record([], [], "bad_json"), record(box, []),
+        record([], [], thinks=False, length=8, tail=" be found.</think>"), record([], [], "bad_json", tail=" \n"),
+        record(box, []),
         record([], [], task="vqa", score=1.0), record([], [], task="math")])
     assert metrics["gIoU"] == pytest.approx((1 + 1 / 3 + 0 + 1 + 1 + 0) / 6)
     assert metrics["cIoU"] == pytest.approx((100 + 50) / (100 + 150 + 100 + 0 + 0 + 100))
@@ -77,6 +78,7 @@ def test_summary_by_hand():
     assert metrics["targets IoU>0.5"] == pytest.approx(1 / 3)
     assert metrics["thinks, present"] == pytest.approx(2 / 3)
     assert metrics["thinks, absent"] == pytest.approx(2 / 3)
+    assert metrics["trailing text, absent"] == pytest.approx(1 / 3) and metrics["trailing text, present"] == 0
     assert metrics["answers"] == pytest.approx(1 / 2)
     assert metrics["length"] == pytest.approx((40 + 40 + 2 + 8 + 10 * 4) / 8)
     assert metrics["examples"] == 8

@@ -22,8 +22,8 @@ import rewards
 from support import verify_math
 from rewards import (TASKS, Reward, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
                      grounding_reward, has_thinking_format, iou_matrix, label_reward, label_text,
-                     math_equal, math_reward, non_repeat, parse_boxes, parse_points, read_label, relaxed_match, score, smooth,
-                     user_text, vqa_reward)
+                     math_equal, math_reward, non_repeat, parse_boxes, parse_points, read_label, relaxed_match, score,
+                     smooth, trailing_text, user_text, vqa_reward)
 
 ERRORS = {"no_answer", "too_long", "too_deep", "bad_json", "not_a_list", "not_an_object", "no_bbox_2d", "no_point_2d",
           "bad_bbox_2d", "bad_point_2d"}
@@ -111,6 +111,15 @@ def test_answer_is_the_first_one():
     assert answer_text("</answer> <answer> \n[1] </answer><answer>[2]</answer>") == "[1]"
     assert answer_text("<answer>[1] <answer>[2]</answer>") == "[1] <answer>[2]"
     assert answer_text("</answer><answer>[1]") is answer_text("[1]") is None
+
+
+def test_text_behind_an_answer_costs_the_thinking_format_alone():
+    plain, thought = "<answer>[]</answer>", "<think>No.</think><answer>[]</answer>"
+    tail = ' be found.</think><answer>[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]</answer>'
+    assert trailing_text(plain + " \n") == trailing_text("</answer> [1]") == trailing_text("<answer>[1]") == ""
+    assert trailing_text(plain + tail) == tail.strip()
+    assert [grounding_reward(text, "[]").total for text in (plain, plain + tail)] == [6, 6]
+    assert [grounding_reward(text, "[]").total for text in (thought, thought + ".")] == [7, 6]
 
 
 def test_non_repeat():
