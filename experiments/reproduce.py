@@ -324,7 +324,8 @@ def highest(name: str) -> Column:
 
 MAIN = {"N-acc": at("test", "N-acc strict"), "T-acc": at("test", "T-acc"), "boxes": at("test", "bbox accuracy"),
         "thinks, present": at("test", "thinks, present"), "thinks, absent": at("test", "thinks, absent"),
-        "counting": at("test", "answers"), "reasoning": at("reasoning-test", "bbox accuracy")}
+        "trailing text, absent": at("test", "trailing text, absent"), "counting": at("test", "answers"),
+        "reasoning": at("reasoning-test", "bbox accuracy")}
 
 
 def found(split: str) -> Column:
