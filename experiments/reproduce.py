@@ -520,6 +520,7 @@ def tables(results: Results) -> dict[str, str]:
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
         "cost": cost_table(read_cost()),
         "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
+        "families-paired": table(of["families"], FAMILY, against="visurf"),
         "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], REJECTING),
         "sensitivity": table(of["sensitivity"], MAIN)}
 
