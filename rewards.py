@@ -66,7 +66,7 @@ def answer_text(response: str) -> str | None:
 
 def trailing_text(response: str) -> str:
     """What follows the answer that answer_text reads. Accuracy and metrics look at the answer alone, as the authors'
-    scripts do; only the thinking format asks for the end. So an answer without a thought goes on at no cost."""
+    scripts do; only the thinking format asks for the end. So text behind an answer without a thought costs nothing."""
     return response[response.find("<answer>"):].partition("</answer>")[2].strip()
 
 

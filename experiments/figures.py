@@ -108,13 +108,13 @@ def draw_cost(times: dict[str, float], rows: dict[str, dict[int, dict]], interva
     finish(figure, panel, path, "time of a training; RLVR = 1", "(N-acc + boxes) / 2")
 
 
-def draw_boundary(rows: dict[str, dict[int, dict]], interval, column, path: Path) -> None:
+def draw_boundary(rows: dict[str, dict[int, dict]], bases: tuple[str, ...], interval, column, path: Path) -> None:
     """A metric of each method over the bases, in the order of the rows: `BASE-METHOD`, and METHOD from assets/tiny."""
     figure, [panel] = blank(5.2, 3.0, 1)
     places: list[str] = []
     points: dict[str, list[tuple[int, float, float]]] = {}
     for name, seeds in rows.items():
-        base, _, method = name.partition("-") if name.startswith(("stage", "absent")) else ("tiny", "", name)
+        base, _, method = name.partition("-") if name.split("-")[0] in bases else ("tiny", "", name)
         if base not in places:
             places.append(base)
         points.setdefault(method, []).append((places.index(base), *interval([column(seed) for seed in seeds.values()])))

@@ -494,7 +494,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
             for seed, result in rows.get(f"{family}-{method}", {}).items():
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
     return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
-            "boundary": of(*(f"{base}{method}" for base in (*(f"{e}-" for e in EARLIER), "", *(f"{a}-" for a in ABSENT))
+            "boundary": of(*(f"{base}-{method}".removeprefix("-") for base in (*EARLIER, "", *ABSENT)
                              for method in BOUNDARY_METHODS)),
             "sensitivity": of("visurf") | other_rates | of(*SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},
@@ -554,7 +554,7 @@ def draw(results: Results, root: Path) -> None:
     if len(of["sensitivity"]) > 1:
         figures.draw_points(of["sensitivity"], MAIN, interval, folder / "sensitivity.png")
     if any(name.startswith(STRENGTHS) and name not in UNTRAINED for name in of["boundary"]):
-        figures.draw_boundary(of["boundary"], interval, MAIN["N-acc"], folder / "boundary.png")
+        figures.draw_boundary(of["boundary"], STRENGTHS, interval, MAIN["N-acc"], folder / "boundary.png")
     lengths = {name: seeds for name, seeds in of["lengths"].items() if name not in (IN_FULL, *SAME_RATE)}
     if len(lengths) > 1:
         figures.draw_lengths(lengths, interval, {k: MAIN[k] for k in (

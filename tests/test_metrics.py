@@ -20,8 +20,8 @@ def item(*box):
 def record(predicted, truth, error=None, task="scene_grounding", score=0.0, thinks=True, length=10, tail=""):
     """With filled boxes as masks."""
     a, b = box_mask(predicted, SIZE), box_mask(truth, SIZE)
-    return Record("id", task, "question", f"<answer></answer>{tail}", length, thinks, error, predicted, truth, SIZE, SIZE,
-                  [i["bbox_2d"] for i in predicted], [i["point_2d"] for i in predicted], hull(truth) if truth else None,
+    return Record("id", task, "question", f"<answer></answer>{tail}", length, thinks, error, predicted, truth, SIZE,
+                  SIZE, [i["bbox_2d"] for i in predicted], [i["point_2d"] for i in predicted], hull(truth) if truth else None,
                   *intersection_union(a, b), int(a.sum()), score)
 
 
