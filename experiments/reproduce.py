@@ -125,13 +125,19 @@ def call(script: str, *flags: str) -> None:
 
 
 def train(name: str, flags: list[str]) -> Path:
-    """A stage, gone on with where it was stopped. Returns its run."""
+    """A stage, gone on with where it was stopped. Returns its run. SystemExit: it has been stopped now."""
     run = ROOT / "runs" / name
     if not (run / "config.json").exists():
         call("train.py", "--name", name, "--keep", "0", *flags)
-    elif not (run / "checkpoints" / f"step_{read_config(run)['config']['steps']}").is_dir():
+    elif not last_checkpoint(run).is_dir():
         call("train.py", "--resume", str(run))
+    if not last_checkpoint(run).is_dir():          # train.py saves and ends without an error when it is stopped
+        raise SystemExit(f"{run} was stopped before its last step; the same command goes on with it")
     return run
+
+
+def last_checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / f"step_{read_config(run)['config']['steps']}"
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -232,7 +238,7 @@ def base_of(name: str) -> str:
     with one_base_at_a_time:
         run = train(f"reproduce-{base}-pretrained", ["--data", f"scenes:{split}", "--eval-data", "", "--steps",
                                                      str(steps), *PRETRAINING])
-    return str(run / "checkpoints" / f"step_{steps}")
+    return str(last_checkpoint(run))
 
 
 def earlier(base: str) -> Path:
@@ -266,7 +272,7 @@ def make(name: str, rate: float, seed: int) -> str:
         stage_lines = steps_of(run)
         # By the median step: a stop in between, or a busy hour, says nothing of the method.
         seconds += len(stage_lines) * statistics.median(line["seconds"] for line in stage_lines)
-        model, lines = str(run / "checkpoints" / f"step_{stage_lines[-1]['step']}"), lines + stage_lines
+        model, lines = str(last_checkpoint(run)), lines + stage_lines
     family = family_of(name)
     own_splits = {"test": f"{family}-test", "val": f"{family}-val"} if family else {s: s for s in (*SPLITS, "val")}
     if seed != SEEDS[0]:

@@ -233,6 +233,21 @@ def test_a_familys_base_is_trained_once(tmp_path, monkeypatch):
     train.parse_config(list(calls[0][2:])).check(1)
 
 
+def test_a_stopped_training_gives_no_result(tmp_path, monkeypatch):
+    """train.py ends without an error then."""
+    def call(script, *flags):
+        run = tmp_path / "runs/reproduce-visurf-0.001-43-1"
+        (run / "checkpoints/step_31").mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps({"config": {"steps": 400}}))
+    monkeypatch.setattr(reproduce, "call", call)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    for _ in ("stopped", "stopped again"):
+        with pytest.raises(SystemExit, match="visurf-0.001-43-1 was stopped before its last step"):
+            reproduce.make("visurf", 0.001, 43)
+    assert not (tmp_path / "results").exists()
+
+
 def test_policies_that_look_at_nothing():
     nothing, everything = (answer_blindly(response, "pair-test") for response in POLICIES.values())
     assert (nothing["N-acc strict"], nothing["T-acc"], nothing["bbox accuracy"]) == (1.0, 0.0, 0.0)
