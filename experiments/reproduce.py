@@ -258,13 +258,19 @@ def earlier(base: str) -> Path:
     return folder
 
 
+def machine() -> str:
+    import torch
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
+
+
 def make(name: str, rate: float, seed: int) -> str:
     """One file of results. Returns a line about it."""
     path = RESULTS / f"{name}-{rate:g}-{seed}.json"
     if path.exists():
         return f"{path.name}: there already"
     result = {"experiment": name, "rate": rate, "seed": seed, "commit": versions()["commit"],
-              "machine": f"{platform.machine()}, {os.cpu_count()} cores", "stages": EXPERIMENTS[name]}
+              "machine": machine(), "stages": EXPERIMENTS[name]}
     model, lines, own, seconds = base_of(name), [], f"reproduce-{name}-{rate:g}-{seed}", 0.0
     for number, stage in enumerate(EXPERIMENTS[name], 1):
         run = train(f"{own}-{number}", ["--seed", str(seed), "--model", model, "--lr", str(rate), *stage])
