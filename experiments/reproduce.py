@@ -390,7 +390,8 @@ FAMILY = {**{family: in_family(family) for family in FAMILIES}, "mean of all": i
           "anomaly: boxes": in_family("anomaly", "bbox accuracy"),
           "sums up to nine": in_family("sums", "up to nine"), "above": in_family("sums", "above nine")}
 THINKS = {**{family: in_family(family, "thinks, present") for family in FAMILIES[:-1]},
-          "anomaly: none": in_family("anomaly", "thinks, absent")}
+          "anomaly: none": in_family("anomaly", "thinks, absent"),
+          "none: trailing text": in_family("anomaly", "trailing text, absent")}
 
 
 def read_results() -> Results:
@@ -426,11 +427,11 @@ def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against:
     lines = ["| | lr | seeds | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
     for name, seeds in rows.items():
         others = rows.get(against, {})
-        if against in UNTRAINED:                   # one result, compared with every seed of the others
-            others = dict.fromkeys(seeds, *others.values())
-        if name in UNTRAINED:                      # one result, compared with every seed of the other
-            [only] = seeds.values()
-            pairs = [(only, other) for other in others.values()] or [(only, None)]
+        if against in UNTRAINED and others:
+            others = {seed: begun_from(others, seed) for seed in seeds}
+        if name in UNTRAINED:                      # compared with every seed of the other
+            pairs = [(begun_from(seeds, seed), other) for seed, other in others.items()]
+            pairs = pairs or [(own, None) for own in seeds.values()]
         else:
             pairs = [(seeds[seed], others.get(seed)) for seed in seeds if not against or seed in others]
         if name == against or not pairs or against and not others:
@@ -441,8 +442,14 @@ def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against:
             cells.append(shown([a - b for a, b in values if a is not None and b is not None], bool(against)))
         # A row of all families has no one rate.
         rate = "–" if name in UNTRAINED or "rate" not in pairs[0][0] else f"{pairs[0][0]['rate']:g}"
-        lines.append(f"| {name} | {rate} | {1 if name in UNTRAINED else len(pairs)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {rate} | {len(seeds if name in UNTRAINED else pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def begun_from(bases: dict[int, dict], seed: int) -> dict:
+    """The result of the base that the training of a seed began from. A base that was made anew, on another machine, is
+    evaluated under the first seed that begins from it: `run gui-base --seeds 45`."""
+    return bases[max((first for first in bases if first <= seed), default=min(bases))]
 
 
 def shown(values: list[float], signed: bool) -> str:

@@ -45,6 +45,11 @@ def test_a_table_by_hand():
     assert cells(table(rows, LABELS, against="visurf")) == [["base", "–", "1", "-0.800 ± 0.248", "–"],
                                                             ["rlvr", "0.001", "2", "-0.650", "–"],
                                                             ["sft", "0.001", "3", "-0.300 ± 0.497", "–"]]
+    # A base made anew for the seeds 43 and 44: 0.9 − 0.0, 0.8 − 0.4, 0.7 − 0.4.
+    rows = {"base": {42: result(0.0), 43: result(0.4)}, "visurf": rows["visurf"]}
+    assert cells(table(rows, LABELS))[0] == ["base", "–", "2", "0.200", "–"]
+    assert cells(table(rows, LABELS, against="base")) == [["visurf", "0.001", "3", "+0.533 ± 0.799", "–"]]
+    assert cells(table(rows, LABELS, against="visurf")) == [["base", "–", "2", "-0.533 ± 0.799", "–"]]
 
 
 def test_the_learning_rate_is_chosen_on_val():
