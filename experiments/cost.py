@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import train  # noqa: E402
 from data import Processor, load  # noqa: E402
-from experiments.reproduce import EXPERIMENTS, ROOT, SEEDS, call, parts, read_results, steps_of  # noqa: E402
+from experiments.reproduce import (EXPERIMENTS, ROOT, SEEDS, call, last_checkpoint, parts,  # noqa: E402
+                                   read_results, steps_of)
 from model import Qwen2_5_VL  # noqa: E402
 from support.onednn import use_onednn  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
@@ -53,9 +54,10 @@ def main() -> None:
         before = ROOT / "assets/tiny"
         for number, flags in enumerate(EXPERIMENTS[name]):
             run = ROOT / "runs" / f"reproduce-{name}-{seeds[SEEDS[0]]['rate']:g}-{SEEDS[0]}-{number + 1}"
-            if not run.is_dir():
-                raise SystemExit(f"{run} is missing: first python experiments/reproduce.py run {name}, on this machine")
-            after = max(run.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.split("_")[1]))
+            if not run.is_dir() or not last_checkpoint(run).is_dir():
+                raise SystemExit(f"{run} is missing or not complete: first python experiments/reproduce.py run {name}, "
+                                 "on this machine")
+            after = last_checkpoint(run)
             stages[name, number] = flags, before, after
             before = after
     memory: dict[str, float] = {}

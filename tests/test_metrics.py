@@ -21,8 +21,8 @@ def record(predicted, truth, error=None, task="scene_grounding", score=0.0, thin
     """With filled boxes as masks."""
     a, b = box_mask(predicted, SIZE), box_mask(truth, SIZE)
     return Record("id", task, "question", f"<answer></answer>{tail}", length, thinks, error, predicted, truth, SIZE,
-                  SIZE, [i["bbox_2d"] for i in predicted], [i["point_2d"] for i in predicted], hull(truth) if truth else None,
-                  *intersection_union(a, b), int(a.sum()), score)
+                  SIZE, [i["bbox_2d"] for i in predicted], [i["point_2d"] for i in predicted],
+                  hull(truth) if truth else None, *intersection_union(a, b), int(a.sum()), score)
 
 
 def test_box_mask_counts_inclusive_pixels_and_stops_at_the_border():

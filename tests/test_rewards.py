@@ -707,7 +707,7 @@ def test_math_is_bounded_in_time():
     """Each of these keeps sympy busy for seconds or for ever, or fills the memory. The kernel ends the worker; the next
     question is answered by a new one, of the same child."""
     assert math_equal("1/2", "0.5")
-    verify_math.ended_now()                      # forgets what earlier tests ended: on a slow machine one does
+    verify_math.ended_now()              # what was ended before: on a slow machine a text of test_fuzz is
     child, began = verify_math.child, time.process_time()
     for bomb in ("9^{9^{9^{9}}}", "((((9!)!)!)!)!", r"\prod_{n=1}^{999999} n", "(x+y+z+a+b+c)^{99}", "2^{99999999999}"):
         assert not math_equal(bomb, "2")
