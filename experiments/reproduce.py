@@ -467,6 +467,12 @@ def read_cost() -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {"seconds": {}, "memory": {}}
 
 
+def read_probe() -> dict[str, dict[str, float]]:
+    """What experiments/probe.py measured: base → a kind of absent things → accuracy."""
+    path = ROOT / "experiments/probe.json"
+    return json.loads(path.read_text())["accuracy"] if path.exists() else {}
+
+
 def times(measured: dict[str, list[dict]]) -> dict[str, float]:
     """Seconds of a whole training: the steps of each stage times the mean of a step at its start and at its end."""
     return {name: sum(stage["steps"] * (stage["start"] + stage["end"]) / 2 for stage in stages)
@@ -480,6 +486,19 @@ def cost_table(measured: dict[str, dict]) -> str:
     for name, stages in measured["seconds"].items():
         lines.append(f"| {name} | {stages[0]['start']:.2f} | {stages[-1]['end']:.2f} | {whole[name]:.0f} | "
                      f"{whole[name] / whole['rlvr']:.2f} | {measured['memory'][name]:.3f} |")
+    return "\n".join(lines)
+
+
+def probe_table(probed: dict[str, dict[str, float]], rows: dict[str, dict[int, dict]]) -> str:
+    """What experiments/probe.py measured of the bases, beside what ViSurf rejects that began from them."""
+    lines = ["| | told before: colour there | not there | ViSurf rejects: colour there | not there |", "|---" * 5 + "|"]
+    for base, measured in probed.items():
+        cells = [f"{accuracy:.3f}" for accuracy in measured.values()]
+        for place in measured:
+            trained = rows.get("visurf" if base == "base" else f"{base}-visurf", {}).values()
+            values = [REJECTING[place](result) for result in trained]
+            cells.append(shown([value for value in values if value is not None], False))
+        lines.append(f"| {base} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -541,7 +560,7 @@ def tables(results: Results) -> dict[str, str]:
         "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
         "families-paired": table(of["families"], FAMILY, against="visurf"),
         "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], REJECTING),
-        "sensitivity": table(of["sensitivity"], MAIN)}
+        "probe": probe_table(read_probe(), of["boundary"]), "sensitivity": table(of["sensitivity"], MAIN)}
 
 
 def draw(results: Results, root: Path) -> None:

@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
-from experiments import reproduce
+from data import Processor, load
+from experiments import probe, reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, as_learnt,
                                    base_of, chosen_rate, cost_table, course, draw, family_of, fill, grid, interval,
-                                   parts, score, shown_rate, table, tables, tells)
+                                   parts, probe_table, score, shown_rate, table, tables, tells)
+from model import Qwen2_5_VL
+from rollout import generate
 from support import scenes
 
 THOUGHT = {"index": 1, "task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>",
@@ -199,6 +203,49 @@ def test_the_cost_by_hand():
                        "memory": {"rlvr": 0.5, "sft50-rlvr": 0.625}})
     assert cells(made) == [["rlvr", "1.00", "3.00", "800", "1.00", "0.500"],
                            ["sft50-rlvr", "0.25", "0.50", "375", "0.47", "0.625"]]       # 25 + 350
+
+
+def test_a_linear_probe_tells_what_is_there_to_tell():
+    """One of eight features tells nine tenths present from one tenth absent: clearly, half, then not at all. Present
+    and absent weigh alike: what is half told ends at Φ(1), the share of a normal variable below one."""
+    noise = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    present = torch.arange(8000) % 10 > 0
+    for distance, least, most in ((8.0, 0.99, 1.0), (2.0, 0.81, 0.87), (0.0, 0.45, 0.55)):
+        features = noise.clone()
+        features[:, 5] += distance * present
+        half = slice(0, 4000), slice(4000, 8000)
+        (x, y), (x_test, y_test) = ((features[part], present[part]) for part in half)
+        assert least <= probe.linear_probe(x, y, x_test, y_test) <= most
+
+
+def test_the_probe_judges_each_kind_of_absent_things_apart(monkeypatch):
+    """The feature tells the present from those with the colour there, and not from those without."""
+    kinds = ["present", *probe.PLACES] * 100
+    features = torch.tensor([[{"present": 1.0, "colour there": 0.0, "not there": 1.0}[kind]] for kind in kinds])
+    monkeypatch.setattr(probe, "states", lambda model, processor, split: (features.double(), kinds))
+    assert probe.probe(reproduce.ROOT / "assets/tiny") == {"colour there": 1.0, "not there": 0.5}
+
+
+def test_the_probe_reads_the_state_after_the_prompt(monkeypatch):
+    """The state that the first token of the answer is decided from; the kinds as in by_colour."""
+    monkeypatch.setattr(probe, "QUESTIONS", {"test": 64})
+    folder = reproduce.ROOT / "assets/tiny"
+    model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
+    hidden, kinds = probe.states(model, processor, "test")
+    asked = [i for i in range(64) if i % 3 < 2]                    # every third is about counting
+    assert [kind == "present" for kind in kinds] == [i % 3 == 0 for i in asked] and set(kinds[1::2]) == set(probe.PLACES)
+    records = [{"index": i, "task": "scene_grounding", "question": scenes.make("test", i)["question"], "truth": [],
+                "predicted": [] if kind == "colour there" else [{}], "error": None} for i, kind in zip(asked, kinds)]
+    assert reproduce.by_colour(records[1::2], "test") == {"N-acc, colour there": 1.0, "N-acc, colour not there": 0.0}
+    response, = generate(model, [processor.prompt(load("scenes:test")[4])], 1, 1, temperature=0)[0]
+    assert model.logits(hidden[asked.index(4)].float()).argmax() == response.tokens[0]
+
+
+def test_the_probe_beside_what_is_rejected_by_hand():
+    trained = {"metrics": {"test": {"N-acc, colour there": 0.25, "N-acc, colour not there": 0.75}}}
+    made = probe_table({"stage3": {"colour there": 0.5, "not there": 0.6}, "base": {"colour there": 0.875,
+                        "not there": 1.0}}, {"visurf": {42: trained}})
+    assert cells(made) == [["stage3", "0.500", "0.600", "–", "–"], ["base", "0.875", "1.000", "0.250", "0.750"]]
 
 
 def test_the_families_by_hand():

@@ -1,0 +1,95 @@
+"""What a base knows of absent things before it is post-trained: `python experiments/probe.py [BASE ...]`.
+
+A linear probe: logistic regression from the hidden state after the prompt, where the first token of the answer is
+decided, to whether the thing that is asked for is in the picture. It is fitted on questions of scenes:train and judged
+on those of scenes:test, against the two kinds of absent things apart: a thing of its colour is in the picture, in
+another shape, or none is. 0.5 is chance. Into experiments/probe.json, which `reproduce.py tables` reads.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Processor, load  # noqa: E402
+from experiments.reproduce import ABSENT, EARLIER, ROOT, base_of  # noqa: E402
+from model import Qwen2_5_VL  # noqa: E402
+from rewards import TASKS  # noqa: E402
+from rollout import prefill  # noqa: E402
+from support import scenes  # noqa: E402
+from support.runs import versions  # noqa: E402
+
+BASES = (*EARLIER, "base", *ABSENT)
+QUESTIONS = {"train": 8192, "test": 1536}          # split → the first so many of its examples
+PLACES = ("colour there", "not there")             # kinds of absent things, as in the tables of reproduce.py
+
+
+@torch.no_grad()
+def states(model: Qwen2_5_VL, processor: Processor, split: str) -> tuple[Tensor, list[str]]:
+    """Of every grounding question: the hidden state [D] after its prompt, and "present" or one of PLACES."""
+    source, hidden, kinds = load(f"scenes:{split}"), [], []
+    for begin in range(0, QUESTIONS[split], 64):
+        places = [i for i in range(begin, begin + 64) if TASKS[source[i].task].boxes]
+        hidden.append(prefill(model, [processor.prompt(source[i]) for i in places], 1, 1)[0])
+        for i in places:
+            things, words = scenes.make_with_things(split, i)[1], source[i].question.split()
+            there = any(thing.colour in words for thing in things)
+            kinds.append("present" if source[i].answer != "[]" else PLACES[not there])
+    return torch.cat(hidden).double(), kinds
+
+
+def linear_probe(x: Tensor, present: Tensor, x_test: Tensor, present_test: Tensor) -> float:
+    """Fitted on x [N, D], present bool [N]; the mean of the shares of present and of absent test questions that are
+    told right. Both kinds weigh alike in the fit, and every feature has unit variance in it."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    weights = torch.zeros(x.shape[1] + 1, dtype=x.dtype, requires_grad=True)
+    each = torch.where(present, 0.5 / present.sum(), 0.5 / (~present).sum())
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = x @ weights[1:] + weights[0]
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, present.to(x.dtype), each, reduction="sum")
+        value = value + 1e-3 * weights[1:].square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    right = (x_test @ weights[1:] + weights[0] > 0).detach() == present_test
+    return (right[present_test].double().mean() + right[~present_test].double().mean()).item() / 2
+
+
+def probe(folder: Path) -> dict[str, float]:
+    """PLACES → accuracy."""
+    model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
+    (x, kinds), (x_test, kinds_test) = (states(model, processor, split) for split in QUESTIONS)
+    accuracy = {}
+    for place in PLACES:
+        of_place = []
+        for values, names in ((x, kinds), (x_test, kinds_test)):
+            kept = torch.tensor([name in ("present", place) for name in names])
+            of_place += [values[kept], torch.tensor([name == "present" for name in names])[kept]]
+        accuracy[place] = round(linear_probe(*of_place), 4)
+    return accuracy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bases", nargs="*", help=f"of {', '.join(BASES)}; default: all")
+    bases = parser.parse_args().bases or BASES
+    if unknown := set(bases) - set(BASES):
+        parser.error(f"there is no base {', '.join(sorted(unknown))}")
+    path = ROOT / "experiments/probe.json"
+    made = json.loads(path.read_text())["accuracy"] if path.exists() else {}
+    for base in bases:
+        made[base] = probe(Path(base_of(base)))
+        print(base, made[base], flush=True)
+        in_order = {name: made[name] for name in BASES if name in made}
+        path.write_text(json.dumps({"commit": versions()["commit"], "accuracy": in_order}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
