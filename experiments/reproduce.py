@@ -489,16 +489,21 @@ def cost_table(measured: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def probe_table(probed: dict[str, dict[str, float]], rows: dict[str, dict[int, dict]]) -> str:
-    """What experiments/probe.py measured of the bases, beside what ViSurf rejects that began from them."""
-    lines = ["| | told before: colour there | not there | ViSurf rejects: colour there | not there |", "|---" * 5 + "|"]
-    for base, measured in probed.items():
-        cells = [f"{accuracy:.3f}" for accuracy in measured.values()]
-        for place in measured:
-            trained = rows.get("visurf" if base == "base" else f"{base}-visurf", {}).values()
-            values = [REJECTING[place](result) for result in trained]
-            cells.append(shown([value for value in values if value is not None], False))
-        lines.append(f"| {base} | " + " | ".join(cells) + " |")
+def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, float]]) -> str:
+    """Of each base of the boundary: what ViSurf gains over RLVR on the seeds that both have, what experiments/probe.py
+    measured of the base, and what ViSurf rejects after it."""
+    lines = ["| | seeds | gain over RLVR: N-acc | boxes | reasoning | the probe: colour there | not there "
+             "| ViSurf rejects: colour there | not there |", "|---" * 9 + "|"]
+    for base in (*EARLIER, "base", *ABSENT):
+        rlvr, visurf = (rows.get(f"{base}-{method}".removeprefix("base-"), {}) for method in ("rlvr", "visurf"))
+        pairs = [(visurf[seed], rlvr[seed]) for seed in visurf if seed in rlvr]
+        gains = [[column(own) - column(other) for own, other in pairs]
+                 for column in (MAIN["N-acc"], MAIN["boxes"], MAIN["reasoning"])]
+        rejected = [[REJECTING[place](own) for own, _ in pairs] for place in ("colour there", "not there")]
+        measured = [f"{value:.3f}" for value in probed[base].values()] if base in probed else ["–"] * 2
+        cells = [*(shown(gain, True) for gain in gains), *measured, *(shown(share, False) for share in rejected)]
+        if pairs:
+            lines.append(f"| {base} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -560,7 +565,7 @@ def tables(results: Results) -> dict[str, str]:
         "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
         "families-paired": table(of["families"], FAMILY, against="visurf"),
         "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], REJECTING),
-        "probe": probe_table(read_probe(), of["boundary"]), "sensitivity": table(of["sensitivity"], MAIN)}
+        "bases": base_table(of["boundary"], read_probe()), "sensitivity": table(of["sensitivity"], MAIN)}
 
 
 def draw(results: Results, root: Path) -> None:

@@ -11,8 +11,8 @@ import train
 from data import Processor, load
 from experiments import probe, reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, as_learnt,
-                                   base_of, chosen_rate, cost_table, course, draw, family_of, fill, grid, interval,
-                                   parts, probe_table, score, shown_rate, table, tables, tells)
+                                   base_of, base_table, chosen_rate, cost_table, course, draw, family_of, fill, grid, interval,
+                                   parts, score, shown_rate, table, tables, tells)
 from model import Qwen2_5_VL
 from rollout import generate
 from support import scenes
@@ -90,8 +90,8 @@ def test_the_course_by_hand():
 
 def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
     """Two seeds, the base one; a course without log π(y) at its end."""
-    metrics = {"N-acc strict": 0.5, "T-acc": 1.0, "bbox accuracy": 0.25, "answers": 0.75,
-               "thinks, present": 1.0, "thinks, absent": 0.0}
+    metrics = {"N-acc strict": 0.5, "N-acc, colour there": 0.25, "N-acc, colour not there": 0.75, "T-acc": 1.0,
+               "bbox accuracy": 0.25, "answers": 0.75, "thinks, present": 1.0, "thinks, absent": 0.0}
 
     def made(seed):
         return {"rate": 0.001, "seed": seed, "metrics": dict.fromkeys((*SPLITS, "val"), metrics), "seconds": 5,
@@ -241,11 +241,17 @@ def test_the_probe_reads_the_state_after_the_prompt(monkeypatch):
     assert model.logits(hidden[asked.index(4)].float()).argmax() == response.tokens[0]
 
 
-def test_the_probe_beside_what_is_rejected_by_hand():
-    trained = {"metrics": {"test": {"N-acc, colour there": 0.25, "N-acc, colour not there": 0.75}}}
-    made = probe_table({"stage3": {"colour there": 0.5, "not there": 0.6}, "base": {"colour there": 0.875,
-                        "not there": 1.0}}, {"visurf": {42: trained}})
-    assert cells(made) == [["stage3", "0.500", "0.600", "–", "–"], ["base", "0.875", "1.000", "0.250", "0.750"]]
+def test_the_gain_of_every_base_by_hand():
+    """Two bases, one of them probed; of three seeds RLVR has two."""
+    def of(n_acc, there=0.0, boxes=0.5):
+        test = {"N-acc strict": n_acc, "N-acc, colour there": there, "N-acc, colour not there": 1.0,
+                "bbox accuracy": boxes}
+        return {"rate": 0.001, "metrics": {"test": test, "reasoning-test": test}}
+    rows = {"visurf": {42: of(0.75, 0.5), 43: of(1.0, 1.0), 44: of(0.0)}, "rlvr": {42: of(0.0), 43: of(0.5, boxes=1.0)},
+            "stage3-visurf": {42: of(0.5)}, "stage3-rlvr": {42: of(0.25)}, "absent5-visurf": {42: of(1.0)}}
+    assert cells(base_table(rows, {"base": {"colour there": 0.875, "not there": 1.0}})) == [
+        ["stage3", "1", "+0.250", "+0.000", "+0.000", "–", "–", "0.000", "1.000"],
+        ["base", "2", "+0.625", "-0.250", "-0.250", "0.875", "1.000", "0.750", "1.000"]]
 
 
 def test_the_families_by_hand():
