@@ -15,14 +15,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Processor, load  # noqa: E402
-from experiments.reproduce import ABSENT, EARLIER, ROOT, base_of  # noqa: E402
+from experiments.reproduce import BASES, ROOT, base_of  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
 from rewards import TASKS  # noqa: E402
 from rollout import prefill  # noqa: E402
 from support import scenes  # noqa: E402
 from support.runs import versions  # noqa: E402
 
-BASES = (*EARLIER, "base", *ABSENT)
 QUESTIONS = {"train": 8192, "test": 1536}          # split → the first so many of its examples
 PLACES = ("colour there", "not there")             # kinds of absent things, as in the tables of reproduce.py
 
@@ -82,6 +81,7 @@ def main() -> None:
     bases = parser.parse_args().bases or BASES
     if unknown := set(bases) - set(BASES):
         parser.error(f"there is no base {', '.join(sorted(unknown))}")
+    (ROOT / "runs").mkdir(exist_ok=True)
     path = ROOT / "experiments/probe.json"
     made = json.loads(path.read_text())["accuracy"] if path.exists() else {}
     for base in bases:

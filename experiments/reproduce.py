@@ -60,6 +60,7 @@ LOOKS = ("base", *POLICIES)
 EARLIER = {"stage3": "cd070c3", "stage5": "8347d72"}       # the stages of experiments/make_tiny.sh
 ABSENT = ("absent1", "absent5", "absent20")
 STRENGTHS = (*EARLIER, *ABSENT)
+BASES = (*EARLIER, "base", *ABSENT)             # of the boundary, by strength; "base" is assets/tiny
 BOUNDARY_METHODS = ("base", "rlvr", "visurf", "visurf-thought")
 UNTRAINED = (*LOOKS, *(f"{base}-base" for base in (*FAMILIES, *STRENGTHS)))
 # The families are trained for 150 steps. Where assets/tiny knows nothing of one, its base has learnt all but a piece.
@@ -494,7 +495,7 @@ def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, flo
     measured of the base, and what ViSurf rejects after it."""
     lines = ["| | seeds | gain over RLVR: N-acc | boxes | reasoning | the probe: colour there | not there "
              "| ViSurf rejects: colour there | not there |", "|---" * 9 + "|"]
-    for base in (*EARLIER, "base", *ABSENT):
+    for base in BASES:
         rlvr, visurf = (rows.get(f"{base}-{method}".removeprefix("base-"), {}) for method in ("rlvr", "visurf"))
         pairs = [(visurf[seed], rlvr[seed]) for seed in visurf if seed in rlvr]
         gains = [[column(own) - column(other) for own, other in pairs]
@@ -537,7 +538,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
             for seed, result in rows.get(f"{family}-{method}", {}).items():
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
     return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
-            "boundary": of(*(f"{base}-{method}".removeprefix("-") for base in (*EARLIER, "", *ABSENT)
+            "boundary": of(*(f"{base}-{method}".removeprefix("base-") for base in BASES
                              for method in BOUNDARY_METHODS)),
             "sensitivity": of("visurf") | other_rates | of(*SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS if method in families},
