@@ -84,11 +84,12 @@ def main() -> None:
     (ROOT / "runs").mkdir(exist_ok=True)
     path = ROOT / "experiments/probe.json"
     made = json.loads(path.read_text())["accuracy"] if path.exists() else {}
+    commit = versions()["commit"]                  # before probe.json changes
     for base in bases:
         made[base] = probe(Path(base_of(base)))
         print(base, made[base], flush=True)
         in_order = {name: made[name] for name in BASES if name in made}
-        path.write_text(json.dumps({"commit": versions()["commit"], "accuracy": in_order}, indent=1) + "\n")
+        path.write_text(json.dumps({"commit": commit, "accuracy": in_order}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
