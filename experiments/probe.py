@@ -15,34 +15,34 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Processor, load  # noqa: E402
-from experiments.reproduce import BASES, ROOT, base_of  # noqa: E402
+from experiments.reproduce import BASES, ROOT, base_of, colour_is_there  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
 from rewards import TASKS  # noqa: E402
 from rollout import prefill  # noqa: E402
-from support import scenes  # noqa: E402
 from support.runs import versions  # noqa: E402
 
 QUESTIONS = {"train": 8192, "test": 1536}          # split → the first so many of its examples
-PLACES = ("colour there", "not there")             # kinds of absent things, as in the tables of reproduce.py
+ABSENT_KINDS = ("colour there", "not there")       # as in the tables of reproduce.py
 
 
 @torch.no_grad()
 def states(model: Qwen2_5_VL, processor: Processor, split: str) -> tuple[Tensor, list[str]]:
-    """Of every grounding question: the hidden state [D] after its prompt, and "present" or one of PLACES."""
+    """Of every grounding question: the hidden state [D] after its prompt, and "present" or one of ABSENT_KINDS."""
     source, hidden, kinds = load(f"scenes:{split}"), [], []
     for begin in range(0, QUESTIONS[split], 64):
-        places = [i for i in range(begin, begin + 64) if TASKS[source[i].task].boxes]
-        hidden.append(prefill(model, [processor.prompt(source[i]) for i in places], 1, 1)[0])
-        for i in places:
-            things, words = scenes.make_with_things(split, i)[1], source[i].question.split()
-            there = any(thing.colour in words for thing in things)
-            kinds.append("present" if source[i].answer != "[]" else PLACES[not there])
+        examples = [(i, source[i]) for i in range(begin, begin + 64)]
+        asked = [(i, example) for i, example in examples if TASKS[example.task].boxes]
+        hidden.append(prefill(model, [processor.prompt(example) for _, example in asked], 1, 1)[0])
+        for i, example in asked:
+            there = colour_is_there(split, i, example.question)
+            kinds.append("present" if example.answer != "[]" else ABSENT_KINDS[not there])
     return torch.cat(hidden).double(), kinds
 
 
 def linear_probe(x: Tensor, present: Tensor, x_test: Tensor, present_test: Tensor) -> float:
     """Fitted on x [N, D], present bool [N]; the mean of the shares of present and of absent test questions that are
-    told right. Both kinds weigh alike in the fit, and every feature has unit variance in it."""
+    told right. In the fit present and absent weigh alike, every feature has unit variance, and the weights are held
+    small (L2)."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     weights = torch.zeros(x.shape[1] + 1, dtype=x.dtype, requires_grad=True)
@@ -62,16 +62,16 @@ def linear_probe(x: Tensor, present: Tensor, x_test: Tensor, present_test: Tenso
 
 
 def probe(folder: Path) -> dict[str, float]:
-    """PLACES → accuracy."""
+    """ABSENT_KINDS → accuracy."""
     model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
     (x, kinds), (x_test, kinds_test) = (states(model, processor, split) for split in QUESTIONS)
     accuracy = {}
-    for place in PLACES:
-        of_place = []
-        for values, names in ((x, kinds), (x_test, kinds_test)):
-            kept = torch.tensor([name in ("present", place) for name in names])
-            of_place += [values[kept], torch.tensor([name == "present" for name in names])[kept]]
-        accuracy[place] = round(linear_probe(*of_place), 4)
+    for kind in ABSENT_KINDS:
+        questions = []
+        for hidden, own in ((x, kinds), (x_test, kinds_test)):
+            kept = torch.tensor([k in ("present", kind) for k in own])
+            questions += [hidden[kept], torch.tensor([k == "present" for k in own])[kept]]
+        accuracy[kind] = round(linear_probe(*questions), 4)
     return accuracy
 
 
@@ -83,13 +83,12 @@ def main() -> None:
         parser.error(f"there is no base {', '.join(sorted(unknown))}")
     (ROOT / "runs").mkdir(exist_ok=True)
     path = ROOT / "experiments/probe.json"
-    made = json.loads(path.read_text())["accuracy"] if path.exists() else {}
+    made = json.loads(path.read_text()) if path.exists() else {}
     commit = versions()["commit"]                  # before probe.json changes
     for base in bases:
-        made[base] = probe(Path(base_of(base)))
-        print(base, made[base], flush=True)
-        in_order = {name: made[name] for name in BASES if name in made}
-        path.write_text(json.dumps({"commit": commit, "accuracy": in_order}, indent=1) + "\n")
+        made[base] = {"commit": commit, "accuracy": probe(Path(base_of(base)))}
+        print(base, made[base]["accuracy"], flush=True)
+        path.write_text(json.dumps({name: made[name] for name in BASES if name in made}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -192,13 +192,17 @@ def by_size(records: list[dict], split: str) -> dict[str, float]:
     return {size: statistics.fmean(of_size) for size, of_size in right.items() if of_size}
 
 
+def colour_is_there(split: str, index: int, question: str) -> bool:
+    """Whether a thing of the colour that is asked for is in the picture."""
+    return any(thing.colour in question.split() for thing in scenes.make_with_things(split, index)[1])
+
+
 def by_colour(records: list[dict], split: str) -> dict[str, float]:
     """N-acc where a thing of the colour that is asked for is in the picture, in another shape, and where none is."""
     rejected: dict[str, list[bool]] = {"N-acc, colour there": [], "N-acc, colour not there": []}
     for record in records:
         if "grounding" in record["task"] and not record["truth"]:
-            things = scenes.make_with_things(split, record["index"])[1]
-            there = any(thing.colour in record["question"].split() for thing in things)
+            there = colour_is_there(split, record["index"], record["question"])
             rejected["N-acc, colour there" if there else "N-acc, colour not there"].append(
                 record["error"] is None and not record["predicted"])
     return {place: statistics.fmean(of_place) for place, of_place in rejected.items() if of_place}
@@ -471,7 +475,8 @@ def read_cost() -> dict[str, dict]:
 def read_probe() -> dict[str, dict[str, float]]:
     """What experiments/probe.py measured: base → a kind of absent things → accuracy."""
     path = ROOT / "experiments/probe.json"
-    return json.loads(path.read_text())["accuracy"] if path.exists() else {}
+    probed = json.loads(path.read_text()) if path.exists() else {}
+    return {base: of_base["accuracy"] for base, of_base in probed.items()}
 
 
 def times(measured: dict[str, list[dict]]) -> dict[str, float]:
@@ -492,7 +497,7 @@ def cost_table(measured: dict[str, dict]) -> str:
 
 def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, float]]) -> str:
     """Of each base of the boundary: what ViSurf gains over RLVR on the seeds that both have, what experiments/probe.py
-    measured of the base, and what ViSurf rejects after it."""
+    measured of the base, and what ViSurf rejects that began from it."""
     lines = ["| | seeds | gain over RLVR: N-acc | boxes | reasoning | the probe: colour there | not there "
              "| ViSurf rejects: colour there | not there |", "|---" * 9 + "|"]
     for base in BASES:

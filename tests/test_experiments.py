@@ -11,8 +11,8 @@ import train
 from data import Processor, load
 from experiments import probe, reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, as_learnt,
-                                   base_of, base_table, chosen_rate, cost_table, course, draw, family_of, fill, grid, interval,
-                                   parts, score, shown_rate, table, tables, tells)
+                                   base_of, base_table, chosen_rate, cost_table, course, draw, family_of, fill, grid,
+                                   interval, parts, score, shown_rate, table, tables, tells)
 from model import Qwen2_5_VL
 from rollout import generate
 from support import scenes
@@ -123,7 +123,8 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
             folder.mkdir(parents=True)
             measured = ("N-acc strict", "T-acc", "bbox accuracy", "thinks, present", "thinks, absent", "answers")
             (folder / "metrics.json").write_text(json.dumps({"metrics": dict.fromkeys(measured, 0.123456)}))
-            (folder / "records.jsonl").write_text(json.dumps(THOUGHT) + "\n" + json.dumps(THOUGHT | {"truth": []}) + "\n")
+            lines = [json.dumps(record) + "\n" for record in (THOUGHT, THOUGHT | {"truth": []})]
+            (folder / "records.jsonl").write_text("".join(lines))
             return
         run = Path(flag.get("--resume") or tmp_path / "runs" / flag["--name"])
         steps = int(flag.get("--steps", 375))
@@ -183,7 +184,8 @@ def test_what_the_wording_of_a_thought_tells_and_whether_it_is_kept():
         return {"task": task, "question": question, "response": response, "truth": list(truth)}
     box = {"bbox_2d": [0, 0, 2, 2]}
     thought = "<think>Where is the red ring? {}</think><answer>{}</answer>"
-    assert tells([record(thought.format(5, []), box), record(thought.format(7, [box]))]) == 0.5       # the answer is no part
+    # The answer is no part of it.
+    assert tells([record(thought.format(5, []), box), record(thought.format(7, [box]))]) == 0.5
     assert tells([record("<think>Where is the red ring?</think>", box),                               # nor the question
                   record("<think>Where is the blue disc?</think>", question="blue disc")]) == 0.5
     both = [record("<think>It is there.</think>", box), record("<think>I see none.</think>"),
@@ -206,8 +208,8 @@ def test_the_cost_by_hand():
 
 
 def test_a_linear_probe_tells_what_is_there_to_tell():
-    """One of eight features tells nine tenths present from one tenth absent: clearly, half, then not at all. Present
-    and absent weigh alike: what is half told ends at Φ(1), the share of a normal variable below one."""
+    """Nine tenths are present, one tenth absent. One of eight normal features has another mean for the present: 8, 2
+    and 0 standard deviations away. Of 2, each kind is right by Φ(1) = 0.841, as present and absent weigh alike."""
     noise = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     present = torch.arange(8000) % 10 > 0
     for distance, least, most in ((8.0, 0.99, 1.0), (2.0, 0.81, 0.87), (0.0, 0.45, 0.55)):
@@ -220,7 +222,7 @@ def test_a_linear_probe_tells_what_is_there_to_tell():
 
 def test_the_probe_judges_each_kind_of_absent_things_apart(monkeypatch):
     """The feature tells the present from those with the colour there, and not from those without."""
-    kinds = ["present", *probe.PLACES] * 100
+    kinds = ["present", *probe.ABSENT_KINDS] * 100
     features = torch.tensor([[{"present": 1.0, "colour there": 0.0, "not there": 1.0}[kind]] for kind in kinds])
     monkeypatch.setattr(probe, "states", lambda model, processor, split: (features.double(), kinds))
     assert probe.probe(reproduce.ROOT / "assets/tiny") == {"colour there": 1.0, "not there": 0.5}
@@ -233,7 +235,8 @@ def test_the_probe_reads_the_state_after_the_prompt(monkeypatch):
     model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
     hidden, kinds = probe.states(model, processor, "test")
     asked = [i for i in range(64) if i % 3 < 2]                    # every third is about counting
-    assert [kind == "present" for kind in kinds] == [i % 3 == 0 for i in asked] and set(kinds[1::2]) == set(probe.PLACES)
+    assert [kind == "present" for kind in kinds] == [i % 3 == 0 for i in asked]
+    assert set(kinds[1::2]) == set(probe.ABSENT_KINDS)
     records = [{"index": i, "task": "scene_grounding", "question": scenes.make("test", i)["question"], "truth": [],
                 "predicted": [] if kind == "colour there" else [{}], "error": None} for i, kind in zip(asked, kinds)]
     assert reproduce.by_colour(records[1::2], "test") == {"N-acc, colour there": 1.0, "N-acc, colour not there": 0.0}
