@@ -19,8 +19,6 @@ import signal
 import subprocess
 import sys
 
-from support.mistakes import Mistake
-
 SECONDS, BYTES = 0.5, 2 ** 31       # of one question, at most
 CHARACTERS, DEPTH = 200, 12         # of either text, at most; DEPTH of brackets
 PATIENCE = 60                       # seconds of waiting for an answer: a busy machine may take long over SECONDS
@@ -69,6 +67,7 @@ def same_value(answer: str, truth: str) -> bool:
             child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root,
                                      text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             if not child_says("\n"):
+                from support.mistakes import Mistake       # here: it imports torch, which the child does without
                 raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")
         if said := child_says(json.dumps([truth, answer]) + "\n"):
             ended += said == "ended\n"

@@ -20,6 +20,7 @@ import pytest
 
 import rewards
 from support import verify_math
+from support.mistakes import Mistake
 from rewards import (TASKS, Reward, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
                      grounding_reward, has_thinking_format, iou_matrix, label_reward, label_text,
                      math_equal, math_reward, non_repeat, parse_boxes, parse_points, read_label, relaxed_match, score,
@@ -740,6 +741,14 @@ def test_the_verifier_ends_with_its_parent():
         while time.time() < deadline and any(is_running(pid) for pid in family):
             time.sleep(0.02)
         assert not any(is_running(pid) for pid in family), state
+
+
+def test_a_verifier_that_does_not_start_is_a_mistake(monkeypatch):
+    monkeypatch.setattr(verify_math, "child", None)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(Mistake, match="math-verify does not start; is it installed"):
+        verify_math.same_value("1/2", "0.50000")
+    assert verify_math.child is None
 
 
 def is_running(pid: int) -> bool:
