@@ -284,6 +284,18 @@ def lookup(row: dict, name: str):
     return lookup(row[root], rest) if isinstance(row.get(root), dict) else None
 
 
+def part_of_question(part) -> str:
+    """A part of a message as text; a picture as <image>."""
+    kind = part.get("type", "text") if isinstance(part, dict) else f"{type(part).__name__} without a type"
+    if kind == "image":
+        return "<image>"
+    if kind != "text" or not isinstance(part.get("text"), str):
+        what = "has no text" if kind == "text" else f"is {str(kind)[:100]!r}"
+        raise ValueError(f"a part of the question {what}; parts are {{\"type\": \"text\", \"text\": …}} and "
+                         "{\"type\": \"image\"}")
+    return part["text"]
+
+
 def question_in(value) -> str:
     """A cell with a question: text, or the messages of a chat, of which it must be the only one."""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
@@ -292,8 +304,8 @@ def question_in(value) -> str:
             raise ValueError(f"the question is a chat of the turns {', '.join(str(role) for role, _ in turns)}; only "
                              "one turn, of the user, is supported")
         value = turns[0][1]
-        if isinstance(value, list):         # its parts: texts and pictures
-            value = "".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in value)
+        if isinstance(value, list):
+            value = "".join(part_of_question(part) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"the question is a {type(value).__name__}, not text")
     return value
@@ -316,7 +328,7 @@ def light_example(row: dict, number: int, task: str, columns: dict[str, str], ha
     if not task:
         raise ValueError(f"no column task: give it, or --task with one of {', '.join(rules.tasks)}")
     if task not in rules.tasks:
-        raise ValueError(f"task {task!r} is not one of {', '.join(rules.tasks)}")
+        raise ValueError(f"task {task[:100]!r} is not one of {', '.join(rules.tasks)}")
     question = question_in(lookup(row, asked[0])) if (asked := chosen("question", QUESTION)) else ""
     if not question.strip():
         raise ValueError(f"no question: none of the columns {columns.get('question') or ', '.join(QUESTION)} holds one")
