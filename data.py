@@ -27,7 +27,7 @@ from torch import Tensor
 from model import Config, mrope_positions
 from rewards import SPECIAL, TASKS, Reward, count_boxes_in, earned, label_text, read_label, user_text
 from support import sources
-from support.mistakes import Mistake
+from support.mistakes import Mistake, read_record
 from support.sources import Example
 from support.weights import local_folder, read_eos_ids
 
@@ -144,19 +144,32 @@ def image_settings(folder: Path) -> dict:
     settings = None
     for name in ("processor_config.json", "preprocessor_config.json"):
         if settings is None and (path := folder / name).exists():
-            settings = json.loads(path.read_text())
+            settings = read_record(path)
             settings = settings.get("image_processor") if name == "processor_config.json" else settings
     if settings is None:
         raise Mistake(f"{folder} has neither preprocessor_config.json nor an image_processor in "
                       "processor_config.json; copy them from the model it was made of")
+    if not isinstance(settings, dict):
+        raise Mistake(f"{path}: image_processor is {str(settings)[:100]!r}, not an object")
     for name, only in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
         if settings.get(name, only) != only:
             raise Mistake(f"{path}: {name} is {settings[name]}; only {only} is supported")
     size = settings.get("size") or {}
-    return {"min_pixels": settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
+    if not isinstance(size, dict):
+        raise Mistake(f"{path}: size is {str(size)[:100]!r}, not an object")
+    read = {"min_pixels": settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
             "max_pixels": settings.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28,
-            "mean": settings.get("image_mean") or [0.48145466, 0.4578275, 0.40821073],
-            "std": settings.get("image_std") or [0.26862954, 0.26130258, 0.27577711]}
+            "image_mean": settings.get("image_mean") or [0.48145466, 0.4578275, 0.40821073],
+            "image_std": settings.get("image_std") or [0.26862954, 0.26130258, 0.27577711]}
+    for name in ("min_pixels", "max_pixels"):
+        if type(read[name]) is not int or read[name] < 1:
+            raise Mistake(f"{path}: {name} is {str(read[name])[:100]!r}; it must be a whole number above 0")
+    for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+        if not isinstance(read[name], list) or len(read[name]) != 3 or not all(
+                type(part) in (int, float) and least < part < math.inf for part in read[name]):
+            raise Mistake(f"{path}: {name} is {str(read[name])[:100]!r}; it must be three numbers"
+                          + " above 0" * (least == 0))
+    return read
 
 
 def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
@@ -165,7 +178,11 @@ def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
     from transformers import AutoTokenizer
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         raise Mistake(f"{folder} has no tokenizer.json; copy it from the model it was made of")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise Mistake(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {str(error)[:200]}). Are "
+                      "tokenizer.json and tokenizer_config.json damaged? Copy them anew from where they came") from None
     for token, wanted in (("<|image_pad|>", config.image_token_id), ("<|video_pad|>", config.video_token_id),
                           ("<|vision_start|>", config.vision_start_token_id),
                           ("<|vision_end|>", config.vision_end_token_id)):
@@ -212,7 +229,7 @@ class Processor:
         self.tokenizer = load_tokenizer(folder, self.config, self.eos_ids)
         settings = image_settings(folder)
         self.min_pixels, self.max_pixels = settings["min_pixels"], settings["max_pixels"]
-        mean, std = torch.tensor(settings["mean"]), torch.tensor(settings["std"])
+        mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
         self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
         self.end_of_turn = end_of_turn(folder, self.tokenizer, self.eos_ids)
         if self.config.boxes_in:

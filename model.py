@@ -454,9 +454,6 @@ class Qwen2_5_VL(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        if sum(config.mrope_section) != config.head_dim // 2:
-            raise ValueError(f"mrope_section {config.mrope_section} must add up to half the head size, "
-                             f"{config.head_dim // 2}")
         # device="cpu": these two are computed here, not loaded, also when the weights are still on the meta device.
         axis = torch.tensor(self.axes(config.mrope_section), device="cpu")
         self.register_buffer("rope_axis", axis, persistent=False)                       # [d/2] in {t, h, w}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from support.mistakes import Mistake
+from support.mistakes import Mistake, read_record
 
 # What can be frozen → how the names of its parameters begin.
 PARTS = {"tower": ("visual.patch_embed.", "visual.pos_embed.", "visual.blocks."),
@@ -149,11 +149,11 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 def read_adapter(folder: Path) -> Adapter:
     """Mistake: it is not the plain LoRA of this file, or it is damaged."""
+    config = read_record(folder / CONFIG)
     try:
-        config = json.loads((folder / CONFIG).read_text())
         stored = load_file(folder / WEIGHTS)
         of, alpha = config["base_model_name_or_path"], config["lora_alpha"]
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Mistake(f"{folder}: the adapter cannot be read ({type(error).__name__}: {error})") from None
     for field, plain in (("peft_type", "LORA"), ("bias", "none")):
         if config.get(field, plain) != plain:

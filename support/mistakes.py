@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,17 @@ class Mistake(ValueError):
 
 class Stopped(Exception):
     """A signal has come, and what was at work has been left in the middle."""
+
+
+def read_record(path: Path) -> dict:
+    """The JSON object that a file of a model folder holds. Mistake: it holds none."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{path} is not JSON: {error}. Is it damaged? Copy it anew from where it came") from None
+    if not isinstance(record, dict):
+        raise Mistake(f"{path} holds a JSON {type(record).__name__}, not an object. Copy it anew from where it came")
+    return record
 
 
 def stop_signals(sentence: str) -> list[float]:

@@ -1,5 +1,6 @@
 """Model folders in the Hugging Face layout, hub ids, weights as safetensors. Nothing is ever unpickled."""
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 
 from support import lora
 from support.checkpoints import newest_checkpoint
-from support.mistakes import Mistake
+from support.mistakes import Mistake, read_record
 
 # What a model folder holds beside config.json and the weights; copied along when a model is saved.
 COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -47,29 +48,28 @@ def read_config(path: Path) -> tuple[str, dict]:
     """Family ("qwen2_5_vl" or "qwen3_vl"), and the fields of its config.json that change the computation, those of the
     vision tower as vision_NAME. ValueError: what is not supported. Reads both layouts in use: text fields at the top
     level (the hub's) or under text_config (transformers 5)."""
-    try:
-        raw = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise Mistake(f"{path} is not JSON: {error}") from None
+    raw = read_record(path)
     family = raw.get("model_type")
     if family not in ("qwen2_5_vl", "qwen3_vl"):
         raise Mistake(f"{path}: model_type is {family!r}; this code runs 'qwen2_5_vl' and the dense models of "
                       "'qwen3_vl'")
     third = family == "qwen3_vl"
-    text = {**raw, **raw.get("text_config", {})}
-    vision = raw.get("vision_config", {})
+
+    def section(source: dict, name: str) -> dict:
+        value = source.get(name) or {}
+        if not isinstance(value, dict):
+            raise Mistake(f"{path}: {name} is {value!r}, not an object")
+        return value
+
+    text, vision = {**raw, **section(raw, "text_config")}, section(raw, "vision_config")
     if text.get("use_sliding_window"):
         raise Mistake(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
-    for where, section, only in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh" if third else "silu")):
-        if section.get("hidden_act", only) != only:
-            raise Mistake(f"{path}: {where} hidden_act is {section['hidden_act']!r}; only {only!r} is supported")
+    for where, fields, only in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh" if third else "silu")):
+        if fields.get("hidden_act", only) != only:
+            raise Mistake(f"{path}: {where} hidden_act is {fields['hidden_act']!r}; only {only!r} is supported")
     if third and text.get("attention_bias"):
         raise Mistake(f"{path}: attention_bias is true; products with biases are not supported")
-    if not third and (width := text.get("hidden_size")) and (heads := text.get("num_attention_heads")):
-        if width % heads or text.get("head_dim") not in (None, width // heads):
-            raise Mistake(f"{path}: hidden_size {width}, num_attention_heads {heads} and head_dim "
-                          f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = section(text, "rope_parameters") or section(text, "rope_scaling")
     if third and rope.get("mrope_interleaved") is False:
         raise Mistake(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is supported")
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
@@ -92,37 +92,73 @@ def read_config(path: Path) -> tuple[str, dict]:
         own = ["num_position_embeddings", "deepstack_visual_indexes"]
     visions = ("depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
                "spatial_merge_size", *own)
-    vision_fields = {f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}
-    for name, value in vision_fields.items():
-        vision_fields[name] = tuple(value) if isinstance(value, list) else value
-    pixels = vision_fields["vision_patch_size"] * vision_fields["vision_spatial_merge_size"]   # of an image token
-    if not third and vision_fields["vision_window_size"] < pixels:
-        raise Mistake(f"{path}: a window_size of {vision_fields['vision_window_size']} pixels is smaller than "
-                      f"an image token of {pixels}×{pixels}")
-    table = vision_fields.get("vision_num_position_embeddings", 1)
-    if round(table ** 0.5) ** 2 != table:
-        raise Mistake(f"{path}: num_position_embeddings is {table}, which is no square number")
-    if third and vision.get("out_hidden_size", text.get("hidden_size")) != text.get("hidden_size"):
-        raise Mistake(f"{path}: the tower's out_hidden_size is {vision['out_hidden_size']}, hidden_size "
-                      f"{text.get('hidden_size')}; they must be equal")
-    by_width = field(text, "hidden_size") // field(text, "num_attention_heads")
-    return family, {
-        "head_dim": text.get("head_dim") or (128 if third else by_width),
-        **{name: field(text, name) for name in numbers},
+    fields = {name: field(text, name) for name in numbers} | {
+        "head_dim": text.get("head_dim") or 0,      # 0: follows from the others, below
         "rms_norm_eps": field(text, "rms_norm_eps", 1e-6 if third else 1e-5),    # where it is missing, as transformers
         "rope_theta": rope.get("rope_theta", text.get("rope_theta", 5e5 if third else 1e6)),
-        "mrope_section": tuple(rope.get("mrope_section", (24, 20, 20) if third else (16, 24, 24))),
+        "mrope_section": rope.get("mrope_section", (24, 20, 20) if third else (16, 24, 24)),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         **{name: field(raw, name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
-        **vision_fields}
+        **{f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}}
+    for name, value in fields.items():
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    check_fields(path, fields)
+
+    heads = fields["num_attention_heads"]
+    fields["head_dim"] = fields["head_dim"] or (128 if third else fields["hidden_size"] // heads)
+    if not third and fields["head_dim"] * heads != fields["hidden_size"]:
+        raise Mistake(f"{path}: hidden_size {fields['hidden_size']}, num_attention_heads {heads} and head_dim "
+                      f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
+    if heads % fields["num_key_value_heads"]:
+        raise Mistake(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+                      f"{fields['num_key_value_heads']}")
+    if sum(fields["mrope_section"]) != fields["head_dim"] // 2 or len(fields["mrope_section"]) != 3:
+        raise Mistake(f"{path}: mrope_section {fields['mrope_section']} must have three parts that add up to half the "
+                      f"head size, {fields['head_dim'] // 2}")
+    if fields["vision_hidden_size"] % fields["vision_num_heads"]:
+        raise Mistake(f"{path}: the tower's hidden_size {fields['vision_hidden_size']} is no multiple of its num_heads "
+                      f"{fields['vision_num_heads']}")
+    pixels = fields["vision_patch_size"] * fields["vision_spatial_merge_size"]      # of an image token
+    if not third and fields["vision_window_size"] < pixels:
+        raise Mistake(f"{path}: a window_size of {fields['vision_window_size']} pixels is smaller than "
+                      f"an image token of {pixels}×{pixels}")
+    table = fields.get("vision_num_position_embeddings", 1)
+    if round(table ** 0.5) ** 2 != table:
+        raise Mistake(f"{path}: num_position_embeddings is {table}, which is no square number")
+    if third and vision.get("out_hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
+        raise Mistake(f"{path}: the tower's out_hidden_size is {vision['out_hidden_size']}, hidden_size "
+                      f"{fields['hidden_size']}; they must be equal")
+    return family, fields
+
+
+def check_fields(path: Path, fields: dict) -> None:
+    """Mistake: a field of config.json is not the kind of number that it must be."""
+    def whole(value, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    for name, value in fields.items():
+        if name in ("rms_norm_eps", "rope_theta"):
+            good, wanted = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+        elif name in ("mrope_section", "vision_fullatt_block_indexes", "vision_deepstack_visual_indexes"):
+            good, wanted = isinstance(value, tuple) and all(whole(v, 0) for v in value), "a list of whole numbers"
+        elif name == "head_dim" or name in VISION_TOKENS:
+            good, wanted = whole(value, 0), "a whole number"
+        else:
+            good, wanted = name == "tie_word_embeddings" or whole(value, 1), "a whole number above 0"
+        if not good:
+            where = name if name in VISION_TOKENS else name.replace("vision_", "vision_config.", 1)
+            raise Mistake(f"{path}: {where} is {str(value)[:100]!r}; it must be {wanted}")
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        ids = read_record(path).get("eos_token_id") if path.exists() else None
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+            ids = tuple(ids) if isinstance(ids, list) else (ids,)
+            if not ids or not all(type(token) is int for token in ids):
+                raise Mistake(f"{path}: eos_token_id is {str(ids)[:100]}; it must be one or more token ids")
+            return ids
     raise Mistake(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
 
 
@@ -131,6 +167,14 @@ def open_safetensors(path: Path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise Mistake(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+def weight_files(index: Path) -> list[str]:
+    """The files that hold the weights, from model.safetensors.index.json."""
+    named = read_record(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise Mistake(f"{index} has no weight_map that says which file holds a tensor")
+    return sorted(set(named.values()))
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
@@ -143,7 +187,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
         return lora.merge_adapter(model, adapter)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = weight_files(index)
     else:
         files = ["model.safetensors"]
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}

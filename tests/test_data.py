@@ -92,6 +92,22 @@ def test_folders_saved_by_transformers_5(tmp_path):
         Processor(tmp_path)
 
 
+@pytest.mark.parametrize("change, reason", [
+    ({"min_pixels": "x"}, "min_pixels is 'x'; it must be a whole number above 0"), ({"max_pixels": -1}, "max_pixels is '-1'"),
+    ({"max_pixels": 1.5}, "max_pixels is '1.5'"), ({"image_mean": [0.1, 0.2]}, "image_mean is .*; it must be three numbers$"),
+    ({"image_std": [0.1, 0, 0.2]}, "image_std is .*; it must be three numbers above 0"), ({"image_std": 0.5}, "image_std is '0.5'"),
+    ({"image_mean": [0.1, "x", 0.2]}, "image_mean"), ({"size": 5}, "size is '5', not an object")])
+def test_picture_settings_that_cannot_be(tmp_path, change, reason):
+    copy_tiny(tmp_path)
+    settings = json.loads((TINY / "preprocessor_config.json").read_text()) | change
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: {reason}"):
+        Processor(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"image_processor": [1]}')
+    with pytest.raises(ValueError, match="processor_config.json: image_processor is '.1.', not an object"):
+        Processor(tmp_path)
+
+
 def test_missing_picture_settings_are_as_in_transformers(tmp_path):
     copy_tiny(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')

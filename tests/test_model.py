@@ -2,6 +2,7 @@
 row."""
 import doctest
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from data import Batch, Processor, Prompt, Response, collate, pack_group
 from model import VISION_TOKENS, Config, Qwen2_5_VL, RowLayout, for_each_query_head, mrope_positions, row_mask
 from rewards import user_text
 from rollout import generate
+from support.mistakes import Mistake
 from support.sources import Example, Scenes
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -402,7 +404,18 @@ def test_a_stored_head_must_be_the_embedding_it_is_tied_to(folder):
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"hidden_size": None}, "'hidden_size' is missing"),
     ({"image_token_id": None}, "'image_token_id' is missing"),
     ({"rope_scaling": {"type": "yarn", "mrope_section": [4, 6, 6]}}, "rope type 'yarn'"),
-    ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "mrope_section")])
+    ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "config.json: mrope_section"),
+    ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 8]}}, "mrope_section .* three parts"),
+    ({"rope_scaling": 3}, "rope_scaling is 3, not an object"), ({"text_config": "x"}, "text_config is 'x', not an object"),
+    ({"vision_config": []}, "the field 'hidden_size' is missing"), ({"vision_config": [1]}, "vision_config is .1., not"),
+    ({"hidden_size": "64"}, "config.json: hidden_size is '64'; it must be a whole number above 0"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers is '-1'"), ({"num_attention_heads": 0}, "num_attention_heads is '0'"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number above 0"),
+    ({"rope_theta": math.nan}, "rope_theta is 'nan'"), ({"image_token_id": "x"}, "image_token_id is 'x'"),
+    ({"vision_config": {"hidden_size": 32, "depth": 1.5}}, "vision_config.depth is '1.5'"),
+    ({"vision_config": {"hidden_size": 32, "fullatt_block_indexes": 3}}, "vision_config.fullatt_block_indexes is '3'"),
+    ({"vision_config": {"hidden_size": 30}}, "the tower's hidden_size 30 is no multiple of its num_heads 16"),
+    ({"num_key_value_heads": 3}, "num_attention_heads .* is no multiple of num_key_value_heads 3")])
 def test_unsupported_config(tmp_path, change, reason):
     (tmp_path / "config.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | change))
     shutil.copy(TINY / "generation_config.json", tmp_path)
@@ -458,6 +471,41 @@ def test_missing_fields_are_as_in_transformers(tmp_path):
     for name in ("patch_size", "temporal_patch_size", "spatial_merge_size", "window_size"):
         assert getattr(ours, f"vision_{name}") == getattr(theirs.vision_config, name)
     assert ours.vision_fullatt_block_indexes == tuple(theirs.vision_config.fullatt_block_indexes)
+
+
+DAMAGED = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+           "tokenizer.json", "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"[1]",
+                                    lambda data: b"\xff\xfe\x00", lambda data: b"[" * 100000])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_a_model_folder_is_named(tmp_path, name, damage):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    whole = (TINY / name).read_bytes() if (TINY / name).exists() else b'{"weight_map": {}}'
+    (tmp_path / name).write_bytes(damage(whole))
+    with pytest.raises(Mistake) as error:
+        Processor(tmp_path)
+        Qwen2_5_VL.from_pretrained(tmp_path)
+    said = str(error.value)
+    assert name in said, said
+    assert "\n" not in said and len(said) < len(str(tmp_path)) * 3 + 400
+
+
+def test_an_index_of_shards_that_names_none(tmp_path):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    for text in ("{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(Mistake, match="model.safetensors.index.json has no weight_map"):
+            Qwen2_5_VL.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("ids", ["x", [], ["x"], True, 1.5, {}])
+def test_eos_ids_are_ids(tmp_path, ids):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(Mistake, match="generation_config.json: eos_token_id is"):
+        Qwen2_5_VL.from_pretrained(tmp_path)
 
 
 def test_pickled_weights_are_never_read(folder, tmp_path):
