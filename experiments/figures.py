@@ -108,22 +108,30 @@ def draw_cost(times: dict[str, float], rows: dict[str, dict[int, dict]], interva
     finish(figure, panel, path, "time of a training; RLVR = 1", "(N-acc + boxes) / 2")
 
 
-def draw_boundary(rows: dict[str, dict[int, dict]], bases: tuple[str, ...], interval, column, path: Path) -> None:
-    """A metric of each method over the bases, in the order of the rows: `BASE-METHOD`, and METHOD from assets/tiny."""
-    figure, [panel] = blank(5.2, 3.0, 1)
+def draw_boundary(rows: dict[str, dict[int, dict]], bases: tuple[str, ...], columns: dict, path: Path) -> None:
+    """A panel a column: of each method every seed's value as a dot, and a line through the means, over the bases in the
+    order of the rows: `BASE-METHOD`, and METHOD from assets/tiny."""
+    figure, panels = blank(1.6 + 2.9 * len(columns), 3.0, len(columns), sharey=True)
     places: list[str] = []
-    points: dict[str, list[tuple[int, float, float]]] = {}
+    points: dict[str, list[tuple[int, dict]]] = {}
     for name, seeds in rows.items():
         base, _, method = name.partition("-") if name.split("-")[0] in bases else ("tiny", "", name)
         if base not in places:
             places.append(base)
-        points.setdefault(method, []).append((places.index(base), *interval([column(seed) for seed in seeds.values()])))
-    for number, (method, of_method) in enumerate(points.items()):
-        at, means, halves = zip(*of_method)
-        panel.errorbar(at, means, [h if h == h else 0 for h in halves], label=method, capsize=3,
-                       linestyle=STYLES[number], **look(number))
-    panel.set_xticks(range(len(places)), places)
-    finish(figure, panel, path, "base", "N-acc")
+        points.setdefault(method, []).append((places.index(base), seeds))
+    for panel, (title, column) in zip(panels, columns.items()):
+        for number, (method, of_method) in enumerate(points.items()):
+            values = {at: [column(seed) for seed in seeds.values()] for at, seeds in of_method}
+            panel.plot(list(values), [statistics.fmean(v) for v in values.values()], label=method,
+                       linestyle=STYLES[number], linewidth=1.2, **look(number))
+            panel.plot([at for at in values for _ in values[at]], sum(values.values(), []), "o", alpha=0.35,
+                       color=COLOURS[number], markersize=4, markeredgewidth=0)
+        panel.set_title(title, fontsize=9)
+        panel.grid(alpha=0.3)
+        panel.tick_params(labelsize=8)
+        panel.set_xticks(range(len(places)), places, rotation=30)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path)
 
 
 def draw_weights(path: Path) -> None:

@@ -603,7 +603,8 @@ def draw(results: Results, root: Path) -> None:
     if len(of["sensitivity"]) > 1:
         figures.draw_points(of["sensitivity"], MAIN, interval, folder / "sensitivity.png")
     if any(name.startswith(STRENGTHS) and name not in UNTRAINED for name in of["boundary"]):
-        figures.draw_boundary(of["boundary"], STRENGTHS, interval, MAIN["N-acc"], folder / "boundary.png")
+        shown = {name: MAIN[name] for name in ("N-acc", "T-acc", "boxes")}
+        figures.draw_boundary(of["boundary"], STRENGTHS, shown, folder / "boundary.png")
     lengths = {name: seeds for name, seeds in of["lengths"].items() if name not in (IN_FULL, *SAME_RATE)}
     if len(lengths) > 1:
         figures.draw_lengths(lengths, interval, {k: MAIN[k] for k in (
