@@ -64,9 +64,9 @@ def read_config(path: Path) -> tuple[str, dict]:
     text, vision = {**raw, **section(raw, "text_config")}, section(raw, "vision_config")
     if text.get("use_sliding_window"):
         raise Mistake(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
-    for where, fields, only in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh" if third else "silu")):
-        if fields.get("hidden_act", only) != only:
-            raise Mistake(f"{path}: {where} hidden_act is {fields['hidden_act']!r}; only {only!r} is supported")
+    for where, part, only in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh" if third else "silu")):
+        if part.get("hidden_act", only) != only:
+            raise Mistake(f"{path}: {where} hidden_act is {part['hidden_act']!r}; only {only!r} is supported")
     if third and text.get("attention_bias"):
         raise Mistake(f"{path}: attention_bias is true; products with biases are not supported")
     rope = section(text, "rope_parameters") or section(text, "rope_scaling")
@@ -104,30 +104,12 @@ def read_config(path: Path) -> tuple[str, dict]:
         fields[name] = tuple(value) if isinstance(value, list) else value
     check_fields(path, fields)
 
-    heads = fields["num_attention_heads"]
-    fields["head_dim"] = fields["head_dim"] or (128 if third else fields["hidden_size"] // heads)
-    if not third and fields["head_dim"] * heads != fields["hidden_size"]:
-        raise Mistake(f"{path}: hidden_size {fields['hidden_size']}, num_attention_heads {heads} and head_dim "
-                      f"{text.get('head_dim')} do not fit; head_dim must be hidden_size / heads")
-    if heads % fields["num_key_value_heads"]:
-        raise Mistake(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
-                      f"{fields['num_key_value_heads']}")
-    if sum(fields["mrope_section"]) != fields["head_dim"] // 2 or len(fields["mrope_section"]) != 3:
-        raise Mistake(f"{path}: mrope_section {fields['mrope_section']} must have three parts that add up to half the "
-                      f"head size, {fields['head_dim'] // 2}")
-    if fields["vision_hidden_size"] % fields["vision_num_heads"]:
-        raise Mistake(f"{path}: the tower's hidden_size {fields['vision_hidden_size']} is no multiple of its num_heads "
-                      f"{fields['vision_num_heads']}")
-    pixels = fields["vision_patch_size"] * fields["vision_spatial_merge_size"]      # of an image token
-    if not third and fields["vision_window_size"] < pixels:
-        raise Mistake(f"{path}: a window_size of {fields['vision_window_size']} pixels is smaller than "
-                      f"an image token of {pixels}×{pixels}")
-    table = fields.get("vision_num_position_embeddings", 1)
-    if round(table ** 0.5) ** 2 != table:
-        raise Mistake(f"{path}: num_position_embeddings is {table}, which is no square number")
+    by_width = fields["hidden_size"] // fields["num_attention_heads"]
+    fields["head_dim"] = fields["head_dim"] or (128 if third else by_width)
     if third and vision.get("out_hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
         raise Mistake(f"{path}: the tower's out_hidden_size is {vision['out_hidden_size']}, hidden_size "
                       f"{fields['hidden_size']}; they must be equal")
+    check_fit(path, fields, third)
     return family, fields
 
 
@@ -148,6 +130,30 @@ def check_fields(path: Path, fields: dict) -> None:
         if not good:
             where = name if name in VISION_TOKENS else name.replace("vision_", "vision_config.", 1)
             raise Mistake(f"{path}: {where} is {str(value)[:100]!r}; it must be {wanted}")
+
+
+def check_fit(path: Path, fields: dict, third: bool) -> None:
+    """Mistake: fields of config.json that do not fit each other. third: of Qwen3-VL."""
+    heads = fields["num_attention_heads"]
+    if not third and fields["head_dim"] * heads != fields["hidden_size"]:
+        raise Mistake(f"{path}: hidden_size {fields['hidden_size']}, num_attention_heads {heads} and head_dim "
+                      f"{fields['head_dim']} do not fit; head_dim must be hidden_size / heads")
+    if heads % fields["num_key_value_heads"]:
+        raise Mistake(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+                      f"{fields['num_key_value_heads']}")
+    if sum(fields["mrope_section"]) != fields["head_dim"] // 2 or len(fields["mrope_section"]) != 3:
+        raise Mistake(f"{path}: mrope_section {fields['mrope_section']} must have three parts that add up to half the "
+                      f"head size, {fields['head_dim'] // 2}")
+    if fields["vision_hidden_size"] % fields["vision_num_heads"]:
+        raise Mistake(f"{path}: the tower's hidden_size {fields['vision_hidden_size']} is no multiple of its num_heads "
+                      f"{fields['vision_num_heads']}")
+    pixels = fields["vision_patch_size"] * fields["vision_spatial_merge_size"]      # of an image token
+    if not third and fields["vision_window_size"] < pixels:
+        raise Mistake(f"{path}: a window_size of {fields['vision_window_size']} pixels is smaller than "
+                      f"an image token of {pixels}×{pixels}")
+    table = fields.get("vision_num_position_embeddings", 1)
+    if round(table ** 0.5) ** 2 != table:
+        raise Mistake(f"{path}: num_position_embeddings is {table}, which is no square number")
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
