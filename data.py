@@ -180,6 +180,7 @@ def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
         raise Mistake(f"{folder} has no tokenizer.json; copy it from the model it was made of")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("x")   # a wrong model_max_length is met only here
     except Exception as error:
         raise Mistake(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {str(error)[:200]}). Are "
                       "tokenizer.json and tokenizer_config.json damaged? Copy them anew from where they came") from None

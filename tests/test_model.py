@@ -492,6 +492,16 @@ def test_a_damaged_file_of_a_model_folder_is_named(tmp_path, name, damage):
     assert "\n" not in said and len(said) < len(str(tmp_path)) * 3 + 400
 
 
+@pytest.mark.parametrize("name, value", [("model_max_length", "x"), ("model_max_length", [1]), ("padding_side", 3),
+                                         ("eos_token", 5), ("added_tokens_decoder", 5), ("tokenizer_class", 5)])
+def test_a_wrong_setting_of_the_tokenizer(tmp_path, name, value):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(Mistake, match="its tokenizer cannot be read .*tokenizer_config.json damaged"):
+        Processor(tmp_path)
+
+
 def test_an_index_of_shards_that_names_none(tmp_path):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     for text in ("{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
