@@ -3,7 +3,12 @@
 A linear probe: logistic regression from the hidden state after the prompt, where the first token of the answer is
 decided, to whether the thing that is asked for is in the picture. It is fitted on questions of scenes:train and judged
 on those of scenes:test, against the two kinds of absent things apart: a thing of its colour is in the picture, in
-another shape, or none is. 0.5 is chance. Into experiments/probe.json, which `reproduce.py tables` reads.
+another shape, or none is. 0.5 is chance.
+
+And what it says of them: how many of its rollouts reject a thing that is in the picture, and one that is not. RLVR
+learns from these alone.
+
+Into experiments/probe.json, which `reproduce.py tables` reads.
 """
 import argparse
 import json
@@ -17,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Processor, load  # noqa: E402
 from experiments.reproduce import BASES, ROOT, base_of, colour_is_there  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
-from rewards import TASKS  # noqa: E402
-from rollout import prefill  # noqa: E402
+from rewards import TASKS, parse_boxes  # noqa: E402
+from rollout import generate, prefill  # noqa: E402
 from support.runs import versions  # noqa: E402
 
 QUESTIONS = {"train": 8192, "test": 1536}          # split → the first so many of its examples
 ABSENT_KINDS = ("colour there", "not there")       # as in the tables of reproduce.py
+ROLLOUTS, LONGEST = 8, 128                         # of each question, and their tokens, as in the default job
 
 
 @torch.no_grad()
@@ -37,6 +43,21 @@ def states(model: Qwen2_5_VL, processor: Processor, split: str) -> tuple[Tensor,
             there = colour_is_there(split, i, example.question)
             kinds.append("present" if example.answer != "[]" else ABSENT_KINDS[not there])
     return torch.cat(hidden).double(), kinds
+
+
+def rejecting(model: Qwen2_5_VL, processor: Processor) -> dict[str, float]:
+    """The share of rollouts (temperature 1) that answer `[]`, on the present and on the absent things of the test
+    questions."""
+    source = load("scenes:test")
+    says: dict[str, list[bool]] = {"present": [], "absent": []}
+    for begin in range(0, QUESTIONS["test"], 64):
+        asked = [example for i in range(begin, begin + 64) if TASKS[(example := source[i]).task].boxes]
+        groups = generate(model, [processor.prompt(example) for example in asked], ROLLOUTS, LONGEST,
+                          places=range(begin, begin + len(asked)))
+        for example, group in zip(asked, groups):
+            says["present" if example.answer != "[]" else "absent"] += [
+                parse_boxes(processor.decode(response.tokens)) == ([], None) for response in group]
+    return {kind: round(sum(said) / len(said), 4) for kind, said in says.items()}
 
 
 def linear_probe(x: Tensor, present: Tensor, x_test: Tensor, present_test: Tensor) -> float:
@@ -61,9 +82,8 @@ def linear_probe(x: Tensor, present: Tensor, x_test: Tensor, present_test: Tenso
     return (right[present_test].double().mean() + right[~present_test].double().mean()).item() / 2
 
 
-def probe(folder: Path) -> dict[str, float]:
+def probe(model: Qwen2_5_VL, processor: Processor) -> dict[str, float]:
     """ABSENT_KINDS → accuracy."""
-    model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
     (x, kinds), (x_test, kinds_test) = (states(model, processor, split) for split in QUESTIONS)
     accuracy = {}
     for kind in ABSENT_KINDS:
@@ -86,8 +106,10 @@ def main() -> None:
     made = json.loads(path.read_text()) if path.exists() else {}
     commit = versions()["commit"]                  # before probe.json changes
     for base in bases:
-        made[base] = {"commit": commit, "accuracy": probe(Path(base_of(base)))}
-        print(base, made[base]["accuracy"], flush=True)
+        folder = Path(base_of(base))
+        model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
+        made[base] = {"commit": commit, "accuracy": probe(model, processor), "rejecting": rejecting(model, processor)}
+        print(base, made[base], flush=True)
         path.write_text(json.dumps({name: made[name] for name in BASES if name in made}, indent=1) + "\n")
 
 

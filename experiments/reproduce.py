@@ -472,11 +472,11 @@ def read_cost() -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {"seconds": {}, "memory": {}}
 
 
-def read_probe() -> dict[str, dict[str, float]]:
-    """What experiments/probe.py measured: base → a kind of absent things → accuracy."""
+def read_probe() -> dict[str, dict[str, dict[str, float]]]:
+    """What experiments/probe.py measured: base → "accuracy" → a kind of absent things, or "rejecting" → present or
+    absent."""
     path = ROOT / "experiments/probe.json"
-    probed = json.loads(path.read_text()) if path.exists() else {}
-    return {base: of_base["accuracy"] for base, of_base in probed.items()}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def times(measured: dict[str, list[dict]]) -> dict[str, float]:
@@ -495,18 +495,19 @@ def cost_table(measured: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, float]]) -> str:
+def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, dict[str, float]]]) -> str:
     """Of each base of the boundary: what ViSurf gains over RLVR on the seeds that both have, what experiments/probe.py
     measured of the base, and what ViSurf rejects that began from it."""
-    lines = ["| | seeds | gain over RLVR: N-acc | boxes | reasoning | the probe: colour there | not there "
-             "| ViSurf rejects: colour there | not there |", "|---" * 9 + "|"]
+    lines = ["| | seeds | gain over RLVR: N-acc | boxes | reasoning | its rollouts reject: present | absent "
+             "| the probe: colour there | not there | ViSurf rejects: colour there | not there |", "|---" * 11 + "|"]
     for base in BASES:
         rlvr, visurf = (rows.get(f"{base}-{method}".removeprefix("base-"), {}) for method in ("rlvr", "visurf"))
         pairs = [(visurf[seed], rlvr[seed]) for seed in visurf if seed in rlvr]
         gains = [[column(own) - column(other) for own, other in pairs]
                  for column in (MAIN["N-acc"], MAIN["boxes"], MAIN["reasoning"])]
         rejected = [[REJECTING[place](own) for own, _ in pairs] for place in ("colour there", "not there")]
-        measured = [f"{value:.3f}" for value in probed[base].values()] if base in probed else ["–"] * 2
+        measured = [f"{value:.3f}" for what in ("rejecting", "accuracy") for value in probed[base][what].values()
+                    ] if base in probed else ["–"] * 4
         cells = [*(shown(gain, True) for gain in gains), *measured, *(shown(share, False) for share in rejected)]
         if pairs:
             lines.append(f"| {base} | {len(pairs)} | " + " | ".join(cells) + " |")

@@ -3,6 +3,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,7 +226,22 @@ def test_the_probe_judges_each_kind_of_absent_things_apart(monkeypatch):
     kinds = ["present", *probe.ABSENT_KINDS] * 100
     features = torch.tensor([[{"present": 1.0, "colour there": 0.0, "not there": 1.0}[kind]] for kind in kinds])
     monkeypatch.setattr(probe, "states", lambda model, processor, split: (features.double(), kinds))
-    assert probe.probe(reproduce.ROOT / "assets/tiny") == {"colour there": 1.0, "not there": 0.5}
+    assert probe.probe(None, None) == {"colour there": 1.0, "not there": 0.5}
+
+
+def test_the_probe_counts_the_rollouts_that_reject(monkeypatch):
+    """Of 64 questions 22 are about present things and 21 about absent ones. One rollout of each says `[]`, of the
+    absent a second; what cannot be read is no rejection."""
+    monkeypatch.setattr(probe, "QUESTIONS", {"test": 64})
+    processor = Processor(reproduce.ROOT / "assets/tiny")
+    empty, box, broken = ([SimpleNamespace(tokens=processor.encode(text))] for text in (
+        "<answer>[]</answer>", '<answer>[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]</answer>', "<answer>[</answer>"))
+
+    def say(model, prompts, G, longest, places):
+        assert (G, longest) == (8, 128) and len(places) == len(prompts) == 43
+        return [empty + (box if p.example.answer != "[]" else empty) + broken * 6 for p in prompts]
+    monkeypatch.setattr(probe, "generate", say)
+    assert probe.rejecting(None, processor) == {"present": 0.125, "absent": 0.25}
 
 
 def test_the_probe_reads_the_state_after_the_prompt(monkeypatch):
@@ -252,9 +268,10 @@ def test_the_gain_of_every_base_by_hand():
         return {"rate": 0.001, "metrics": {"test": test, "reasoning-test": test}}
     rows = {"visurf": {42: of(0.75, 0.5), 43: of(1.0, 1.0), 44: of(0.0)}, "rlvr": {42: of(0.0), 43: of(0.5, boxes=1.0)},
             "stage3-visurf": {42: of(0.5)}, "stage3-rlvr": {42: of(0.25)}, "absent5-visurf": {42: of(1.0)}}
-    assert cells(base_table(rows, {"base": {"colour there": 0.875, "not there": 1.0}})) == [
-        ["stage3", "1", "+0.250", "+0.000", "+0.000", "–", "–", "0.000", "1.000"],
-        ["base", "2", "+0.625", "-0.250", "-0.250", "0.875", "1.000", "0.750", "1.000"]]
+    probed = {"accuracy": {"colour there": 0.875, "not there": 1.0}, "rejecting": {"present": 0.25, "absent": 0.125}}
+    assert cells(base_table(rows, {"base": probed})) == [
+        ["stage3", "1", "+0.250", "+0.000", "+0.000", "–", "–", "–", "–", "0.000", "1.000"],
+        ["base", "2", "+0.625", "-0.250", "-0.250", "0.250", "0.125", "0.875", "1.000", "0.750", "1.000"]]
 
 
 def test_the_families_by_hand():
