@@ -234,8 +234,9 @@ def test_the_probe_counts_the_rollouts_that_reject(monkeypatch):
     absent a second; what cannot be read is no rejection."""
     monkeypatch.setattr(probe, "QUESTIONS", {"test": 64})
     processor = Processor(reproduce.ROOT / "assets/tiny")
-    empty, box, broken = ([SimpleNamespace(tokens=processor.encode(text))] for text in (
-        "<answer>[]</answer>", '<answer>[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]</answer>', "<answer>[</answer>"))
+    a_box = '[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]'
+    empty, box, broken = ([SimpleNamespace(tokens=processor.encode(f"<answer>{answer}</answer>"))]
+                          for answer in ("[]", a_box, "["))
 
     def say(model, prompts, G, longest, places):
         assert (G, longest) == (8, 128) and len(places) == len(prompts) == 43

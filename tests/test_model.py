@@ -474,7 +474,8 @@ def test_missing_fields_are_as_in_transformers(tmp_path):
 
 
 DAMAGED = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-           "tokenizer.json", "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"]
+           "tokenizer.json", "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json",
+           "adapter_config.json"]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"[1]",
