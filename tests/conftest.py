@@ -3,7 +3,6 @@ for each other on a busy machine are slower than none."""
 import json
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from processes import free_port  # noqa: E402
 from rewards import TASKS  # noqa: E402
 from support import onednn  # noqa: E402
 from support.verify_math import ended_now  # noqa: E402
@@ -70,10 +70,8 @@ def tasks_as_they_were():
 @pytest.fixture
 def one_rank(monkeypatch):
     """What torchrun sets for a single rank, for a test that calls main() in its own process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", str(free_port()))):
         monkeypatch.setenv(name, value)
     ended_now()         # what other tests left in the count
     yield

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import free_port
 from safetensors.torch import load_file, save_file
 
 import train
@@ -19,7 +20,7 @@ from support import checkpoints, runs
 from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_aside, sound_checkpoint
 from support.mistakes import Mistake
 from support.runs import lock, read_lines
-from test_train import ROOT, SMALL, free_port, lines, run_train
+from test_train import ROOT, SMALL, lines, run_train, start_train
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_restart_by_torchrun_goes_on(run, monkeypatch):
 
 def test_torchrun_restarts_a_run_whose_worker_was_killed(tmp_path):
     """Twice: the store that torchrun keeps over a restart holds the addresses of ranks that are gone."""
-    process = run_train(tmp_path, "--steps", "6", "--name", "a", "--save-every", "1", ranks=2, restarts=3, wait=False)
+    process = start_train(tmp_path, "--steps", "6", "--name", "a", "--save-every", "1", ranks=2, restarts=3)
     for step in (1, 3):
         for _ in range(1200):
             if process.poll() is not None or (tmp_path / f"runs/a/checkpoints/step_{step}").exists():
@@ -233,7 +234,7 @@ def test_a_run_that_is_written_to_is_not_resumed(run):
 
 def test_a_worker_whose_torchrun_was_killed_saves_and_ends(tmp_path):
     """Else it would go on beside the run that --resume starts."""
-    process = run_train(tmp_path, "--steps", "100000", "--name", "a", ranks=2, wait=False)
+    process = start_train(tmp_path, "--steps", "100000", "--name", "a", ranks=2)
     try:
         for _ in range(1200):
             if process.poll() is not None or len(read_lines(tmp_path / "runs/a")[0]) >= 2:
@@ -251,7 +252,7 @@ def test_a_worker_whose_torchrun_was_killed_saves_and_ends(tmp_path):
 @pytest.mark.parametrize("seconds", [0, 4])
 def test_ranks_whose_torchrun_was_killed_at_the_start_end(tmp_path, seconds):
     """While they import, or join each other: they would wait for torchrun's store for an hour."""
-    process = run_train(tmp_path, "--steps", "100000", "--name", "b", ranks=2, wait=False)
+    process = start_train(tmp_path, "--steps", "100000", "--name", "b", ranks=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and len(children.read_text().split()) < 2:
         time.sleep(0.05)

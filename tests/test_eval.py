@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from PIL import Image
+from processes import free_port
 
 import eval as evaluation
 from data import Processor
@@ -50,11 +50,8 @@ def test_an_answer_is_judged_in_the_frame_the_model_saw_and_reported_in_the_pict
 # The command
 
 def run(*flags: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-                           "--master-port", str(port), "eval.py", "--model", "assets/tiny", "--max-new-tokens", "8",
+                           "--master-port", str(free_port()), "eval.py", "--model", "assets/tiny", "--max-new-tokens", "8",
                            "--sampling-batch", "2", *flags],
                           cwd=ROOT, capture_output=True, text=True, timeout=300)
 

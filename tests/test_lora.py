@@ -1,12 +1,12 @@
 """LoRA: the same numbers in sampling, in scoring and in a merged folder, and the gradient of W + s·B·A."""
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from safetensors.torch import load_file, save_file
 from test_train import SMALL, lines, run_train
 
@@ -238,9 +238,8 @@ def test_a_run_with_lora(tmp_path, monkeypatch):
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
     state = load_file(tmp_path / "runs/half/checkpoints/step_4/optimizer_0.safetensors")
     assert len(state) == 3 * len(b) and not any("master" in name for name in state)
-    made = subprocess.run([sys.executable, str(ROOT / "experiments/merge.py"), "runs/half", "merged"], cwd=tmp_path, text=True,
-                          capture_output=True, check=True)
-    assert "as one model in bfloat16: merged" in made.stdout
+    code, output = run_script(ROOT / "experiments/merge.py", "runs/half", "merged", folder=tmp_path)
+    assert code == 0 and "as one model in bfloat16: merged" in output, output
     run, whole = (Qwen2_5_VL.from_pretrained(tmp_path / name, torch.bfloat16) for name in ("runs/half", "merged"))
     assert torch.equal(logp(run), logp(whole)) and not torch.equal(logp(run), logp(tiny(torch.bfloat16)))
     monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path / "merged"), "x"])

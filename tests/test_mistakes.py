@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import free_port
 
 import eval as evaluation
 import train
@@ -145,12 +145,9 @@ def test_rows_are_judged_when_the_data_is_opened(place):
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
     """train.py under torchrun, as everyone runs it, in a session of its own, like a terminal's."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--master-port", port, str(ROOT / "train.py"),
-                             *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()),
+                             str(ROOT / "train.py"), *flags], cwd=folder, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def test_under_torchrun_the_sentence_is_nearly_the_last_thing(tmp_path):

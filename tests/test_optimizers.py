@@ -1,9 +1,9 @@
 """AdamW with bfloat16 weights, and the optimizers whose state is sharded over the ranks."""
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 
 import train
@@ -113,9 +113,6 @@ def three_steps(rank: int, world: int, port: int, precision: str, folder: Path) 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_sharding_the_state_does_not_change_the_update(tmp_path, precision):
     for world in (1, 2):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        torch.multiprocessing.spawn(three_steps, (world, port, precision, tmp_path), nprocs=world)
+        run_ranks(three_steps, (world, free_port(), precision, tmp_path), world)
     one, two = (load_file(tmp_path / f"{world}.safetensors") for world in (1, 2))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

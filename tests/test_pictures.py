@@ -1,12 +1,11 @@
 """What a person looks at: sheets of answers, curves, the line of a step."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_script
 
 from data import Processor
 from eval import for_sheet, judge
@@ -74,10 +73,8 @@ def test_curves_of_any_run(tmp_path, lines):
         write_line(run, line, False)
     assert Image.open(run / "curves.png").width > 300
     assert read_metrics(run)["EVAL T-acc"][1][-1] == 0.75
-    done = subprocess.run([sys.executable, str(ROOT / "experiments/compare.py"), "a", str(run)], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "T-acc" in done.stdout and "0.750" in done.stdout and (tmp_path / "compare.png").exists()
+    code, output = run_script(ROOT / "experiments/compare.py", "a", str(run), folder=tmp_path)
+    assert code == 0 and "T-acc" in output and "0.750" in output and (tmp_path / "compare.png").exists(), output
 
 
 def test_no_run_and_smoothing(tmp_path):
@@ -107,10 +104,9 @@ def test_runs_evaluated_on_different_examples_are_not_compared_without_a_word(tm
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval": {"T-acc": 0.5, "gIoU": None}}) + "\n")
         config = {"config": {"eval_data": "scenes:val", "eval_examples": count}}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    done = subprocess.run([sys.executable, str(ROOT / "experiments/compare.py"), "a", "b"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert "not the same examples were evaluated: a: the first 192 of scenes:val; b: the first 64" in done.stdout
-    assert "gIoU" not in done.stdout
+    _, output = run_script(ROOT / "experiments/compare.py", "a", "b", folder=tmp_path)
+    assert "not the same examples were evaluated: a: the first 192 of scenes:val; b: the first 64" in output
+    assert "gIoU" not in output
 
 
 def test_a_cell_is_as_high_as_its_text(tmp_path):

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,9 +19,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from PIL import Image
+from processes import free_port, print_into, run_ranks, run_script
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
 import objective
@@ -42,12 +42,6 @@ from support.sources import Example, Scenes
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
          "--log-every", "1", "--warmup-steps", "3", "--cooldown", "0"]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def example(i: int) -> Example:
@@ -111,7 +105,7 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
 
 def test_ranks_and_micro_batches_do_not_change_the_update(tmp_path):
     for world, micro_rows in ((1, [8, 3]), (2, [2]), (4, [1])):
-        torch.multiprocessing.spawn(one_update, (world, free_port(), micro_rows, tmp_path), nprocs=world)
+        run_ranks(one_update, (world, free_port(), micro_rows, tmp_path), world)
     for variant in VARIANTS:
         files = sorted(tmp_path.glob(f"{variant}_*"))
         assert len(files) == 4
@@ -389,10 +383,9 @@ def apply_diff(text: str, folder: Path) -> dict[str, int]:
 
 
 def three_steps(script: Path, folder: Path, *flags: str) -> list[dict]:
-    process = subprocess.run(
-        [sys.executable, str(script), "--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", "3", "--name", "a", *flags],
-        cwd=folder, capture_output=True, text=True, env={**os.environ, "MASTER_PORT": str(free_port())})
-    assert process.returncode == 0, process.stderr
+    code, output = run_script(script, "--model", str(ROOT / "assets/tiny"), *SMALL, "--steps", "3", "--name", "a",
+                              *flags, folder=folder)
+    assert code == 0, output
     return lines(folder / "runs/a")
 
 
@@ -526,7 +519,7 @@ def wait_for_a_slow_rank(rank: int, port: int) -> None:
 
 
 def test_ranks_wait_for_a_slow_one_as_long_as_the_time_out_says():
-    torch.multiprocessing.spawn(wait_for_a_slow_rank, (free_port(),), nprocs=2)
+    run_ranks(wait_for_a_slow_rank, (free_port(),), 2)
     assert support.ranks.TIMEOUT >= timedelta(minutes=30)
 
 
@@ -556,7 +549,7 @@ def look_at_each_other(rank: int, port: int, late: int) -> None:
 
 @pytest.mark.parametrize("late", [1, 0])
 def test_a_rank_that_is_late_or_drifts_is_named(late):
-    torch.multiprocessing.spawn(look_at_each_other, (free_port(), late), nprocs=3)
+    run_ranks(look_at_each_other, (free_port(), late), 3)
 
 
 def test_learning_rate_schedule():
@@ -589,19 +582,18 @@ def test_presets_are_defaults_that_flags_override():
     assert (small.model, small.lora_rank, small.lr) == ("Qwen/Qwen2.5-VL-7B-Instruct", 16, 1e-5)
 
 
-def run_train(folder: Path, *flags: str, ranks: int = 1, restarts: int = 0, wait: bool = True,
-              small: Sequence[str] = SMALL):
-    """train.py in `folder`, as a process of its own."""
-    start = ([sys.executable, str(ROOT / "train.py")] if ranks == 1 else
-             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
-              str(free_port()), "--max-restarts", str(restarts), str(ROOT / "train.py")])
-    process = subprocess.Popen([*start, "--model", str(ROOT / "assets/tiny"), *small, *flags], cwd=folder, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "MASTER_PORT": str(free_port())})
-    if not wait:
-        return process
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+def run_train(folder: Path, *flags: str, ranks: int = 1, small: Sequence[str] = SMALL) -> tuple[int, str]:
+    """train.py in `folder`, to its end."""
+    script, arguments = ROOT / "train.py", ["--model", str(ROOT / "assets/tiny"), *small, *flags]
+    return run_script(script, *arguments, folder=folder, ranks=ranks)
+
+
+def start_train(folder: Path, *flags: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen:
+    """The same as a command, several ranks by torchrun, to be disturbed while it runs."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
+                                      str(free_port()), "--max-restarts", str(restarts)]
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), "--model", str(ROOT / "assets/tiny"),
+                             *SMALL, *flags], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def lines(run: Path) -> list[dict]:
@@ -737,6 +729,7 @@ def train_on_two_ranks(rank: int, ports: list[int], folder: Path) -> None:
     one in which rank 1 has no memory left."""
     import rollout
     os.chdir(folder)
+    print_into(folder / "output")
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     flags = [*SMALL, "--steps", "3", "--model", str(ROOT / "assets/tiny"), "--save-every", "1"]
 
@@ -778,12 +771,12 @@ def train_on_two_ranks(rank: int, ports: list[int], folder: Path) -> None:
     start("--name", "full")
 
 
-def test_what_one_of_two_ranks_meets_alone(tmp_path, capfd):
-    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
-        torch.multiprocessing.spawn(train_on_two_ranks, ([free_port() for _ in range(6)], tmp_path), nprocs=2)
-    output = capfd.readouterr()
-    assert "stopped at step 1" in output.out and "stopped at step 2" in output.out, output
-    assert "the learning rate goes on" not in output.out       # in the warm-up it doubles by itself
+def test_what_one_of_two_ranks_meets_alone(tmp_path):
+    with pytest.raises(ProcessExitedException, match="exit code 1"):
+        run_ranks(train_on_two_ranks, ([free_port() for _ in range(6)], tmp_path), 2)
+    output = (tmp_path / "output").read_text()
+    assert "stopped at step 1" in output and "stopped at step 2" in output, output
+    assert "the learning rate goes on" not in output       # in the warm-up it doubles by itself
     a, b = (load_file(tmp_path / f"runs/{run}/checkpoints/step_3/model.safetensors") for run in ("whole", "half"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
@@ -791,11 +784,11 @@ def test_what_one_of_two_ranks_meets_alone(tmp_path, capfd):
     whole = json.loads((tmp_path / "runs/silent/metrics.jsonl").read_text())
     assert 0 <= whole["seconds_waiting"] <= whole["seconds_sampling"] + 1
     assert line["tied"] == 0.5 and line["grad_norm"] > 0
-    assert "out of memory: CUDA out of memory. A smaller --sampling-batch needs less" in output.err
+    assert "out of memory: CUDA out of memory. A smaller --sampling-batch needs less" in output
 
 
 def test_sigterm_saves_and_leaves(tmp_path):
-    process = run_train(tmp_path, "--steps", "100000", "--name", "long", wait=False)
+    process = start_train(tmp_path, "--steps", "100000", "--name", "long")
     metrics = tmp_path / "runs/long/metrics.jsonl"
     for _ in range(600):
         if process.poll() is not None or metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
