@@ -572,7 +572,8 @@ def tables(results: Results) -> dict[str, str]:
         "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
         "families-paired": table(of["families"], FAMILY, against="visurf"),
         "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], REJECTING),
-        "bases": base_table(of["boundary"], read_probe()), "sensitivity": table(of["sensitivity"], MAIN)}
+        "bases": base_table(of["boundary"], read_probe()), "sensitivity": table(of["sensitivity"], REJECTING),
+        "sensitivity-paired": table(of["sensitivity"], REJECTING, against="visurf")}
 
 
 def draw(results: Results, root: Path) -> None:
