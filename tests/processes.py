@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def run_ranks(function: Callable, arguments: tuple, ranks: int) -> None:
-    """function(rank, *arguments) in a process per rank. ProcessRaisedException or ProcessExitedException: one failed."""
+    """function(rank, *arguments) in a process per rank. ProcessRaisedException, ProcessExitedException: one failed."""
     torch.multiprocessing.start_processes(function, arguments, ranks, start_method="forkserver")
 
 
@@ -38,6 +38,7 @@ def print_into(path: Path) -> None:
 
 
 def as_script(script: Path, arguments: list[str], folder: Path, environment: Mapping[str, str], output: Path) -> None:
+    """Makes of a forked process what `python script arguments` would be. It finds its own files, not the tests'."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -53,19 +54,21 @@ def run_script(script: Path, *arguments: str, folder: Path, ranks: int = 1) -> t
     port = str(free_port())
     with tempfile.TemporaryDirectory() as place:
         output = Path(place) / "output"
+        output.touch()
         processes = []
         for rank in map(str, range(ranks)):
             environment = dict(os.environ)
             if ranks > 1:
-                environment |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            processes.append(SERVER.Process(target=as_script, args=(script, list(arguments), folder, environment, output)))
+                environment |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks),
+                                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            started = script, list(arguments), folder, environment, output
+            processes.append(SERVER.Process(target=as_script, args=started))
             processes[-1].start()
         end = time.monotonic() + 300
-        while not any(codes := [process.exitcode for process in processes]) and None in codes and time.monotonic() < end:
+        while None in (codes := [p.exitcode for p in processes]) and not any(codes) and time.monotonic() < end:
             multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], timeout=1)
         for process in processes:
             process.kill()
             process.join()
-        codes = [process.exitcode for process in processes]
+        codes = [process.exitcode for process in processes]       # of one that was killed it is negative
         return max(codes) or min(codes), output.read_text()

@@ -213,8 +213,8 @@ def test_targets_that_match_nothing():
 
 
 def test_a_run_with_lora(tmp_path, monkeypatch):
-    """Four steps, and the last two of them once more from the checkpoint before: the same adapter, to the bit; on two ranks the same course. Then one
-    command makes a whole model of it, whose log-probs are the run's."""
+    """Four steps, and the last two of them once more from the checkpoint before: the same adapter, to the bit; on two
+    ranks the same course. Then one command makes a whole model of it, whose log-probs are the run's."""
     flags = ["--lora-rank", "4", "--precision", "bfloat16", "--freeze", "merger", "--lr", "0.01", "--lora-targets",
              "model.layers|visual"]
     real = [flag for flag in SMALL if flag != "--random-weights"]

@@ -589,7 +589,7 @@ def run_train(folder: Path, *flags: str, ranks: int = 1, small: Sequence[str] = 
 
 
 def start_train(folder: Path, *flags: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen:
-    """The same as a command, several ranks by torchrun, to be disturbed while it runs."""
+    """train.py as a command, several ranks by torchrun, for a test that disturbs it while it runs."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port",
                                       str(free_port()), "--max-restarts", str(restarts)]
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), "--model", str(ROOT / "assets/tiny"),
