@@ -554,6 +554,9 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
     while len(parts) > 1 and len(wanted) < 2 and not Path(":".join(parts)).exists():
         wanted.insert(0, parts.pop())
     path = Path(":".join(parts))
+    if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
+        raise Mistake(f"--data {data}: a file must be .jsonl, with one JSON object a line, or .parquet; a JSON list "
+                      "becomes lines by jq -c '.[]' LIST.json > LINES.jsonl")
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             raise Mistake(f"--data {data}: there is no such file")

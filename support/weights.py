@@ -33,6 +33,8 @@ def local_folder(name) -> Path:
         if not (folder / "config.json").exists():
             raise Mistake(f"--model {name}: {folder} has no config.json, so it is no model folder")
         return folder
+    if folder.is_file():
+        raise Mistake(f"--model {name}: this is a file; give the folder of the model, which holds its config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise Mistake(f"--model {name}: there is no such folder, and it is no hub id of the form OWNER/NAME")
     from huggingface_hub import snapshot_download
