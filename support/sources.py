@@ -43,6 +43,7 @@ READ_TOGETHER = 16          # rows
 BAR_AFTER = 1.0             # seconds of opening a file
 MAPPED = 64_000_000         # bytes of a memory map that are read before it is closed and opened anew
 PATTERNS = ("README.md", "*.parquet", "*.arrow", "*.jsonl", "*.json", "*.png", "*.jpg", "*.jpeg", "*.webp")
+AS_LINES = "jq -c '.[]' LIST.json > LINES.jsonl"
 MAPPABLE = ("question", "answer", "image", "choices", "id")       # by --columns
 
 
@@ -114,7 +115,7 @@ class JsonlFile:
             self.count = sum(1 for _ in lines)
             lines.seek(0)
             if next((line for line in lines if line.strip()), b"").lstrip().startswith(b"[{"):
-                raise Mistake(f"{path} is a JSON list, not one object a line: jq -c '.[]' LIST.json > LINES.jsonl")
+                raise Mistake(f"{path} is a JSON list, not one object a line: {AS_LINES}")
 
     def rows(self) -> Iterator[tuple[int, dict | str, list]]:
         """Each row's number, as an editor counts lines; its columns, or why it has none; its picture cells."""
@@ -554,14 +555,14 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
     while len(parts) > 1 and len(wanted) < 2 and not Path(":".join(parts)).exists():
         wanted.insert(0, parts.pop())
     path = Path(":".join(parts))
-    if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
-        raise Mistake(f"--data {data}: a file must be .jsonl, with one JSON object a line, or .parquet; a JSON list "
-                      "becomes lines by jq -c '.[]' LIST.json > LINES.jsonl")
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             raise Mistake(f"--data {data}: there is no such file")
         found = {("", ""): [path]}
         fitting = found if not wanted else {}
+    elif path.is_file():
+        raise Mistake(f"--data {data}: a file must be .jsonl, with one JSON object a line, or .parquet; a JSON list "
+                      f"becomes lines by {AS_LINES}")
     else:
         try:
             found = splits_of(path if path.is_dir() else download(str(path)))
