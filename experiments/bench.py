@@ -47,7 +47,7 @@ from data import Processor, Prompt, Response, collate, load, pack_group  # noqa:
 from model import Config, Qwen2_5_VL  # noqa: E402
 from support.features import remember_pictures  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
-from support.ranks import start_ranks  # noqa: E402
+from support.ranks import leave_ranks, start_ranks  # noqa: E402
 from rewards import TASKS, Reward  # noqa: E402
 from support.sources import Example  # noqa: E402
 
@@ -205,7 +205,8 @@ def transformers_inputs(prompts: list[Prompt], responses: list[list[int]], image
             "image_grid_thw": torch.tensor([(1, *grid) for p in prompts for grid in p.grids], device=device)}
 
 
-def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: int, R: int, repeats: int) -> None:
+def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: int, R: int, repeats: int,
+             graphs: bool = False) -> None:
     device, image = model.lm_head.weight.device, model.config.image_token_id
     inputs = transformers_inputs(prompts, [[]] * len(prompts), image, device)
 
@@ -215,11 +216,11 @@ def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: i
         assert made.shape == (len(prompts) * G, inputs["input_ids"].shape[1] + R), made.shape
 
     def run_ours():
-        made = rollout.generate(model, prompts, G, R)
+        made = rollout.generate(model, prompts, G, R, graphs=graphs)
         assert all(len(o.tokens) == R for group in made for o in group)
     times = compare({"ours": run_ours, "theirs": run_theirs}, repeats)
     table.against("sampling / transformers generate", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G {G}, "
-                  f"{R} new", times["ours"], times["theirs"], len(prompts) * G * R)
+                  f"{R} new{', CUDA graphs' if graphs else ''}", times["ours"], times["theirs"], len(prompts) * G * R)
 
 
 def leaving(table: Table, size: str, model, prompt: Prompt, B: int, G: int, R: int, repeats: int) -> None:
@@ -579,6 +580,7 @@ def main() -> None:
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "torch": torch.__version__, "repeats": repeats,
                                                "lines": table}, indent=1) + "\n")
+    leave_ranks()
 
 
 def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quick: bool) -> None:
@@ -618,10 +620,11 @@ def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         training_mfu(table, size, model, prompts[0], 9, 256, 989e12)
         if size == "3B" and not quick:
             theirs = transformers_model(model, folder / "3B-transformers", device)
-            sampling(table, size, model, theirs, prompts[:4], 8, 128, 2)
+            for graphs in (False, True):
+                sampling(table, size, model, theirs, prompts[:4], 8, 128, 2, graphs)
             leaving(table, size, model, prompts[0], 16, 8, 128, 1)
             remembered(table, size, model, prompts[0], 8, 256, 2)
-            training(table, size, model, theirs, prompts[0], 9, 256, 2)
+            training(table, size, model, theirs, prompts[0], 4, 256, 2)     # 9 separate rows need over 140 GB
             del theirs
             full_step(table, size, model, prompts[:2], 256)     # 7B with its optimizer does not fit one H200
         del model
