@@ -497,15 +497,15 @@ def cost_table(measured: dict[str, dict]) -> str:
 
 def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, dict[str, float]]]) -> str:
     """Of each base of the boundary: what ViSurf gains over RLVR on the seeds that both have, what experiments/probe.py
-    measured of the base, and what ViSurf rejects that began from it."""
-    lines = ["| | seeds | gain over RLVR: N-acc | boxes | reasoning | its rollouts reject: present | absent "
+    measured of the base, and what ViSurf rejects that began from it, on all its seeds."""
+    lines = ["| | seeds of both | gain over RLVR: N-acc | boxes | reasoning | its rollouts reject: present | absent "
              "| the probe: colour there | not there | ViSurf rejects: colour there | not there |", "|---" * 11 + "|"]
     for base in BASES:
         rlvr, visurf = (rows.get(f"{base}-{method}".removeprefix("base-"), {}) for method in ("rlvr", "visurf"))
         pairs = [(visurf[seed], rlvr[seed]) for seed in visurf if seed in rlvr]
         gains = [[column(own) - column(other) for own, other in pairs]
                  for column in (MAIN["N-acc"], MAIN["boxes"], MAIN["reasoning"])]
-        rejected = [[REJECTING[place](own) for own, _ in pairs] for place in ("colour there", "not there")]
+        rejected = [[REJECTING[place](own) for own in visurf.values()] for place in ("colour there", "not there")]
         measured = [f"{value:.3f}" for what in ("rejecting", "accuracy") for value in probed[base][what].values()
                     ] if base in probed else ["–"] * 4
         cells = [*(shown(gain, True) for gain in gains), *measured, *(shown(share, False) for share in rejected)]
