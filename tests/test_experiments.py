@@ -272,7 +272,8 @@ def test_the_gain_of_every_base_by_hand():
     probed = {"accuracy": {"colour there": 0.875, "not there": 1.0}, "rejecting": {"present": 0.25, "absent": 0.125}}
     assert cells(base_table(rows, {"base": probed})) == [
         ["stage3", "1", "+0.250", "+0.000", "+0.000", "–", "–", "–", "–", "0.000", "1.000"],
-        ["base", "2", "+0.625", "-0.250", "-0.250", "0.250", "0.125", "0.875", "1.000", "0.500 ± 1.242", "1.000 ± 0.000"]]
+        ["base", "2", "+0.625", "-0.250", "-0.250", "0.250", "0.125", "0.875", "1.000", "0.500 ± 1.242",
+         "1.000 ± 0.000"]]
 
 
 def test_the_families_by_hand():
