@@ -27,7 +27,8 @@ from torch import Tensor
 from model import Config, mrope_positions
 from rewards import SPECIAL, TASKS, Reward, count_boxes_in, earned, label_text, read_label, user_text
 from support import sources
-from support.mistakes import Mistake, read_record
+from support.files import read_record
+from support.mistakes import Mistake
 from support.sources import Example
 from support.weights import local_folder, read_eos_ids
 

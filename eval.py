@@ -19,6 +19,7 @@ Glossary
 import hashlib
 import itertools
 import json
+import os
 import re
 import statistics
 import sys
@@ -35,6 +36,7 @@ from model import Qwen2_5_VL
 from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes, parse_json,
                      parse_points, score, trailing_text)
 from rollout import generate
+from support.files import as_json, read_lines, read_record, replace_file, writing
 from support.images import open_image, picture_file
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
@@ -42,7 +44,8 @@ from support.onednn import use_onednn
 from support.options import option, parse
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
-from support.runs import lock, replace_file
+from support.runs import lock
+from support.screen import say
 from support.sources import Example, noticed, read, stat_of
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
@@ -356,9 +359,9 @@ def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = 
     lines = [" " * 22 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths))]
     for entry in (*shown, *ALWAYS):
         name, metric = entry.split(" = ") if " = " in entry else (entry, entry)
-        if all(m[metric] is None for m in columns.values()):
+        if all(m.get(metric) is None for m in columns.values()):      # an earlier version may lack a metric
             continue
-        cells = (f"  {cell(metric, m[metric]):>{w}}" for m, w in zip(columns.values(), widths))
+        cells = (f"  {cell(metric, m.get(metric)):>{w}}" for m, w in zip(columns.values(), widths))
         lines.append(f"{name:<22}" + "".join(cells))
     return "\n".join(lines)
 
@@ -383,9 +386,9 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
         prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
         [[answer]] = generate(model, [prompt], 1, limit, temperature=0, repetition_penalty=cfg.repetition_penalty)
         response = processor.decode(answer.tokens)
-        print(response, flush=True)
+        say(response)
         if answer.truncated:
-            print(f"the answer did not end within {limit} tokens (--max-new-tokens)")
+            say(f"the answer did not end within {limit} tokens (--max-new-tokens)")
         if TASKS[task].boxes:
             items, unreadable = parse_boxes(response)
             items = original_frame(items, prompt)
@@ -394,8 +397,8 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
                 picture = picture.with_stem(f"{picture.stem}-{asked}")
             draw_answer(image, items, picture)
             boxes = f"in pixels of {cfg.image}: {json.dumps(items)}"
-            print(f"the answer cannot be read: {unreadable}" if unreadable else boxes)
-            print(f"drawn: {picture}", flush=True)
+            say(f"the answer cannot be read: {unreadable}" if unreadable else boxes)
+            say(f"drawn: {picture}")
 
 
 def questions() -> Iterator[str]:
@@ -437,8 +440,8 @@ def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Pat
     for attempt in itertools.count(2):
         path = out / "settings.json"
         try:
-            old = json.loads(path.read_text()) if path.exists() else settings
-        except ValueError:      # nothing says what the records there are of
+            old = read_record(path) if os.path.lexists(path) else settings
+        except Mistake:         # nothing says what the records there are of
             old = {}
         if old == settings:
             return out, said and f"{said}; writing to {out}\n"
@@ -453,17 +456,22 @@ def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Pat
         out = usual.with_name(f"{usual.name}-{attempt}")
 
 
-def finished(out: Path) -> dict[int, dict]:
-    """The lines that an interrupted evaluation left in `out`, by example number."""
-    done = {}
-    for part in out.glob("records*.jsonl"):
-        for line in part.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:      # the line that was being written when it was interrupted
-                continue
-            done[record["index"]] = record
-    return done
+def read_finished(out: Path) -> tuple[dict[int, dict], int]:
+    """The records that an interrupted evaluation left in `out`, by example number; and how many of its lines hold none,
+    such as the one that was being written."""
+    def fits(line: dict) -> bool:
+        try:
+            summarise([record_of(line)])
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+            return False
+        return type(line.get("index")) is int
+
+    parts = [read_lines(part, fits) for part in sorted(out.glob("records*.jsonl"))]
+    return {line["index"]: line for lines, _ in parts for line in lines}, sum(damaged for _, damaged in parts)
+
+
+def record_of(line: dict) -> Record:
+    return Record(**{name: line[name] for name in Record.__dataclass_fields__})
 
 
 def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
@@ -488,17 +496,18 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         lock(out)
-    done = finished(out)
+    done, damaged = read_finished(out)
     gather_json(None, device)          # every rank has read the folder before rank 0 writes to it
     if rank == 0:
-        replace_file(out / "settings.json", json.dumps(settings, indent=2) + "\n")
+        replace_file(out / "settings.json", as_json(settings, 2))
     numbers = range(min(cfg.limit or len(source), len(source)))
     missing = [n for n in numbers if n not in done][rank::world]
     if rank == 0:
-        print("".join(f"{line}\n" for line in noticed(source)) + elsewhere +
-              f"{cfg.model} on {cfg.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
-              f"before; greedy, {cfg.precision}, repetition penalty {cfg.repetition_penalty}"
-              + (f", masks by {cfg.masks}" if cfg.masks else ""))
+        say("".join(f"{line}\n" for line in noticed(source)) + elsewhere
+            + f"{out}: {damaged} unreadable line(s) of the evaluation before are left out\n" * bool(damaged)
+            + f"{cfg.model} on {cfg.data}: {len(numbers)} examples, {sum(n in done for n in numbers)} of them done "
+            f"before; greedy, {cfg.precision}, repetition penalty {cfg.repetition_penalty}"
+            + (f", masks by {cfg.masks}" if cfg.masks else ""))
     opened = len(source.bad)
     drawn: list[tuple[Record, Prompt]] = []
     order: list[int] = []
@@ -509,15 +518,15 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
             yield example
 
     path = out / f"records.rank{rank}.jsonl"
-    if path.exists() and not path.read_text().endswith("\n"):   # interrupted in the middle of a line
-        path.write_text(path.read_text() + "\n")
-    with open(path, "a") as file:
+    with writing(path), open(path, "a") as file:
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):     # interrupted in the middle of a line
+            file.write("\n")
         answered = evaluate(model, Processor(model.folder), examples(), longest_answer(cfg, model), cfg.sampling_batch,
                             cfg.repetition_penalty, segmenter)
         for at, (record, prompt) in enumerate(tqdm(answered, total=len(missing), unit="ex", disable=rank > 0)):
             line = {"index": order[at], **vars(record),
                     "predicted_original_frame": original_frame(record.predicted, prompt)}
-            file.write(json.dumps(line) + "\n")
+            file.write(as_json(line))
             file.flush()
             if len(drawn) < 12:
                 drawn.append((record, prompt))
@@ -528,29 +537,25 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
 
 def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[str], shown: tuple, drawn: list) -> None:
     """Joins what the ranks wrote, prints the table, writes metrics.json and the picture."""
-    lines = finished(out)
+    lines, _ = read_finished(out)
     if len(lines) < len(numbers) - len(bad):
         raise Mistake(f"{out} holds {len(lines)} of {len(numbers)} examples; do all ranks write to the same disk?")
-    with open(out / "all.tmp", "w") as file:
-        file.writelines(json.dumps(lines[n]) + "\n" for n in sorted(lines))
-    (out / "all.tmp").rename(out / "records.jsonl")
+    replace_file(out / "records.jsonl", "".join(as_json(lines[n]) for n in sorted(lines)))
     for part in out.glob("records.rank*.jsonl"):
         part.unlink()
-    names = Record.__dataclass_fields__
-    records = [Record(**{k: v for k, v in lines[n].items() if k in names}) for n in numbers if n in lines]
-    metrics = summarise(records)
-    print(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
+    metrics = summarise([record_of(lines[n]) for n in numbers if n in lines])
+    say(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
     if metrics["gIoU"] is not None and not cfg.masks and {"gIoU", "anomaly accuracy"} & set(shown):
-        print("filled boxes stand in for masks (--masks)")
+        say("filled boxes stand in for masks (--masks)")
     if bad:
-        print(f"left out: {len(bad)} rows, listed in metrics.json")
+        say(f"left out: {len(bad)} rows, listed in metrics.json")
     measured = {name: value for name, value in metrics.items() if value is not None}
-    (out / "metrics.json").write_text(json.dumps({**settings, "left_out": bad, "metrics": measured}, indent=2) + "\n")
+    replace_file(out / "metrics.json", as_json({**settings, "left_out": bad, "metrics": measured}, 2))
     pictures = ""
     if drawn:
         draw_sheet(for_sheet(drawn), out / "overlay.png")
         pictures = " and overlay.png"
-    print(f"wrote metrics.json, records.jsonl{pictures} to {out}")
+    say(f"wrote metrics.json, records.jsonl{pictures} to {out}")
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ Departures
     3. A group whose std is below 1e-6 has advantage exactly 0; nothing is added to the std otherwise.
 """
 import argparse
+import math
 import types
 
 import torch
@@ -225,11 +226,18 @@ def worked_example(groups: dict[str, tuple[float, list[float]]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description="What each method makes of a group's rewards.")
     parser.add_argument("--r-y", type=float, default=6.0, help="reward of the label")
     parser.add_argument("--r-o", type=float, nargs="+", help="rewards of the rollouts, two or more")
-    arguments = parser.parse_args()
-    print(worked_example({"your group": (arguments.r_y, arguments.r_o)} if arguments.r_o else {
-        "failed": (arguments.r_y, [4.0, 2.0, 2.0, 0.0]), "half solved": (arguments.r_y, [7.0, 7.0, 2.0, 0.0]),
-        "solved": (arguments.r_y, [7.0, 7.0, 7.0, 7.0])}))
+    given = parser.parse_args()
+    if given.r_o and len(given.r_o) < 2 or not all(map(math.isfinite, [given.r_y, *(given.r_o or [])])):
+        parser.error("--r-y and --r-o take finite numbers, --r-o two or more: of a single one there is no spread")
+    print(worked_example({"your group": (given.r_y, given.r_o)} if given.r_o else {
+        "failed": (given.r_y, [4.0, 2.0, 2.0, 0.0]), "half solved": (given.r_y, [7.0, 7.0, 2.0, 0.0]),
+        "solved": (given.r_y, [7.0, 7.0, 7.0, 7.0])}))
+
+
+if __name__ == "__main__":
+    from support.mistakes import run_main
+    run_main(main)

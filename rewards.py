@@ -21,7 +21,6 @@ Departure 4, with --label-thought rollout only: the paper's y has no thought. Th
 """
 import ast
 import functools
-import itertools
 import json
 import math
 import random
@@ -35,7 +34,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from support import scenes
+from support.files import nesting_depth
 from support.mistakes import Mistake
+from support.screen import say
 from support.verify_math import same_value
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
@@ -78,13 +79,6 @@ def has_thinking_format(response: str) -> bool:
     body = response.removeprefix("<think>").removesuffix("</answer>")
     return (response.startswith("<think>") and response.endswith("</answer>")
             and re.search(r"</think>\s*<answer>", body) is not None)
-
-
-def nesting_depth(text: str) -> int:
-    """Of JSON text; the brackets in its strings do not count."""
-    outside = re.sub(r'"(?:[^"\\]|\\.)*"?', "", text, flags=re.DOTALL)
-    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", outside))
-    return max(itertools.accumulate(steps, initial=0))
 
 
 def parse_json(text: str, list_only: bool = True) -> tuple[list, str | None]:
@@ -636,8 +630,8 @@ def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
         name = f"reward_failed_{type(error).__name__}"
         if (task, name) not in reported:
             reported.add((task, name))
-            print(f"the reward of task {task!r} failed on {response[:200]!a}; it counts as 0 points")
-            traceback.print_exc()
+            say(f"the reward of task {task!r} failed on {response[:200]!a}; it counts as 0 points\n"
+                + traceback.format_exc())
         return None, name
 
 

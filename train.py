@@ -18,10 +18,9 @@ Glossary
 import contextlib
 import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +39,7 @@ from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer
                                  room_for, save_checkpoint, sound_checkpoint)
 from support.curves import draw_curves, tensorboard_writer, write_line
 from support.features import remember_pictures
+from support.files import remove
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
 from support.lora import PARTS, add_lora, freeze, load_adapter, merge_after
 from support.mistakes import Mistake, Stopped, run_main, stop_signals
@@ -48,9 +48,11 @@ from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr, share_of_lr, short_run
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, check_same_weights, gather_json, leave_ranks, start_ranks, wait_for_all
-from support.runs import open_run, read_lines, run_and_step, saved_options
+from support.runs import check_ours, is_ours, open_run, read_log, run_and_step, saved_options
+from support.screen import CONTROL, say
 from support.sources import Source, noticed, read, take
 from support.verify_math import ended_now
+from support.weights import local_folder, model_digest
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
 CHECKED_EVERY = 50  # steps between two looks at whether all ranks hold the same weights; before a checkpoint as well
@@ -110,7 +112,7 @@ class Config:
     columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, "
                           "choices, id")
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
-    seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights")
+    seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights", least=0)
 
     rollouts: int = option(8, "sampling", "G, rollouts of each prompt [recipe 8]", least=1)
     max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]",
@@ -177,6 +179,8 @@ class Config:
         """Mistake: an option that cannot be, by its flag."""
         for flag, wrong, rule in (
                 ("name", Path(self.name).name != self.name or self.name == "..", "must be a folder's name, not a path"),
+                ("name", len(self.name.encode(errors="replace")) > 200 or CONTROL.search(self.name),
+                 "must be a name of at most 200 bytes, without control characters"),
                 ("prompts_per_step", self.prompts_per_step % world, f"must be a multiple of the {world} ranks"),
                 ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
@@ -191,14 +195,16 @@ class Config:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
 
 
-def parse_config(arguments: list[str] | None = None) -> Config:
-    resumable = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
-                 "eval_every", "save_every", "keep", "keep_best", "log_every", "micro_rows", "max_row_tokens",
-                 "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "offload_optimizer",
-                 "image_cache", "tensorboard")
+# What may change when a run goes on. All else belongs to its checkpoints as well.
+RESUMABLE = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
+             "eval_every", "save_every", "keep", "keep_best", "log_every", "micro_rows", "max_row_tokens",
+             "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "offload_optimizer",
+             "image_cache", "tensorboard")
 
+
+def parse_config(arguments: list[str] | None = None) -> Config:
     def read_flags(flags: list[str] | None) -> Config:
-        return parse(Config, "train.py", __doc__, flags, PRESETS, resumable, saved_options)
+        return parse(Config, "train.py", __doc__, flags, PRESETS, RESUMABLE, saved_options)
     cfg = read_flags(arguments)
     if not cfg.resume and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         if not cfg.name:
@@ -381,7 +387,7 @@ class Job:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text)
+            say(text)
 
     def log(self, line: dict) -> None:
         if self.rank == 0:
@@ -402,20 +408,29 @@ def set_up() -> Job:
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
     rank, world, device = start_ranks()
     checkpoint, passed_over = checkpoint_to_resume(cfg, rank, device) if cfg.resume else (None, [])
+    before = read_state(checkpoint) if checkpoint else FIRST
+    if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
+        cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
+    options = {name: value for name, value in asdict(cfg).items() if name not in (*RESUMABLE, "name")}
+    if checkpoint:
+        check_options(cfg, options, before, checkpoint)
     processor = Processor(checkpoint or cfg.model)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
-    fingerprint = gather_json(sources[0].fingerprint, device)[0]       # of rank 0: another node may hold a copy
-    state = {**(read_state(checkpoint) if checkpoint else FIRST), "data": fingerprint}
-    if checkpoint and not cfg.accept_changed_data and read_state(checkpoint)["data"] not in ("", fingerprint):
+    # Of rank 0: another node may hold a copy. The model behind an adapter or --kl is in no checkpoint.
+    fingerprint, base = gather_json([sources[0].fingerprint, model_digest(
+        local_folder(cfg.model), not cfg.random_weights) if rank == 0 and (cfg.lora_rank or cfg.kl) else ""], device)[0]
+    state = {**before, "data": fingerprint, "base": base, "options": options}
+    if before["base"] not in ("", base):
+        raise Mistake(f"--model {cfg.model} is not the model that {cfg.resume} began from: its weights or its "
+                      "config.json have been replaced. Bring it back")
+    if before["data"] not in ("", fingerprint) and not cfg.accept_changed_data:
         raise Mistake(f"--data {cfg.data} has changed since {checkpoint}: rows were added, removed or changed. Bring "
                       "it back, or go on with what it is now by --accept-changed-data")
     if cfg.cuda_graphs and device.type != "cuda":
         raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
     if cfg.tensorboard:
         tensorboard_writer()
-    if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
-        cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
@@ -424,8 +439,8 @@ def set_up() -> Job:
         use_onednn(model)
     freeze(model, cfg.freeze)
     if cfg.lora_rank:
-        base = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, base)
+        of = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, of, state["base"])
         if checkpoint:
             load_adapter(model, checkpoint)
     if cfg.image_cache:
@@ -468,6 +483,17 @@ def checkpoint_to_resume(cfg: Config, rank: int, device) -> tuple[Path | None, l
     return Path(found) if found else None, said
 
 
+def check_options(cfg: Config, options: dict, before: dict, checkpoint: Path) -> None:
+    """Raises Mistake if a run cannot go on with these options. before: the state of its checkpoint."""
+    if before["step"] > cfg.steps:
+        raise Mistake(f"--steps {cfg.steps}: {checkpoint} has {before['step']} steps already; give more, or go on from "
+                      "an earlier checkpoint by --from-step")
+    for name, value in before["options"].items():
+        if name not in (*RESUMABLE, "name") and options.get(name) != value:
+            raise Mistake(f"{cfg.resume}/config.json says {name} {options.get(name)!r}, but {checkpoint} was trained "
+                          f"with {value!r}: is it another run's, or was it edited? Bring back the options of this run")
+
+
 def show_example(job: Job) -> None:
     """One example as it is trained on: whether the data is what it was taken for shows here first."""
     cfg, (example,) = job.cfg, take(job.source, range(job.state["cursor"], job.state["cursor"] + 1), job.cfg.seed)
@@ -485,29 +511,29 @@ def show_example(job: Job) -> None:
 def train_step(job: Job) -> dict:
     """Samples, updates, measures: a line of metrics.jsonl. Advances job.state. Stopped: a signal has come, and nothing
     has changed."""
-    cfg, state, meter, began = job.cfg, job.state, Meter(), time.time()
+    cfg, state, meter, began = job.cfg, job.state, Meter(), time.perf_counter()
     set_lr(cfg, job.optimizers, state["step"])
     share = cfg.prompts_per_step // job.world
     first, bad = state["cursor"] + job.rank * share, len(job.source.bad)
     prompts = [job.processor.prompt(e) for e in take(job.source, range(first, first + share), cfg.seed)]
-    loaded = time.time()
+    loaded = time.perf_counter()
     if len(job.source.bad) > bad:
         meter.total("left_out", len(job.source.bad) - bad)
     try:
         groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first, job.stopped)
     except Stopped:
         groups = []
-    ready = time.time()
+    ready = time.perf_counter()
     wait_for_all("sampling")        # before any other collective, which would wait without a name
-    waited = time.time() - ready
+    waited = time.perf_counter() - ready
     if not all(gather_json(bool(groups), job.device)):      # on all ranks, wherever the signal came first
         raise Stopped
     measure_groups(groups, meter)
     if unverified := ended_now():
         meter.total("errors/math_ended", unverified)
-    sampled = time.time()
+    sampled = time.perf_counter()
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter, job.stopped)
-    ended = time.time()
+    ended = time.perf_counter()
     finite = math.isfinite(loss) and math.isfinite(norm)
     state.update(step=state["step"] + 1, cursor=state["cursor"] + cfg.prompts_per_step,
                  bad_steps=0 if finite else state["bad_steps"] + 1)
@@ -517,9 +543,10 @@ def train_step(job: Job) -> dict:
         line["examples"] = sum(gather_json([prompt.example.id for prompt in prompts], job.device), [])
     drawn, trained, waited = add_over_ranks(
         [sum(len(o.tokens) for g in groups for o in g.rollouts), tokens, waited / job.world], job.device)
-    if drawn:
-        line["sampling_tokens_per_s"] = drawn / (sampled - loaded)
-    return {**line, "training_tokens_per_s": trained / (ended - sampled), "peak_memory_gb": peak_memory_gb(job.device),
+    for name, count, seconds in (("sampling", drawn, sampled - loaded), ("training", trained, ended - sampled)):
+        if count and seconds > 0:
+            line[f"{name}_tokens_per_s"] = count / seconds
+    return {**line, "peak_memory_gb": peak_memory_gb(job.device),
             "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded,
             "seconds_waiting": waited}
 
@@ -584,9 +611,9 @@ def dry_run(job: Job) -> None:
     for name, (call, times) in parts.items():
         if name == "update":
             call()                     # to warm up
-        began = time.time()
+        began = time.perf_counter()
         call()
-        seconds[name] = max(gather_json((time.time() - began) * times, job.device))
+        seconds[name] = max(gather_json((time.perf_counter() - began) * times, job.device))
     gigabytes = max(gather_json(peak_memory_gb(job.device), job.device))
     step = seconds["update"] + seconds.get("sampling", 0.0)
     evaluations = bool(evaluated) * (1 + (-(-cfg.steps // cfg.eval_every) if cfg.eval_every else 1))
@@ -602,7 +629,7 @@ def main() -> None:
     if cfg.dry_run:
         dry_run(job)
         return leave_ranks()
-    evaluated = {line["step"] for line in read_lines(Path(cfg.resume))[0] if "eval" in line} if cfg.resume else set()
+    evaluated = {line["step"] for line in read_log(Path(cfg.resume))[0] if "eval" in line} if cfg.resume else set()
     if state["step"] >= cfg.steps and not (job.held_out and state["step"] not in evaluated):
         job.say(f"{cfg.resume} is finished: it has its {cfg.steps} steps. --steps N makes it longer")
         return leave_ranks()
@@ -616,8 +643,8 @@ def main() -> None:
                                    "saved")
         loop(job)
     except BaseException:
-        if job.rank == 0 and not state["step"] and not cfg.resume:
-            shutil.rmtree(job.run)      # it holds nothing yet
+        if job.rank == 0 and not state["step"] and not cfg.resume and is_ours(job.run):
+            remove(job.run)             # it holds nothing yet
         raise
     leave_ranks()
 
@@ -639,7 +666,7 @@ def best_step(metric: str, history: dict[str, dict]) -> int | None:
 def loop(job: Job) -> None:
     """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come."""
     cfg, state = job.cfg, job.state
-    lines, _ = read_lines(job.run)
+    lines, _ = read_log(job.run)
     history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
     if before := [line["lr"] for line in lines if "lr" in line][-1:]:
         now, then = (cfg.lr * share_of_lr(cfg, step) for step in (state["step"], state["step"] - 1))
@@ -649,12 +676,14 @@ def loop(job: Job) -> None:
     saved = state["step"]
     with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
         while True:
-            step, done = state["step"], state["step"] == cfg.steps
+            step, done = state["step"], state["step"] >= cfg.steps
             stopping = any(gather_json(bool(job.stopped), job.device))
             regular = cfg.save_every and step % cfg.save_every == 0
             if not step % CHECKED_EVERY or done or regular:
                 check_same_weights(job.ddp.module, job.device)
             if step > saved and (done or not state["bad_steps"] and (stopping or regular)):
+                if job.rank == 0:
+                    check_ours(job.run)
                 save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
                 saved = step
             try:

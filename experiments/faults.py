@@ -62,10 +62,10 @@ def end_of(torchrun: subprocess.Popen, ranks: list[int], patience: float = 120) 
 def same(a: Path, b: Path, step: int) -> bool:
     """Whether two runs have the same weights and optimizer after a step, to the bit, and the same log but for its
     clocks."""
-    from support.checkpoints import digest
-    from support.runs import read_lines
+    from support.files import digest
+    from support.runs import read_log
     clock = ("seconds", "per_s", "memory")
-    logs = [[{k: v for k, v in line.items() if not any(c in k for c in clock)} for line in read_lines(run)[0]]
+    logs = [[{k: v for k, v in line.items() if not any(c in k for c in clock)} for line in read_log(run)[0]]
             for run in (a, b)]
     files = ("model.safetensors", "optimizer_0.safetensors")
     folders = [run / f"checkpoints/step_{step}" for run in (a, b)]
@@ -130,19 +130,19 @@ def endurance(steps: int) -> None:
     flags = ["--resume", str(run)] if (run / "config.json").exists() else ["--name", "long", "--steps", str(steps)]
     job = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=PLACE, stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    from support.runs import read_lines
+    from support.runs import read_log
     with open(seen_file, "a") as seen:
         while job.poll() is None:
             with contextlib.suppress(OSError, IndexError, StopIteration):
                 pages = int(Path(f"/proc/{job.pid}/statm").read_text().split()[1])
                 files = len(os.listdir(f"/proc/{job.pid}/fd"))
-                step = read_lines(run)[0][-1]["step"]
+                step = read_log(run)[0][-1]["step"]
                 gb = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
                 seen.write(json.dumps({"step": step, "gb": gb, "files": files}) + "\n")
                 seen.flush()
             time.sleep(5)
     rows = [json.loads(line) for line in seen_file.read_text().splitlines()]
-    lines = [line for line in read_lines(run)[0] if "seconds" in line]
+    lines = [line for line in read_log(run)[0] if "seconds" in line]
     for low, high in ((100, 500), (500, 1000), (1000, 1500), (1500, steps + 1)):
         part = [row for row in rows if low <= row["step"] < high]
         pace = [line["seconds"] for line in lines if low <= line["step"] < high]

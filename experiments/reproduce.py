@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support import scenes  # noqa: E402
-from support.runs import read_config, read_lines, versions  # noqa: E402
+from support.runs import read_config, read_log, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
 PAGES = ("README.md", "experiments/README.md", "docs/sensitivity.md")
@@ -142,7 +142,7 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def steps_of(run: Path) -> list[dict]:
-    return [line for line in read_lines(run)[0] if "eval" not in line]
+    return [line for line in read_log(run)[0] if "eval" not in line]
 
 
 def answer(model: str, split: str, out: str) -> dict[str, float]:
@@ -295,7 +295,7 @@ def make(name: str, rate: float, seed: int) -> str:
     if lines:
         result |= {"seconds": round(seconds), "peak_memory_gb": max(line["peak_memory_gb"] for line in lines),
                    "course": course(lines)}
-        evaluated = {line["step"]: line["eval"] for line in read_lines(run)[0]
+        evaluated = {line["step"]: line["eval"] for line in read_log(run)[0]
                      if "eval" in line and (run / "checkpoints" / f"step_{line['step']}").is_dir()}
         step = max(evaluated, key=lambda s: score(evaluated[s]))     # of those kept, the first of the best
         last = step == stage_lines[-1]["step"]

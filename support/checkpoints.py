@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, and used only where every file is what was written. Nothing is pickled.
 
     runs/NAME/checkpoints/step_N/    a complete model folder, optimizer_K.safetensors, state.json
-    state.json                       step, cursor, bad_steps, the fingerprint of the data; under "files" the SHA-256 of
-                                     every other file, under "digest" that of state.json's own fields
+    state.json                       step, cursor, bad_steps, the fingerprint of the data, the digest of the model that
+                                     an adapter or --kl needs besides, the options; under "files" the SHA-256 of every
+                                     other file, under "digest" that of state.json's own fields
 
 All randomness of a run is a function of (seed, place in the endless sequence of examples), so a step number and a
 cursor restore it.
@@ -18,25 +19,29 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from support.files import as_json, check_regular, digest, read_record, remove, sync, writing
 from support.lora import adapters
 from support.mistakes import Mistake
 from support.optimizers import learn, state_bytes
+from support.screen import say
 
-FIRST = {"step": 0, "cursor": 0, "bad_steps": 0, "data": ""}      # the state of a run before its first step
+# The state of a run before its first step.
+FIRST: dict = {"step": 0, "cursor": 0, "bad_steps": 0, "data": "", "base": "", "options": {}}
 
 
-def checkpoints(run: Path) -> dict[int, Path]:
-    """Step → folder, in the order of the steps. Folders of any other name are no checkpoints."""
-    steps = {p.name.removeprefix("step_"): p for p in (run / "checkpoints").glob("step_*") if p.is_dir()}
+def places(run: Path) -> dict[int, Path]:
+    """Step → what has the name of its checkpoint, in the order of the steps. step_08 or step_8_backup have not."""
+    steps = {p.name.removeprefix("step_"): p for p in (run / "checkpoints").glob("step_*")}
     return {step: steps[str(step)] for step in sorted(int(s) for s in steps if s.isdecimal() and str(int(s)) == s)}
 
 
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Step → folder, in the order of the steps."""
+    return {step: path for step, path in places(run).items() if path.is_dir()}
 
 
 def digest_of(state: dict) -> str:
@@ -46,22 +51,26 @@ def digest_of(state: dict) -> str:
 
 def read_state(folder: Path) -> dict:
     """The fields of FIRST, from state.json."""
-    state = json.loads((folder / "state.json").read_text())
+    state = read_record(folder / "state.json")
     return {name: state.get(name, value) for name, value in FIRST.items()}
 
 
 def fault(folder: Path, weights_only: bool = False) -> str | None:
-    """What is wrong with a checkpoint, None if nothing. weights_only: whatever its optimizer's files are. Of one from
-    before there were digests only state.json is looked at."""
-    try:
-        state = json.loads((folder / "state.json").read_bytes())
-    except FileNotFoundError:
+    """Returns what is wrong with a checkpoint, None if nothing. weights_only: ignore the optimizer's files. In
+    checkpoints older than the digests, only state.json is checked."""
+    if not os.path.lexists(folder / "state.json"):
         return "state.json is missing"
-    except (OSError, ValueError):
+    try:
+        state = read_record(folder / "state.json")
+    except Mistake:
         return "state.json cannot be read"
-    numbers = ("step", "cursor", "bad_steps")
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in numbers):
+    kinds = {name: type(value) for name, value in FIRST.items() if name in state} | dict.fromkeys(
+        ("step", "cursor", "bad_steps"), int)
+    if any(type(state.get(name)) is not kind for name, kind in kinds.items()) or not isinstance(
+            state.get("files", {}), dict) or min(state["step"], state["cursor"], state["bad_steps"]) < 0:
         return "state.json is not that of a checkpoint"
+    if folder.name != f"step_{state['step']}":
+        return f"it holds step {state['step']}"
     if "files" not in state:
         return None
     if state.get("digest") != digest_of(state):
@@ -70,18 +79,19 @@ def fault(folder: Path, weights_only: bool = False) -> str | None:
         if weights_only and name.startswith("optimizer_"):
             continue
         try:
+            check_regular(folder / name)
             if digest(folder / name) != written:
                 return f"{name} is not what was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
+        except Mistake:
+            return f"{name} is {'no file' if os.path.lexists(folder / name) else 'missing'}"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
 def sound_checkpoint(run: Path, step: int = 0, weights_only: bool = False) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without a fault, None if there is none, and what to say of those that were passed over.
-    step: that one and no other. Mistake: it is not there or has a fault, or all have."""
+    """Returns the newest checkpoint without a fault, None if there is none, and what to say of those passed over.
+    step: that one and no other. Raises Mistake if it is not there or has a fault, or if all have."""
     found = checkpoints(run)
     said: list[str] = []
     if step and step not in found:
@@ -101,27 +111,34 @@ def newest_checkpoint(run: Path) -> Path:
     folder, said = sound_checkpoint(run, weights_only=True)
     if not folder:
         raise Mistake(f"{run} holds no checkpoint yet; torchrun train.py --resume {run} goes on with it")
-    if os.environ.get("RANK", "0") == "0":
-        print("".join(f"{line}\n" for line in said), end="", file=sys.stderr)
+    for line in said if os.environ.get("RANK", "0") == "0" else ():
+        say(line, sys.stderr)
     return folder
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, rank: int) -> None:
-    """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is complete."""
+    """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is complete. What stands in
+    its place, which cannot be of this run, is set aside."""
     folder = run / "checkpoints" / f"step_{state['step']}"
     for optimizer in optimizers:
         if is_sharded(optimizer):
             optimizer.consolidate_state_dict(to=0)
-    if rank == 0 and not folder.exists():
-        temporary = folder.with_name(f".unfinished_{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        for k, optimizer in enumerate(optimizers):
-            save_file(optimizer_tensors(optimizer), temporary / f"optimizer_{k}.safetensors")
-        written = {**state, "files": {path.name: digest(path) for path in sorted(temporary.iterdir())}}
-        (temporary / "state.json").write_text(json.dumps({**written, "digest": digest_of(written)}, indent=1) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
+    if rank == 0:
+        temporary = unfinished(folder)
+        try:
+            with writing(temporary):
+                model.save_pretrained(temporary)
+                for k, optimizer in enumerate(optimizers):
+                    save_file(optimizer_tensors(optimizer), temporary / f"optimizer_{k}.safetensors")
+            written = {**state, "files": {path.name: digest(path) for path in sorted(temporary.iterdir())}}
+            (temporary / "state.json").write_text(as_json({**written, "digest": digest_of(written)}, 1))
+            for path in [*temporary.iterdir(), temporary]:
+                sync(path)
+        except OSError:
+            remove(temporary)       # on a full disk, room for what comes next
+            raise
+        if os.path.lexists(folder):
+            say(f"{folder} was there before: it is now {set_aside(folder).name}")
         temporary.rename(folder)
         sync(folder.parent)
     for optimizer in optimizers:
@@ -132,29 +149,34 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
     model.folder = folder       # type: ignore[assignment]
 
 
+def unfinished(folder: Path) -> Path:
+    """Another name for the folder of a checkpoint, by which it is none; nothing is there any more."""
+    path = folder.with_name(f".unfinished_{folder.name}")
+    remove(path)
+    return path
+
+
 def keep_newest(run: Path, count: int, best: int | None) -> None:
     """Removes all checkpoints but the `count` newest and that of step `best`; with count 0 none."""
     found = checkpoints(run)
     for step in list(found)[:-count] if count else []:
         if step != best:
-            gone = found[step].with_name(f".unfinished_{found[step].name}")   # half removed, it is none any more
-            found[step].rename(gone)
-            shutil.rmtree(gone)
+            remove(found[step].rename(unfinished(found[step])))
 
 
-def set_aside(run: Path, start: int) -> list[str]:
-    """Makes room for the checkpoints of a run that goes on from step `start`: later ones get another name, what was
-    never finished is removed. Returns what to say."""
+def set_aside(path: Path) -> Path:
+    """Gives what stands in the place of a checkpoint another name, which it returns."""
+    others = len(list(path.parent.glob(f"{path.name}_before_resume*")))
+    return path.rename(path.with_name(f"{path.name}_before_resume" + (f"_{others + 1}" if others else "")))
+
+
+def set_later_aside(run: Path, start: int) -> list[str]:
+    """Makes room for the checkpoints of a run that goes on from step `start`: later ones, and whatever stands in the
+    place of one, get another name; what was never finished is removed. Returns what to say."""
     for path in (run / "checkpoints").glob(".unfinished_*"):
-        shutil.rmtree(path, ignore_errors=True)
-    said = []
-    for step, folder in checkpoints(run).items():
-        if step > start:
-            others = len(list(folder.parent.glob(f"{folder.name}_before_resume*")))
-            aside = folder.with_name(f"{folder.name}_before_resume" + (f"_{others + 1}" if others else ""))
-            folder.rename(aside)
-            said.append(f"{folder} is later than step {start}: it is now {aside.name}")
-    return said
+        remove(path)
+    later = {step: path for step, path in places(run).items() if step > start}
+    return [f"{path} is later than step {start}: it is now {set_aside(path).name}" for path in later.values()]
 
 
 def room_for(run: Path, model: nn.Module, kept: int) -> list[str]:
@@ -177,12 +199,6 @@ def is_sharded(optimizer) -> bool:
     return hasattr(optimizer, "consolidate_state_dict")
 
 
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def optimizer_tensors(optimizer) -> dict[str, Tensor]:
     """Optimizer state as named tensors: "number of the parameter.quantity"."""
     return {f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
@@ -190,18 +206,24 @@ def optimizer_tensors(optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer, path: Path) -> None:
-    """The inverse. A sharded optimizer takes its own part, so the number of ranks may have changed."""
+    """The inverse. A sharded optimizer takes its own part, so the number of ranks may have changed. Raises Mistake if
+    the file is damaged or another optimizer's."""
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in load_file(path).items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = tensor
+    check_regular(path)
+    try:
+        for key, tensor in load_file(path).items():
+            index, name = key.split(".", 1)
+            state[int(index)][name] = tensor
+    except (SafetensorError, ValueError) as error:
+        raise Mistake(f"{path} is damaged or no optimizer's ({error})") from None
     groups, first = [], 0
     for group in optimizer.param_groups:
         count = len(group["params"])
         groups.append({**group, "params": list(range(first, first + count))})
         first += count
     if set(state) != set(range(first)):
-        raise ValueError(f"{path} holds the state of {len(state)} parameters; the optimizer has {first}")
+        raise Mistake(f"{path} holds the state of {len(state)} parameters; the optimizer has {first}: is it of another "
+                      "run?")
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
     if is_sharded(optimizer):
         optimizer.state.clear()         # a second copy of what its inner optimizer has just taken

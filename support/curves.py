@@ -1,10 +1,10 @@
 """runs/NAME/curves.png: what metrics.jsonl holds, drawn; and the same of several runs, one over the other."""
-import json
 import re
 from pathlib import Path
 
+from support.files import append, as_json
 from support.mistakes import Mistake
-from support.runs import read_lines
+from support.runs import check_ours, read_log
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,7 +34,7 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     if not (Path(run) / "metrics.jsonl").exists():
         raise Mistake(f"{run} is no run of train.py: it has no metrics.jsonl")
     series: dict[str, tuple[list[int], list[float]]] = {}
-    for line in read_lines(Path(run))[0]:
+    for line in read_log(Path(run))[0]:
         values = {f"EVAL {k}": v for k, v in line["eval"].items()} if "eval" in line else line
         for name, value in values.items():
             if isinstance(value, (int, float)):
@@ -101,8 +101,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 def write_line(run: Path, line: dict, tensorboard: bool) -> None:
     """Adds a line to metrics.jsonl, and to the event files; the curves are drawn anew after an evaluation, and every
     DRAWN_EVERY steps."""
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    check_ours(run)
+    append(run / "metrics.jsonl", as_json(line))
     if tensorboard:
         write_events(run, line)
     if "eval" in line or line["step"] % DRAWN_EVERY == 0:

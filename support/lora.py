@@ -9,17 +9,18 @@ the gradients are ∂L/∂B = s·gᵀ·(x·Aᵀ) and ∂L/∂A = s·(g·B)ᵀ·x
 A checkpoint is an adapter in the layout of PEFT, which `peft` opens, with the tokenizer and the config of its base.
 experiments/merge.py makes a whole model of it.
 """
-import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.mistakes import Mistake, read_record
+from support.files import as_json, check_regular, read_record
+from support.mistakes import Mistake
 
 # What can be frozen → how the names of its parameters begin.
 PARTS = {"tower": ("visual.patch_embed.", "visual.pos_embed.", "visual.blocks."),
@@ -54,6 +55,7 @@ class LowRank(nn.Module):
     base: Tensor
     alpha: float
     of: str             # the base by its path or hub id
+    digest: str         # and what it is (weights.model_digest)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -83,10 +85,11 @@ def freeze(model: nn.Module, parts: str) -> None:
         raise Mistake(f"--freeze {parts} leaves nothing that learns")
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str) -> None:
+def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str, digest: str = "") -> None:
     """Freezes the model, and gives an adapter to each of its Linears that was not frozen before and whose name
     `targets`, a regular expression, matches at its beginning. A is drawn from torch's global generator as PEFT draws
-    it, B is 0. of: the model by its path or hub id. Mistake: no name matches."""
+    it, B is 0. of: the model by its path or hub id; digest: weights.model_digest of it. Raises Mistake if no name
+    matches."""
     try:
         chosen = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
                   and name != "lm_head" and re.match(targets, name) and layer.weight.requires_grad]
@@ -105,7 +108,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str) -
         layer.lora_B = nn.Parameter(torch.zeros(N, rank, dtype=wide))
         base = layer.weight.detach().to("cpu", copy=True)
         layer.__class__ = type("LowRankLinear", (LowRank, type(layer)), {})
-        vars(layer).update(base=base.pin_memory() if layer.weight.is_cuda else base, alpha=alpha, of=of)
+        vars(layer).update(base=base.pin_memory() if layer.weight.is_cuda else base, alpha=alpha, of=of,
+                           digest=digest)
         layer.to(layer.weight.device)
 
 
@@ -126,6 +130,7 @@ def merge_after(optimizer, model: nn.Module) -> None:
 class Adapter:
     folder: Path
     of: str                                     # the base by its path or hub id
+    base: str                                   # its digest; "" where nobody wrote it down
     alpha: float
     matrices: dict[str, tuple[Tensor, Tensor]]  # name of a layer → A, B
 
@@ -139,22 +144,28 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     layers = adapters(model)
     tensors = {name_in_peft(name, which): getattr(layer, f"lora_{which}").detach().cpu()
                for name, layer in layers.items() for which in "AB"}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     some = next(iter(layers.values()))
+    save_file(tensors, folder / WEIGHTS, {"format": "pt", "base": some.digest})
     targets = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in tensors})
-    (folder / CONFIG).write_text(json.dumps({
+    (folder / CONFIG).write_text(as_json({
         "peft_type": "LORA", "base_model_name_or_path": some.of, "r": len(some.lora_A), "lora_alpha": some.alpha,
-        "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "inference_mode": True}, indent=1) + "\n")
+        "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "inference_mode": True}, 1))
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Mistake: it is not the plain LoRA of this file, or it is damaged."""
-    config = read_record(folder / CONFIG)
+    """Raises Mistake if it is not the plain LoRA of this file, or damaged."""
+    config = read_record(folder / CONFIG, base_model_name_or_path=str, r=int)
+    of, alpha = config["base_model_name_or_path"], config.get("lora_alpha")
+    check_regular(folder / WEIGHTS)
     try:
-        stored = load_file(folder / WEIGHTS)
-        of, alpha = config["base_model_name_or_path"], config["lora_alpha"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+            stored = {name: weights.get_tensor(name) for name in weights.keys()}
+            base = (weights.metadata() or {}).get("base", "")
+    except (OSError, SafetensorError) as error:
         raise Mistake(f"{folder}: the adapter cannot be read ({type(error).__name__}: {error})") from None
+    if config["r"] < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise Mistake(f"{folder / CONFIG}: r is {config['r']} and lora_alpha {str(alpha)[:100]!r}; r must be 1 or "
+                      "more, and lora_alpha a number")
     for field, plain in (("peft_type", "LORA"), ("bias", "none")):
         if config.get(field, plain) != plain:
             raise Mistake(f"{folder / CONFIG}: {field} is {config[field]!r}; only {plain!r} is supported")
@@ -170,7 +181,13 @@ def read_adapter(folder: Path) -> Adapter:
         matrices.setdefault(name, {})[found[2]] = tensor
     if torn := [name for name, pair in matrices.items() if len(pair) < 2]:
         raise Mistake(f"{folder / WEIGHTS}: {torn[0]} has only one of A and B")
-    return Adapter(folder, of, alpha, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()})
+    for name, pair in matrices.items():
+        if pair["A"].dim() != 2 or pair["B"].dim() != 2 or not len(pair["A"]) == pair["B"].shape[1] == config["r"]:
+            raise Mistake(f"{folder / WEIGHTS}: A and B of {name} are of shapes {tuple(pair['A'].shape)} and "
+                          f"{tuple(pair['B'].shape)}; {CONFIG} says that their rank r is {config['r']}")
+    if not matrices:
+        raise Mistake(f"{folder / WEIGHTS} holds no matrices")
+    return Adapter(folder, of, base, alpha, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()})
 
 
 @torch.no_grad()

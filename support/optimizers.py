@@ -87,8 +87,9 @@ def make_optimizers(cfg, model: nn.Module) -> list:
         embedding = model.model.embed_tokens.weight, model.lm_head.weight
         matrices = [p for p in parameters if p.dim() == 2 and not any(p is e for e in embedding)]
         rest = [p for p in parameters if not any(p is m for m in matrices)]
-        return [torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW(rest, **adamw)]
+        muon = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        return ([torch.optim.Muon(matrices, **muon)] if matrices else []) + (     # an adapter has matrices alone
+            [torch.optim.AdamW(rest, **adamw)] if rest else [])
     if dist.get_world_size() == 1:
         return [kind(parameters, **adamw)]
     from torch.distributed.optim import ZeroRedundancyOptimizer     # takes more than a second: only where it is used
@@ -96,16 +97,16 @@ def make_optimizers(cfg, model: nn.Module) -> list:
 
 
 def share_of_lr(cfg, step: int) -> float:
-    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all steps.
-    step from 0."""
+    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all steps;
+    never below 0. step from 0."""
     up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     down = (cfg.steps - step) / (cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
-    return min(1.0, up, down)
+    return max(0.0, min(1.0, up, down))
 
 
 def short_run(cfg) -> str:
     """What a person should know of a run whose warm-up and cool-down meet."""
-    most = max(share_of_lr(cfg, step) for step in range(cfg.steps))
+    most = max(share_of_lr(cfg, step) for step in range(min(cfg.steps, cfg.warmup_steps + 1)))
     return "" if most == 1 else (
         f"; {cfg.steps} steps are so few that the learning rate reaches {most * cfg.lr:.1e} only, of {cfg.lr:.1e} "
         f"(--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")

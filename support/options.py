@@ -1,12 +1,29 @@
 """Command lines of a dataclass: one flag a field, grouped, with the defaults of a preset or of a run that goes on."""
 import argparse
 import dataclasses
+import difflib
 import math
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from support.mistakes import Mistake
+
+MOST = 2 ** 63 - 1      # of a whole number; PyTorch takes no larger seed
+# What other trainers, or torchrun, call a flag or a choice → what it is here.
+CHOICES = {"grpo": "rlvr (GRPO)", "rl": "rlvr", "float16": "bfloat16", "fp16": "bfloat16", "bf16": "bfloat16"}
+FLAGS = {
+    "--batch-size": "--prompts-per-step is the batch, --micro-rows and --sampling-batch are what is computed at once",
+    "--epochs": "--steps counts what is trained; an epoch is the rows of the data / --prompts-per-step",
+    "--num-generations": "--rollouts is G", "--group-size": "--rollouts is G", "--beta": "--kl is its weight",
+    "--output-dir": "--name NAME is the folder runs/NAME", "--bf16": "--precision bfloat16",
+    "--gradient-checkpointing": "--checkpoint-activations",
+    "--gradient-accumulation-steps": "--prompts-per-step is the batch, --micro-rows how many rows are computed at once",
+    "--device": "a GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses, and empty it means the CPU",
+    "--gpus": "torchrun --nproc-per-node N takes N GPUs",
+    "--wandb": "--tensorboard writes event files; metrics.jsonl holds every number",
+    "--nproc-per-node": "an option of torchrun stands before the script: torchrun --nproc-per-node N train.py",
+    "--nnodes": "an option of torchrun stands before the script: torchrun --nnodes N train.py"}
 
 
 def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None):
@@ -17,15 +34,29 @@ def option(default, group: str, text: str, choices: tuple = (), least=None, most
                                                         "least": least, "most": most, "above": above})
 
 
+def check_saved(kind: type, saved: dict, where: Path) -> None:
+    """Raises Mistake if the options of a run are not those of `kind`, by name and by type."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for name, value in saved.items():
+        if name not in fields:
+            raise Mistake(f"{where}: there is no option {name[:100]!r} here; go on with the version of the code that "
+                          "wrote it (its git commit stands there), or take the option out")
+        wanted, choices = fields[name].type, fields[name].metadata["choices"]
+        if type(value) is not wanted and (wanted, type(value)) != (float, int) or choices and value not in choices:
+            raise Mistake(f"{where}: the option {name} is {str(value)[:100]!r}; it must be "
+                          + (f"one of {', '.join(choices)}" if choices else f"of type {wanted.__name__}"))
+
+
 def check_numbers(options) -> None:
-    """Mistake: a number that is not finite or not within the limits of its option, by its flag."""
+    """Raises Mistake if a number is not finite or not within the limits of its option, by its flag."""
     for f in dataclasses.fields(options):
         value, limits = getattr(options, f.name), f.metadata
         if f.type not in (int, float):
             continue
-        rules = ((math.isfinite(value), "a finite number"),
+        most = MOST if limits["most"] is None and f.type is int else limits["most"]
+        rules = ((f.type is int or math.isfinite(value), "a finite number"),
                  (limits["least"] is None or value >= limits["least"], f"at least {limits['least']}"),
-                 (limits["most"] is None or value <= limits["most"], f"at most {limits['most']}"),
+                 (most is None or value <= most, f"at most {most}"),
                  (limits["above"] is None or value > limits["above"], f"above {limits['above']}"))
         for kept, rule in rules:
             if not kept:
@@ -50,7 +81,9 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
             chosen = argparse.Namespace(preset=None, resume=None)
         resume, defaults = chosen.resume, defaults | presets.get(chosen.preset, {})
         if resume:
-            defaults |= saved_options(Path(resume))
+            saved = saved_options(Path(resume))
+            check_saved(kind, saved, Path(resume))
+            defaults |= saved
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     usage=f"torchrun {script} [--OPTION VALUE …]", add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,7 +96,8 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
     given = vars(parser.parse_args(arguments))
     changed = [name for name in given if resume and name not in resumable and given[name] != defaults[name]]
     if changed:
-        flags = " ".join(f"--{name.replace('_', '-')} {given[name]}" for name in changed)
+        flags = " ".join(f"--{'no-' * (given[name] is False)}{name.replace('_', '-')}"
+                         + f" {given[name]}" * (not isinstance(given[name], bool)) for name in changed)
         raise Mistake(f"--resume goes on with the run as it was; {flags} would make another run of it. To start that "
                       f"one from its weights: torchrun {script} --model {resume} {flags}")
     options = kind(**{**defaults, **given})
@@ -87,18 +121,34 @@ def add_flag(group, f: dataclasses.Field, default) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are Mistakes: argparse's sentence, and for an unknown flag the one that is meant, of a name like it or
-    explained by its words (--learning-rate: --lr, the learning rate)."""
+    """Its errors are Mistakes: argparse's sentence, and what was probably meant."""
     arguments: list[str]
 
     def error(self, message: str) -> NoReturn:
-        import difflib
-        known = {flag: action.help or "" for action in self._actions for flag in action.option_strings}
-        near = []
-        for flag in (argument.split("=")[0] for argument in self.arguments if argument.startswith("--")):
-            if flag not in known:
-                words = flag[2:].replace("-", " ")
-                meant = [f for f, line in known.items() if words in line]
-                meant = meant or difflib.get_close_matches(flag, known, 1, 0.7)
-                near += [f"{flag}: did you mean {meant[0]}?"] if meant else []
-        raise Mistake(" ".join([message, *near, "(--help lists all options)"]))
+        actions = {flag: action for action in self._actions for flag in action.option_strings}
+        hints = []
+        for argument, following in zip(self.arguments, [*self.arguments[1:], "-"]):
+            flag, _, value = argument.partition("=")
+            action = actions.get(flag)
+            if action is None:
+                hints += self.unknown(flag, actions) if flag.startswith("--") else []
+            elif action.nargs == 0 and (value or not following.startswith("-")):
+                hints.append(f"{flag} takes no value; its opposite is "
+                             + (flag.replace("--no-", "--") if flag.startswith("--no-") else f"--no-{flag[2:]}"))
+            elif action.choices and (value or following) not in action.choices:
+                known = CHOICES.get((value or following).lower())
+                near = [known] if known else difflib.get_close_matches(value or following, action.choices, 1)
+                hints += [f"did you mean {meant}?" for meant in near]
+        raise Mistake(". ".join([message, *hints]) + " (--help lists all options)")
+
+    def unknown(self, flag: str, actions: dict) -> list[str]:
+        """What to say of a flag that there is none of: what stands for it here; else one with a name like it or
+        explained by its words (--learning-rate: --lr, the learning rate)."""
+        plain = flag.lower().replace("_", "-")
+        for other in difflib.get_close_matches(plain, FLAGS, 1, 0.75) + [o for o in FLAGS if plain.endswith(o[1:])]:
+            if not (here := FLAGS[other]).startswith("--") or here.split()[0] in actions:
+                return [f"{flag}: {here}"]
+        words = plain[2:].replace("-", " ")
+        meant = [known for known, action in actions.items() if known == plain or words in (action.help or "")]
+        meant = meant or difflib.get_close_matches(plain, actions, 1, 0.7)
+        return [f"{flag}: did you mean {meant[0]}?"] if meant else []

@@ -6,9 +6,9 @@
     runs/NAME/samples/step_N.png     answers of an evaluation
     runs/NAME/.lock                  held by the process that writes to the run
 """
+import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -18,17 +18,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from support.checkpoints import set_aside, sync
+from support.checkpoints import set_later_aside
+from support.files import as_json, read_lines, read_record, replace_file
 from support.mistakes import Mistake
 from support.ranks import gather_json
 
 NO_RUN_YET = {"config.json", ".lock"}      # all that a start leaves which was killed before its first line
-locks: dict = {}                           # folder → open file: a lock ends with its process, however that ends
+# folder → open file, which ends with its process, however that ends; what os.stat says of the folder
+locks: dict[str, tuple] = {}
 
 
 def versions() -> dict[str, str]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent, check=False).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):      # git is not there
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent, check=False).stdout.strip()
     names = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "einops", "scipy")
     return {"commit": commit or "unknown", "python": sys.version.split()[0], **{name: version(name) for name in names}}
 
@@ -53,13 +57,13 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
         if cfg.resume:
             old = read_config(run)
             record["before"] = [*old.pop("before", []), {"until_step": start, **old}]
-            lines, damaged = read_lines(run)
+            lines, damaged = read_log(run)
             if damaged:
                 said.append(f"{run / 'metrics.jsonl'}: {damaged} unreadable line(s) are left out")
             replace_file(run / "metrics.jsonl", "".join(
-                json.dumps(line) + "\n" for line in lines if start and line["step"] <= start))
-            said += set_aside(run, start)
-        replace_file(run / "config.json", json.dumps(record, indent=2) + "\n")
+                as_json(line) for line in lines if start and line["step"] <= start))
+            said += set_later_aside(run, start)
+        replace_file(run / "config.json", as_json(record, 2))
     dist.barrier()
     wait_until_seen(run, rank)
     return run, said
@@ -77,66 +81,84 @@ def wait_until_seen(run: Path, rank: int, seconds: int = 60) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Until this process ends, no other one writes to the folder. Mistake: another one does."""
-    if folder.resolve() in locks:
+    """Until this process ends, no other one writes to the folder. Raises Mistake if another one does."""
+    name = os.path.abspath(folder)
+    if name in locks:
         return
-    file = open(folder / ".lock", "a+")
-    try:
+    path = folder / ".lock"
+    try:    # a link could lead to a file that is not ours, and a pipe would be waited for
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise Mistake(f"process {file.read().strip() or 'unknown'} is writing to {folder}; wait for it, or end "
+        raise Mistake(f"process {file.read(20).strip() or 'unknown'} is writing to {folder}; wait for it, or end "
                       "it") from None
+    except OSError as error:
+        raise Mistake(f"{path} is no file that can be locked ({error.strerror or error}); is it a link, or a folder? "
+                      "Remove it") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
-    locks[folder.resolve()] = file
+    locks[name] = file, os.stat(folder)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """The old file or the new one, whenever the process is killed."""
-    beside = path.with_name(f".unfinished_{path.name}")
-    beside.write_text(text)
-    sync(beside)
-    beside.rename(path)
+def is_ours(folder: Path) -> bool:
+    """Whether the folder is still the one that was locked: not removed, and no other one or link in its place."""
+    try:
+        return os.path.samestat(os.stat(folder), locks[os.path.abspath(folder)][1])
+    except (OSError, KeyError):
+        return False
 
 
-def read_lines(run: Path) -> tuple[list[dict], int]:
-    """metrics.jsonl: its records, none before the first step, and how many lines are damaged (cut off by a full disk or
-    a crash of the machine)."""
-    path = run / "metrics.jsonl"
-    lines, damaged = [], 0
-    for text in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            line = json.loads(text)
-            line["step"] += 0
-            lines.append(line)
-        except (ValueError, TypeError, KeyError):
-            damaged += bool(text.strip())
-    return lines, damaged
+def check_ours(run: Path) -> None:
+    """Raises Mistake if the run's folder is not `is_ours`."""
+    if not is_ours(run):
+        raise Mistake(f"{run} is not the folder any more that this run wrote to: it was removed, or another stands in "
+                      "its place. Nothing more is written; bring it back, then go on with --resume")
+
+
+def read_log(run: Path) -> tuple[list[dict], int]:
+    """metrics.jsonl: its records, none before the first step, and how many lines are none (cut off by a full disk or a
+    crash of the machine)."""
+    def number(value) -> bool:
+        return type(value) in (int, float)
+
+    def fits(line: dict) -> bool:
+        evaluation = line.get("eval", {})
+        return (type(line.get("step")) is int and number(line.get("lr", 0.0)) and isinstance(evaluation, dict)
+                and all(value is None or number(value) for value in evaluation.values()))
+    return read_lines(run / "metrics.jsonl", fits)
 
 
 def read_config(run: Path) -> dict:
-    """config.json. Mistake: it is not there or damaged."""
+    """config.json. Raises Mistake if it is not there, damaged, or without options."""
     path = run / "config.json"
-    if not path.exists():
-        raise Mistake(f"--resume {run}: there is no {path}")
+    if not os.path.lexists(path):
+        raise Mistake(f"--resume {run}: there is no {path}{did_you_mean(run)}")
     try:
-        return {"config": {}, **json.loads(path.read_bytes())}
-    except (ValueError, TypeError):
-        raise Mistake(f"{path} is damaged, so the options of the run are not known; --model {run} begins another run "
-                      "from its newest weights") from None
+        record = read_record(path, config=dict)
+    except Mistake as mistake:
+        raise Mistake(f"{mistake}. So the options of the run are not known; --model {run} begins another run from its "
+                      "newest weights") from None
+    if not record["config"] or not isinstance(record.get("before", []), list):
+        raise Mistake(f"{path} holds no options of a run; --model {run} begins another run from its newest weights")
+    return record
+
+
+def did_you_mean(name) -> str:
+    """What to add to a sentence about a folder that is not there."""
+    meant = Path("runs") / name
+    return f"; did you mean {meant}?" if meant.is_dir() else ""
 
 
 def saved_options(run: Path) -> dict:
-    """The options of the run that --resume names, under today's names: runs/NAME or, for the checkpoint that it is to
-    go on from, runs/NAME/checkpoints/step_N. Mistake: it names something else."""
+    """Returns the options of the run that --resume names, under today's names: runs/NAME or, for the checkpoint that it
+    is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it names something else."""
     run, step = run_and_step(run)
     saved = read_config(run)["config"]
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if "cooldown_steps" in saved:
-        saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / saved["steps"])
+        saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / max(1, saved["steps"]))
     return {**saved, "from_step": step}
 
 

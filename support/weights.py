@@ -1,5 +1,5 @@
 """Model folders in the Hugging Face layout, hub ids, weights as safetensors. Nothing is ever unpickled."""
-import json
+import hashlib
 import math
 import re
 import shutil
@@ -11,7 +11,9 @@ from torch import nn
 
 from support import lora
 from support.checkpoints import newest_checkpoint
-from support.mistakes import Mistake, read_record
+from support.files import as_json, check_regular, read_record, writing
+from support.mistakes import Mistake
+from support.runs import did_you_mean
 
 # What a model folder holds beside config.json and the weights; copied along when a model is saved.
 COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -21,9 +23,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def local_folder(name) -> Path:
+def local_folder(name, what: str = "--model") -> Path:
     """The folder of a model: a folder, also one of this repository wherever the program is started (assets/tiny); a run
-    of train.py, whose newest sound checkpoint it then is; else a hub id, downloaded (weights as safetensors only)."""
+    of train.py, whose newest sound checkpoint it then is; else a hub id, downloaded (weights as safetensors only).
+    what: begins the sentence if there is none."""
     folder = Path(name)
     if not folder.is_dir() and (REPOSITORY / name).is_dir():
         folder = REPOSITORY / name
@@ -31,18 +34,22 @@ def local_folder(name) -> Path:
         folder = newest_checkpoint(folder)
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise Mistake(f"--model {name}: {folder} has no config.json, so it is no model folder")
+            raise Mistake(f"{what} {name}: {folder} has no config.json, so it is no model folder")
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".safetensors", ".txt", ".jinja"):
+                check_regular(path)
         return folder
     if folder.is_file():
-        raise Mistake(f"--model {name}: this is a file; give the folder of the model, which holds its config.json")
+        raise Mistake(f"{what} {name}: this is a file; give the folder of the model, which holds its config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise Mistake(f"--model {name}: there is no such folder, and it is no hub id of the form OWNER/NAME")
+        raise Mistake(f"{what} {name}: there is no such folder, and it is no hub id of the form OWNER/NAME"
+                      + did_you_mean(name))
     from huggingface_hub import snapshot_download
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:
-        raise Mistake(f"--model {name}: there is no such folder, and the hub does not give it "
+        raise Mistake(f"{what} {name}: there is no such folder, and the hub does not give it "
                       f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error
 
 
@@ -171,53 +178,87 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
 
 
 def open_safetensors(path: Path):
+    if not path.exists():
+        raise Mistake(f"{path} does not exist; weights are read from safetensors only")
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise Mistake(f"{path} is damaged or no safetensors file ({error})") from None
 
 
-def weight_files(index: Path) -> list[str]:
-    """The files that hold the weights, from model.safetensors.index.json."""
-    named = read_record(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-        raise Mistake(f"{index} has no weight_map that says which file holds a tensor")
-    return sorted(set(named.values()))
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: model.safetensors, or those that model.safetensors.index.json names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    files = read_record(index, weight_map=dict)["weight_map"].values()
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise Mistake(f"{index}: its weight_map must say which file of the same folder holds a tensor")
+    return [folder / file for file in sorted(set(files))]
+
+
+def stored_tensors(folder: Path):
+    """Yields (file, name there, name here, tensor) of all weights, one tensor at a time. Both generations of names
+    are understood: visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (of newer transformers).
+    """
+    for file in weight_files(folder):
+        with open_safetensors(file) as weights:
+            for stored in sorted(weights.keys()):
+                name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+                yield file, stored, name, weights.get_tensor(stored)
+
+
+def model_digest(folder: Path, weights: bool = True) -> str:
+    """Says whether a model is the one that was trained: SHA-256 of all that its config.json changes in the computation,
+    and of its tensors by name, whatever files hold them. Of an adapter: of its base and its matrices.
+    weights: False for a model whose weights are drawn at random."""
+    parts = [repr((read_config(folder / "config.json"), read_eos_ids(folder)))]
+    if weights and (folder / lora.CONFIG).exists():
+        adapter = lora.read_adapter(folder)
+        parts.append(model_digest(base_of(adapter)) + repr((adapter.alpha, sorted(
+            (name, tensor_digest(A), tensor_digest(B)) for name, (A, B) in adapter.matrices.items()))))
+    elif weights:
+        parts += sorted(repr((name, tensor.dtype, tuple(tensor.shape), tensor_digest(tensor)))
+                        for _, _, name, tensor in stored_tensors(folder))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def base_of(adapter: lora.Adapter) -> Path:
+    """The folder of an adapter's base. Raises Mistake if it is not there, or not the model that the adapter was trained
+    on. An adapter of PEFT's does not say which that was."""
+    folder = local_folder(adapter.of, f"{adapter.folder} is an adapter of")
+    if read_config(folder / "config.json") != read_config(adapter.folder / "config.json") or (
+            adapter.base and adapter.base != model_digest(folder)):
+        raise Mistake(f"{adapter.folder}: the base of the adapter, {folder}, is not the model that it was trained on: "
+                      "its weights or its config.json have been replaced. Bring them back")
+    return folder
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Reads *.safetensors (single or sharded) tensor by tensor. Both generations of names are understood:
-    visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer `transformers` saves). Of an adapter
-    (support/lora.py) the base is read, and the adapter merged into it."""
+    """Reads *.safetensors (single or sharded) tensor by tensor. Of an adapter (support/lora.py) the base is read, and
+    the adapter merged into it."""
     if (folder / lora.CONFIG).exists():
         adapter = lora.read_adapter(folder)
-        load_weights(model, local_folder(adapter.of), dtype)
+        load_weights(model, base_of(adapter), dtype)
         return lora.merge_adapter(model, adapter)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = weight_files(index)
-    else:
-        files = ["model.safetensors"]
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     state, head = {}, None
-    for file in files:
-        if not (folder / file).exists():
-            raise Mistake(f"{folder / file} does not exist; weights are read from safetensors only")
-        with open_safetensors(folder / file) as weights:
-            for stored in weights.keys():
-                name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-                if name not in wanted:
-                    if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
-                        head = weights.get_tensor(stored).to(dtype)
-                        continue
-                    raise Mistake(f"{folder / file}: unknown tensor {stored!r}")
-                tensor = weights.get_tensor(stored)
-                if tuple(tensor.shape) != wanted[name]:
-                    raise Mistake(f"{folder / file}: {stored!r} has shape {tuple(tensor.shape)}, "
-                                     f"config.json asks for {wanted[name]}")
-                state[name] = tensor.to(dtype)
+    for file, stored, name, tensor in stored_tensors(folder):
+        if name not in wanted:
+            if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
+                head = tensor.to(dtype)
+                continue
+            raise Mistake(f"{file}: unknown tensor {stored!r}")
+        if tuple(tensor.shape) != wanted[name]:
+            raise Mistake(f"{file}: {stored!r} has shape {tuple(tensor.shape)}, config.json asks for {wanted[name]}")
+        state[name] = tensor.to(dtype)
     missing = sorted(wanted.keys() - state.keys())
     if missing:
         raise Mistake(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
@@ -247,12 +288,14 @@ def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
                          if name.startswith(here)), name)
         state = {stored(name): tensor.contiguous() for name, tensor in model.state_dict().items()
                  if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
-        save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    raw = json.loads((model.folder / "config.json").read_text())
+        with writing(folder):
+            save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
+    raw = read_record(model.folder / "config.json")
     raw.pop("torch_dtype", None)
     raw["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (folder / "config.json").write_text(as_json(raw, 2))
     if folder.resolve() != model.folder.resolve():
         for pattern in COMPANIONS:
             for path in model.folder.glob(pattern):
-                shutil.copy(path, folder / path.name)
+                if path.is_file():
+                    shutil.copy(path, folder / path.name)

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import free_port
+from processes import free_port, run_script
 from safetensors.torch import load_file, save_file
 
 import train
 from eval import summarise
-from support import checkpoints, runs
-from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_aside, sound_checkpoint
+from support import checkpoints, files, runs
+from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_later_aside, sound_checkpoint
 from support.mistakes import Mistake
-from support.runs import lock, read_lines
+from support.runs import lock, read_log
 from test_train import ROOT, SMALL, lines, run_train, start_train
 
 
@@ -71,9 +71,15 @@ def test_a_number_in_the_state_that_changed(run):
     assert fault(path.parent) == "state.json is not what was written"
     path.write_text('{"step": 3, "cursor": 12, "bad_steps": 0}')       # as it was before there were digests
     assert fault(path.parent) is None
-    for other in ('[3, 12, 0]', '{}', '{"step": 3, "bad_steps": 0}', '{"step": "3", "cursor": 12, "bad_steps": 0}'):
+    path.write_text('[3, 12, 0]')
+    assert fault(path.parent) == "state.json cannot be read"
+    for other in ('{}', '{"step": 3, "bad_steps": 0}', '{"step": "3", "cursor": 12, "bad_steps": 0}',
+                  '{"step": 3, "cursor": -1, "bad_steps": 0}', '{"step": true, "cursor": 12, "bad_steps": 0}',
+                  '{"step": 3, "cursor": 12, "bad_steps": 0, "files": []}'):
         path.write_text(other)
         assert fault(path.parent) == "state.json is not that of a checkpoint", other
+    path.write_text('{"step": 2, "cursor": 8, "bad_steps": 0}')
+    assert fault(path.parent) == "it holds step 2"
 
 
 def test_what_is_no_checkpoint_does_not_disturb(run):
@@ -85,6 +91,67 @@ def test_what_is_no_checkpoint_does_not_disturb(run):
     (folder / "step_9").mkdir()
     found, [said] = sound_checkpoint(run)
     assert found == folder / "step_3" and "step_9 is passed over: state.json is missing" in said
+
+
+@pytest.mark.parametrize("make", [shutil.copytree, lambda old, new: new.symlink_to(old.absolute())])
+def test_a_copy_or_a_link_under_another_step_is_no_checkpoint(run, make):
+    """Found before anything is renamed; what it leads to stays."""
+    make(run / "checkpoints/step_1", run / "checkpoints/step_9")
+    found, [said] = sound_checkpoint(run)
+    assert found == run / "checkpoints/step_3" and "step_9 is passed over: it holds step 1" in said
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "4", "--keep", "0")
+    assert code == 0 and "step_9 is later than step 3: it is now step_9_before_resume" in output, output
+    assert [fault(run / f"checkpoints/step_{step}") for step in (1, 2, 3, 4)] == [None] * 4
+    keep_newest(run, 1, None)
+    assert list(checkpoints.checkpoints(run)) == [4] and (run / "checkpoints/step_9_before_resume").exists() == (
+        make is shutil.copytree)        # a link to what is gone
+
+
+def test_a_file_in_the_place_of_the_next_checkpoint(run):
+    (run / "checkpoints/step_4").write_text("mine")
+    (run / "checkpoints/.unfinished_step_4").write_text("")
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "4")
+    assert code == 0 and "step_4 is later than step 3: it is now step_4_before_resume" in output, output
+    assert (run / "checkpoints/step_4_before_resume").read_text() == "mine" and fault(run / "checkpoints/step_4") is None
+
+
+def test_fewer_steps_than_a_run_has(run):
+    before = sorted(run.rglob("*"))
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "2")
+    assert code == 1 and "--steps 2: runs/a/checkpoints/step_3 has 3 steps already" in output, output
+    assert sorted(run.rglob("*")) == before and "Traceback" not in output
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "2", "--from-step", "1")
+    assert code == 0 and [line["step"] for line in lines(run)] == [1, 2], output
+
+
+CONFIGS = {     # what may have become of a run's config.json → the sentence
+    "empty": (lambda text: "", "config.json is not JSON"), "{}": (lambda text: "{}", "config is 'None'"),
+    "no options": (lambda text: '{"config": {}}', "holds no options of a run"),
+    "UTF-16": (lambda text: text.encode("utf-16"), "config.json is not JSON: 'utf-8' codec"),
+    "nested": (lambda text: '{"config": ' + "[" * 100_000, "nested more than 50 deep"),
+    "another seed": (lambda text: text.replace('"seed": 42', '"seed": 7'),
+                     "says seed 7, but runs/a/checkpoints/step_3 was trained with 42"),
+    "another optimizer": (lambda text: text.replace('"optimizer": "adamw"', '"optimizer": "muon"'), "says optimizer 'muon'"),
+    "other adapters": (lambda text: text.replace('"lora_alpha": 32.0', '"lora_alpha": 4.0'), "says lora_alpha 4.0"),
+    "defaults": (lambda text: '{"config": {"steps": 9}}', "was trained with"),
+    "null": (lambda text: text.replace('"rollouts": 3', '"rollouts": null'), "the option rollouts is 'None'"),
+    "true": (lambda text: text.replace('"rollouts": 3', '"rollouts": true'), "the option rollouts is 'True'"),
+    "unknown choice": (lambda text: text.replace('"method": "visurf"', '"method": "x"'), "must be one of visurf"),
+    "unknown option": (lambda text: text.replace('"method"', '"x": 1, "method"', 1), "there is no option 'x' here"),
+    "before": (lambda text: text.replace('"before": []', '"before": 3'), "holds no options of a run")}
+
+
+@pytest.mark.parametrize("change", CONFIGS)
+def test_options_belong_to_the_checkpoint_as_well(run, change):
+    """One sentence, and nothing is removed or renamed."""
+    how, sentence = CONFIGS[change]
+    changed = how((run / "config.json").read_text())
+    (run / "config.json").write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    before = sorted(run.rglob("*"))
+    code, output = run_script(ROOT / "train.py", "--resume", "runs/a", "--steps", "9", "--keep", "1",
+                              folder=run.parent.parent)
+    assert code == 1 and sentence in output and "Traceback" not in output, output
+    assert sorted(run.rglob("*")) == before
 
 
 def test_no_checkpoint_is_sound(run):
@@ -171,9 +238,9 @@ def test_a_node_that_does_not_see_the_run_says_so(tmp_path):
 
 def test_later_checkpoints_are_set_aside(run):
     (run / "checkpoints/.unfinished_step_5").mkdir()
-    assert len(set_aside(run, 1)) == 2 and len(set_aside(run, 1)) == 0
+    assert len(set_later_aside(run, 1)) == 2 and len(set_later_aside(run, 1)) == 0
     shutil.copytree(run / "checkpoints/step_1", run / "checkpoints/step_3")
-    set_aside(run, 2)
+    set_later_aside(run, 2)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "step_1", "step_2_before_resume", "step_3_before_resume", "step_3_before_resume_2"]
 
@@ -202,7 +269,7 @@ def test_changed_data_is_not_gone_on_with_in_silence(run):
     (b'{"step": "x"}\n', 1), (b"\xff\xfe\n", 1), (b'{"step": 3, "loss": NaN}\n', 0)])
 def test_lines_of_the_log_that_cannot_be_read(tmp_path, tail, damaged):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail)
-    read, count = read_lines(tmp_path)
+    read, count = read_log(tmp_path)
     assert [line["step"] for line in read][:2] == [1, 2] and count == damaged
 
 
@@ -219,7 +286,7 @@ def test_one_writer(tmp_path):
     other.wait()
     lock(tmp_path)
     assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
-    runs.locks.popitem()[1].close()
+    runs.locks.popitem()[1][0].close()
 
 
 def test_a_run_that_is_written_to_is_not_resumed(run):
@@ -229,7 +296,7 @@ def test_a_run_that_is_written_to_is_not_resumed(run):
         assert code == 1 and f"process {os.getpid()} is writing to runs/a" in output, output
         assert "Traceback" not in output
     finally:
-        runs.locks.popitem()[1].close()
+        runs.locks.popitem()[1][0].close()
 
 
 def test_a_worker_whose_torchrun_was_killed_saves_and_ends(tmp_path):
@@ -237,7 +304,7 @@ def test_a_worker_whose_torchrun_was_killed_saves_and_ends(tmp_path):
     process = start_train(tmp_path, "--steps", "100000", "--name", "a", ranks=2)
     try:
         for _ in range(1200):
-            if process.poll() is not None or len(read_lines(tmp_path / "runs/a")[0]) >= 2:
+            if process.poll() is not None or len(read_log(tmp_path / "runs/a")[0]) >= 2:
                 break
             time.sleep(0.1)
         process.kill()                                     # torchrun alone
@@ -245,7 +312,7 @@ def test_a_worker_whose_torchrun_was_killed_saves_and_ends(tmp_path):
     finally:
         subprocess.run(["pkill", "-f", "steps 100000 --name a"], check=False)
     assert "stopping: the step at work is left" in output and "stopped at step" in output, output
-    step = read_lines(tmp_path / "runs/a")[0][-1]["step"]
+    step = read_log(tmp_path / "runs/a")[0][-1]["step"]
     assert fault(tmp_path / f"runs/a/checkpoints/step_{step}") is None
 
 
@@ -337,5 +404,5 @@ def test_the_commit_of_a_run(monkeypatch):
 def test_syncing_leaves_no_file_open(tmp_path):
     (tmp_path / "a").write_text("a")
     before = len(os.listdir("/proc/self/fd"))
-    checkpoints.sync(tmp_path / "a")
+    files.sync(tmp_path / "a")
     assert len(os.listdir("/proc/self/fd")) == before

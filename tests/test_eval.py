@@ -172,7 +172,7 @@ def test_one_evaluation_a_folder_and_damaged_settings(small, monkeypatch, capsys
     with pytest.raises(Mistake, match="settings.json is damaged: give another --out, or remove evaluations/model-a.jsonl"):
         again("--out", str(folder))
     with open("evaluations/model-a.jsonl-2/.lock") as held:        # as another process would
-        runs.locks.pop(folder.with_name("model-a.jsonl-2").resolve()).close()
+        runs.locks.pop(os.path.abspath(folder.with_name("model-a.jsonl-2")))[0].close()
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(Mistake, match="is writing to evaluations/model-a.jsonl-2; wait for it, or end it"):
             again("--out", "evaluations/model-a.jsonl-2")

@@ -1,5 +1,6 @@
 """LoRA: the same numbers in sampling, in scoring and in a merged folder, and the gradient of W + s·B·A."""
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from data import Processor, Response, collate, collate_images, pack_group
 from experiments import merge
 from model import Qwen2_5_VL
 from rollout import generate, prefill
+from support.checkpoints import digest_of
+from support.files import digest
 from support.lora import CONFIG, WEIGHTS, add_lora, adapters, freeze, load_adapter, merge_after
 from support.mistakes import Mistake
 from support.onednn import use_onednn
@@ -145,12 +148,78 @@ def test_an_adapter_goes_out_and_in(tmp_path):
         load_adapter(tiny(torch.bfloat16, rank=4, targets="model.layers.0"), tmp_path / "a")
 
 
+def change_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] += 2 ** -20
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-5
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def save_anew(folder: Path) -> None:
+    """The same model in several files, its config written otherwise."""
+    Qwen2_5_VL.from_pretrained(folder).save_pretrained(folder / "new", max_shard_size="4MB")
+    (folder / "model.safetensors").unlink()
+    for path in (folder / "new").iterdir():
+        path.rename(folder / path.name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    assert (folder / "model.safetensors.index.json").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two runs that need the folder `base` beside their checkpoints: an adapter on it, and one with --kl to it."""
+    place = tmp_path_factory.mktemp("trained")
+    shutil.copytree(TINY, place / "base")
+    flags = ["--model", "base", *SMALL[1:], "--max-new-tokens", "6", "--steps", "1"]
+    for name, own in (("lora", ["--lora-rank", "2"]), ("kl", ["--kl", "0.1"])):
+        code, output = run_script(ROOT / "train.py", *flags, *own, "--name", name, folder=place)
+        assert code == 0, output
+    return place
+
+
+@pytest.mark.parametrize("change, fits", [(change_a_weight, False), (change_config, False), (save_anew, True)])
+def test_a_base_that_was_replaced(trained, tmp_path, change, fits):
+    """Is another model, however its files are called: no run goes on with it, and nothing scores it."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for config in tmp_path.glob("runs/lora/checkpoints/*/adapter_config.json"):     # as if it had lain here
+        config.write_text(config.read_text().replace(str(trained), str(tmp_path)))
+    for path in tmp_path.glob("runs/lora/checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        state["files"]["adapter_config.json"] = digest(path.with_name("adapter_config.json"))
+        path.write_text(json.dumps({**state, "digest": digest_of(state)}))
+    change(tmp_path / "base")
+    for script, flags, sentence in (
+            ("train.py", ["--resume", "runs/lora", "--steps", "2"], "--model base is not the model that runs/lora began"),
+            ("train.py", ["--resume", "runs/kl", "--steps", "2"], "--model base is not the model that runs/kl began"),
+            ("eval.py", ["--model", "runs/lora", "--data", "scenes:test", "--limit", "1", "--max-new-tokens", "2"],
+             "base, is not the model that it was trained on")):
+        code, output = run_script(ROOT / script, *flags, folder=tmp_path)
+        assert (code == 0) == fits and (sentence in output) != fits and "Traceback" not in output, output
+
+
+def test_muon_with_adapters(tmp_path):
+    """An adapter has matrices alone, so that there is nothing left for AdamW."""
+    flags = ["--model", str(TINY), *SMALL[1:], "--max-new-tokens", "6", "--lora-rank", "2", "--optimizer", "muon"]
+    for more in (["--steps", "1", "--name", "a"], ["--resume", "runs/a", "--steps", "2"]):
+        code, output = run_script(ROOT / "train.py", *flags, *more, folder=tmp_path)
+        assert code == 0, output
+    assert (tmp_path / "runs/a/checkpoints/step_2/optimizer_0.safetensors").exists()
+
+
 @pytest.mark.parametrize("change, said", [
+    ({"r": 0}, "r is 0 .* r must be 1 or more"), ({"r": 5}, "their rank r is 5"), ({"r": None}, "r is 'None'"),
+    ({"lora_alpha": math.nan}, "lora_alpha 'nan'"), ({"base_model_name_or_path": 3}, "base_model_name_or_path is '3'"),
     ({"use_dora": True}, "use_dora is True, which is not supported"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     ("cut", "the adapter cannot be read"), ("B", "has only one of A and B"), ("name", "unknown tensor 'x'"),
     ("base", "does not fit to .*: model.layers.0.self_attn.q_proj is of shape"),
     ({"base_model_name_or_path": "no/where/at all"}, "no/where/at all"),
-    ([1], "holds a JSON list, not an object"), ({}, "the adapter cannot be read .KeyError: 'lora_alpha'")])
+    ([1], "holds a JSON list, not an object"), ({}, "r is 2 and lora_alpha 'None'; r must be 1 or more")])
 def test_adapters_that_are_not_ours(tmp_path, change, said):
     learnt(tiny(torch.float32, rank=2, targets="model.layers.0.self_attn.q")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())

@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch, one_rank):
 
 
 MISTAKES = [
-    ("train", "--stepz 3", r"--stepz: did you mean --steps\?"), ("train", "--method vsurf", "invalid choice: 'vsurf'"),
+    ("train", "--stepz 3", r"--stepz: did you mean --steps\?"), ("train", "--method vsurf", r"invalid choice: 'vsurf'.*did you mean visurf\?"),
     ("train", "--steps x", "--steps: invalid int value: 'x'"), ("train", "--steps 0", "--steps 0: must be at least 1"),
     ("train", "--max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
     ("train", "--lr -1", "--lr -1.0: .*above 0"), ("train", "--lr 1e38", "--lr 1e.38: must be at most 1e.30"),
@@ -54,7 +54,7 @@ MISTAKES = [
     ("train", "--cooldown 1.5", "--cooldown 1.5: must be at most 1"),
     ("train", "--name ../../x", "--name ../../x: must be a folder's name"), ("train", "--name ..", "--name"),
     ("train", "--preset papr", "invalid choice: 'papr'"), ("train", "--resume runs/x", "--resume runs/x: there is no "),
-    ("train", "--resume runs/taken/checkpoints/step_2", "runs/taken/config.json is damaged"),
+    ("train", "--resume runs/taken/checkpoints/step_2", "runs/taken/config.json is not JSON.* the options of the run are not known"),
     ("train", "--resume runs/taken/checkpoints/step_2_backup", "goes on from a folder checkpoints/step_N"),
     ("train", "--resume runs/x --lr 3", "--resume runs/x: there is no "),
     ("train", "--name taken --eval-data= --onednn", "runs/taken exists and is not overwritten"),
@@ -79,6 +79,22 @@ MISTAKES = [
     ("train", "--eval-data three.jsonl", r"three.jsonl, row 1: bad label"),
     ("train", "--eval-data outside.jsonl --columns answer=truth", "row 1: no answer: none of the columns truth holds one"),
     ("train", "--cuda-graphs", "--cuda-graphs: there is no CUDA device"),
+    ("train", "--seed -1", "--seed -1: must be at least 0"), ("train", f"--seed {10**30}", "--seed 1000.*: must be at most 92"),
+    ("train", f"--steps {10**30}", "must be at most"), ("train", f"--name {'x' * 300}", "a name of at most 200 bytes"),
+    ("train", "--name a\x1b[2Jb", "without control characters"),
+    ("train", "--smoothing false", "--smoothing takes no value; its opposite is --no-smoothing"),
+    ("train", "--smoothing=false", "--smoothing takes no value; its opposite is --no-smoothing"),
+    ("train", "--no-onednn 1", "--no-onednn takes no value; its opposite is --onednn"),
+    ("train", "--method grpo", r"did you mean rlvr \(GRPO\)\?"), ("train", "--precision fp16", r"did you mean bfloat16\?"),
+    ("train", "--batch-size 8", "--batch-size: --prompts-per-step is the batch"),
+    ("train", "--per_device_train_batch_size 8", "--per_device_train_batch_size: --prompts-per-step is the batch"),
+    ("train", "--device cuda", "--device: .*CUDA_VISIBLE_DEVICES chooses"), ("train", "--wandb", "--wandb: --tensorboard"),
+    ("train", "--nproc-per-node 2", "--nproc-per-node: an option of torchrun stands before the script"),
+    ("train", "--nproc_per_node=2", "--nproc_per_node: an option of torchrun stands before the script"),
+    ("train", "--prompts_per_step 2", r"--prompts_per_step: did you mean --prompts-per-step\?"),
+    ("train", "--resume taken", r"--resume taken: there is no taken/config.json; did you mean runs/taken\?"),
+    ("train", "--model taken", r"--model taken: there is no such folder, .*; did you mean runs/taken\?"),
+    ("eval", "--model taken", r"did you mean runs/taken\?"), ("eval", "--batch-size 8", "unrecognized arguments: --batch-size"),
     ("eval", "--model empty", "empty has no config.json"), ("eval", "--modle x", "did you mean --model"),
     ("eval", "--model assets/tiny --limit -1", "--limit -1: must be at least 0"),
     ("eval", "--model assets/tiny --image b.png", "--image b.png: the image cannot be read"),
@@ -124,6 +140,13 @@ def test_resume_takes_what_does_not_change_the_run(place):
     assert options.cooldown == pytest.approx(3 / 7)
     with pytest.raises(Mistake, match="--lr 0.01 would make another run of it.* train.py --model .*runs/a --lr 0.01"):
         train.parse_config(["--resume", str(run), "--lr", "0.01"])
+
+
+def test_what_would_make_another_run_is_shown_as_flags(place):
+    (place / "runs/b").mkdir()
+    (place / "runs/b/config.json").write_text(json.dumps({"config": {"lr": 1e-4, "smoothing": True}}))
+    with pytest.raises(Mistake, match="torchrun train.py --model runs/b --no-smoothing --lr 0.01$"):
+        train.parse_config(["--resume", "runs/b", "--no-smoothing", "--lr", "0.01"])
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys):

@@ -562,3 +562,11 @@ def test_doctests():
     torch.set_default_dtype(torch.float32)  # as printed in the docstrings
     result = doctest.testmod(objective)
     assert result.failed == 0 and result.attempted >= 3
+
+
+@pytest.mark.parametrize("flags", [["--r-o", "5"], ["--r-o", "5", "nan"], ["--r-y", "inf"]])
+def test_rewards_that_make_no_group(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["objective.py", *flags])
+    with pytest.raises(SystemExit) as left:
+        objective.main()
+    assert left.value.code == 2 and "finite numbers, --r-o two or more" in capsys.readouterr().err
