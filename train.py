@@ -38,7 +38,6 @@ from rollout import generate
 from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer, newest_checkpoint, read_state,
                                  room_for, save_checkpoint, sound_checkpoint)
 from support.curves import draw_curves, tensorboard_writer, write_line
-from support.features import remember_pictures
 from support.files import remove
 from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
 from support.lora import PARTS, add_lora, freeze, load_adapter, merge_after
@@ -66,8 +65,7 @@ CHECKED_EVERY = 50  # steps between two looks at whether all ranks hold the same
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
            "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0,
            "precision": "bfloat16", "checkpoint_activations": True}
-SMALL_GPU = {"lora_rank": 16, "lr": 1e-5, "max_new_tokens": 512, "max_row_tokens": 2048, "sampling_batch": 8,
-             "image_cache": 8.0}
+SMALL_GPU = {"lora_rank": 16, "lr": 1e-5, "max_new_tokens": 512, "max_row_tokens": 2048, "sampling_batch": 8}
 PRESETS = {
     "laptop": {},
     "paper": {**AUTHORS, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "max_new_tokens": 2000},
@@ -145,8 +143,6 @@ class Config:
     lora_alpha: float = option(32.0, "optimisation", "α of LoRA: the adapters count α/r times", above=0)
     lora_targets: str = option(r"model\.layers", "optimisation", "regular expression for the names of the linear "
                                "layers that get an adapter: visual.blocks, visual.merger, model.layers.3.mlp.up_proj …")
-    image_cache: float = option(0.0, "optimisation", "with a frozen vision tower: GB of the host's memory for its "
-                                "image tokens, made once for each picture", least=0)
     micro_rows: int = option(1, "optimisation", "rows per forward; any value gives the same update", least=1)
     max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)",
                                  least=0)
@@ -199,7 +195,7 @@ class Config:
 RESUMABLE = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
              "eval_every", "save_every", "keep", "keep_best", "log_every", "micro_rows", "max_row_tokens",
              "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "offload_optimizer",
-             "image_cache", "tensorboard")
+             "tensorboard")
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -443,8 +439,6 @@ def set_up() -> Job:
         add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, of, state["base"])
         if checkpoint:
             load_adapter(model, checkpoint)
-    if cfg.image_cache:
-        remember_pictures(model, cfg.image_cache)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     reference = None

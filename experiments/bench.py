@@ -7,7 +7,6 @@
     sampling   rollout.generate against transformers' generate with num_return_sequences = G
     leaving    rollouts that leave the batch as they end, against groups that leave whole, lengths log-normal
     by length  micro-batches of rows sorted by length, against rows as they come
-    image tokens   a step with a frozen tower, its image tokens kept against made anew
     training   forward and backward of packed rows, one a group, against G+1 separate rows through the same model, and
                against transformers' model with the same rows in a padded batch. All three must give the same loss
     step       one whole update against one of TRL's GRPOTrainer, where trl is installed
@@ -45,7 +44,6 @@ import train  # noqa: E402
 from train import PRESETS, Config as Options  # noqa: E402
 from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
 from model import Config, Qwen2_5_VL  # noqa: E402
-from support.features import remember_pictures  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import leave_ranks, start_ranks  # noqa: E402
 from rewards import TASKS, Reward  # noqa: E402
@@ -266,33 +264,6 @@ def by_length(table: Table, size: str, model, prompt: Prompt, S: int, R: int, re
     times = compare({"sorted": lambda: step(ordered), "as they come": lambda: step(rows)}, repeats)
     table.against("rows by length / as they come", f"{size}, 16 rows of {S} × about {R} tokens", times["sorted"],
                   times["as they come"])
-
-
-def remembered(table: Table, size: str, model, prompt: Prompt, G: int, R: int, repeats: int) -> None:
-    """Sampling and training on one prompt with a frozen tower: its image tokens kept from before, against made anew."""
-    tower, plain = model.visual, type(model.visual)
-    learning = [p for p in tower.parameters() if p.requires_grad]
-    tower.requires_grad_(False)
-    responses = [Response(tokens) for tokens in torch.randint(400, (G + 1, R)).tolist()]
-    batch = collate(pack_group(prompt, responses), model.lm_head.weight.device)
-
-    def step():
-        rollout.generate(model, [prompt], G, R)
-        (-model(**vars(batch))[0].sum()).backward()
-        model.zero_grad(set_to_none=True)
-
-    def with_memory():
-        tower.__class__ = remembering
-        step()
-        tower.__class__ = plain
-    remember_pictures(model, 1.0)
-    remembering = type(tower)
-    times = compare({"kept": with_memory, "anew": lambda: (setattr(tower, "__class__", plain), step())}, repeats)
-    tower.__class__ = plain
-    for p in learning:
-        p.requires_grad_(True)
-    table.against("image tokens kept / made anew", f"{size}, {len(prompt.tokens)} tokens, G {G}, {R} new",
-                  times["kept"], times["anew"])
 
 
 def training(table: Table, size: str, model, theirs, prompt: Prompt, S: int, R: int, repeats: int) -> None:
@@ -593,7 +564,6 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         theirs = transformers_model(model, folder / f"{size}-transformers", device)
         sampling(table, size, model, theirs, prompts, G, R, repeats)
         leaving(table, size, model, prompts[0], 4, G, 4 * R, repeats)
-        remembered(table, size, model, prompts[0], G, R, repeats)
         by_length(table, size, model, prompts[0], 3, R, repeats)
         training(table, size, model, theirs, prompts[0], G + 1, R, repeats)
         if importlib.util.find_spec("trl") and not quick:
@@ -623,7 +593,6 @@ def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
             for graphs in (False, True):
                 sampling(table, size, model, theirs, prompts[:4], 8, 128, 2, graphs)
             leaving(table, size, model, prompts[0], 16, 8, 128, 1)
-            remembered(table, size, model, prompts[0], 8, 256, 2)
             training(table, size, model, theirs, prompts[0], 4, 256, 2)     # 9 separate rows need over 140 GB
             del theirs
             full_step(table, size, model, prompts[:2], 256)     # 7B with its optimizer does not fit one H200

@@ -155,6 +155,7 @@ def saved_options(run: Path) -> dict:
     is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it names something else."""
     run, step = run_and_step(run)
     saved = read_config(run)["config"]
+    saved.pop("image_cache", None)      # it changed no number
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if "cooldown_steps" in saved:
