@@ -415,7 +415,7 @@ def set_up() -> Job:
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
     # Of rank 0: another node may hold a copy. The model behind an adapter or --kl is in no checkpoint.
     fingerprint, base = gather_json([sources[0].fingerprint, model_digest(
-        local_folder(cfg.model), not cfg.random_weights) if rank == 0 and (cfg.lora_rank or cfg.kl) else ""], device)[0]
+        local_folder(cfg.model)) if rank == 0 and (cfg.lora_rank or cfg.kl) else ""], device)[0]
     state = {**before, "data": fingerprint, "base": base, "options": options}
     if before["base"] not in ("", base):
         raise Mistake(f"--model {cfg.model} is not the model that {cfg.resume} began from: its weights or its "

@@ -10,20 +10,15 @@ from typing import NoReturn
 from support.mistakes import Mistake
 
 MOST = 2 ** 63 - 1      # of a whole number; PyTorch takes no larger seed
-# What other trainers, or torchrun, call a flag or a choice → what it is here.
-CHOICES = {"grpo": "rlvr (GRPO)", "rl": "rlvr", "float16": "bfloat16", "fp16": "bfloat16", "bf16": "bfloat16"}
-FLAGS = {
-    "--batch-size": "--prompts-per-step is the batch, --micro-rows and --sampling-batch are what is computed at once",
-    "--epochs": "--steps counts what is trained; an epoch is the rows of the data / --prompts-per-step",
-    "--num-generations": "--rollouts is G", "--group-size": "--rollouts is G", "--beta": "--kl is its weight",
-    "--output-dir": "--name NAME is the folder runs/NAME", "--bf16": "--precision bfloat16",
-    "--gradient-checkpointing": "--checkpoint-activations",
-    "--gradient-accumulation-steps": "--prompts-per-step is the batch, --micro-rows how many rows are computed at once",
-    "--device": "a GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses, and empty it means the CPU",
-    "--gpus": "torchrun --nproc-per-node N takes N GPUs",
-    "--wandb": "--tensorboard writes event files; metrics.jsonl holds every number",
-    "--nproc-per-node": "an option of torchrun stands before the script: torchrun --nproc-per-node N train.py",
-    "--nnodes": "an option of torchrun stands before the script: torchrun --nnodes N train.py"}
+# What other trainers, or torchrun, call a choice or a flag → what it is here.
+CHOICES = {"grpo": "rlvr (GRPO)", "fp16": "bfloat16", "bf16": "bfloat16"}
+TORCHRUNS = "an option of torchrun stands before the script, as in torchrun --nproc-per-node 8 train.py"
+FLAGS = {"--batch-size": "--prompts-per-step is the batch, --micro-rows and --sampling-batch what is computed at once",
+         "--epochs": "--steps counts what is trained; an epoch is the rows of the data / --prompts-per-step",
+         "--num-generations": "--rollouts is G", "--beta": "--kl is its weight", "--output-dir": "runs/NAME, by --name",
+         "--bf16": "--precision bfloat16", "--nproc-per-node": TORCHRUNS, "--nnodes": TORCHRUNS,
+         "--device": "a GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses, and empty it means the CPU",
+         "--wandb": "--tensorboard writes event files; metrics.jsonl holds every number"}
 
 
 def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None):

@@ -1,5 +1,4 @@
 """What reaches the screen: text without control characters, in any encoding, read by somebody or not."""
-import contextlib
 import errno
 import io
 import os
@@ -28,8 +27,8 @@ def say(text: str, file=None) -> None:
 
 
 class Screen:
-    """A standard stream that nobody needs to read. After `| head` has gone, or the terminal, what is
-    written goes nowhere, and the program goes on."""
+    """A standard stream that nobody needs to read: after `| head` has gone, or the terminal, what is written goes
+    nowhere, and the program goes on."""
     def __init__(self, stream):
         self.stream = stream if stream is not None else open(os.devnull, "w")
         if isinstance(self.stream, io.TextIOWrapper):
@@ -38,19 +37,15 @@ class Screen:
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> int:
-        with self.unread():
-            self.stream.write(text)
-        return len(text)
+    def write(self, text: str) -> None:
+        self.unless_gone(self.stream.write, text)
 
     def flush(self) -> None:
-        with self.unread():
-            self.stream.flush()
+        self.unless_gone(self.stream.flush)
 
-    @contextlib.contextmanager
-    def unread(self):
+    def unless_gone(self, call, *inputs) -> None:
         try:
-            yield
+            call(*inputs)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise

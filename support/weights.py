@@ -11,7 +11,7 @@ from torch import nn
 
 from support import lora
 from support.checkpoints import newest_checkpoint
-from support.files import as_json, check_regular, read_record, writing
+from support.files import as_json, check_regular, digest, read_record, writing
 from support.mistakes import Mistake
 from support.runs import did_you_mean
 
@@ -198,50 +198,28 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(files))]
 
 
-def stored_tensors(folder: Path):
-    """Yields (file, name there, name here, tensor) of all weights, one tensor at a time. Both generations of names
-    are understood: visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (of newer transformers).
-    """
-    for file in weight_files(folder):
-        with open_safetensors(file) as weights:
-            for stored in sorted(weights.keys()):
-                name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-                yield file, stored, name, weights.get_tensor(stored)
-
-
-def model_digest(folder: Path, weights: bool = True) -> str:
-    """Says whether a model is the one that was trained: SHA-256 of all that its config.json changes in the computation,
-    and of its tensors by name, whatever files hold them. Of an adapter: of its base and its matrices.
-    weights: False for a model whose weights are drawn at random."""
-    parts = [repr((read_config(folder / "config.json"), read_eos_ids(folder)))]
-    if weights and (folder / lora.CONFIG).exists():
-        adapter = lora.read_adapter(folder)
-        parts.append(model_digest(base_of(adapter)) + repr((adapter.alpha, sorted(
-            (name, tensor_digest(A), tensor_digest(B)) for name, (A, B) in adapter.matrices.items()))))
-    elif weights:
-        parts += sorted(repr((name, tensor.dtype, tuple(tensor.shape), tensor_digest(tensor)))
-                        for _, _, name, tensor in stored_tensors(folder))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+def model_digest(folder: Path) -> str:
+    """SHA-256 of a model's config and weights: whether it is the one that was trained. Of an adapter: of its config and
+    matrices, which know their base (`base_of`)."""
+    names = ("config.json", lora.CONFIG, lora.WEIGHTS, "model*.safetensors")
+    files = sorted(path for name in names for path in folder.glob(name))
+    return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in files).encode()).hexdigest()
 
 
 def base_of(adapter: lora.Adapter) -> Path:
     """The folder of an adapter's base. Raises Mistake if it is not there, or not the model that the adapter was trained
-    on. An adapter of PEFT's does not say which that was."""
+    on, which an adapter of other programs does not say."""
     folder = local_folder(adapter.of, f"{adapter.folder} is an adapter of")
-    if read_config(folder / "config.json") != read_config(adapter.folder / "config.json") or (
-            adapter.base and adapter.base != model_digest(folder)):
+    if adapter.base not in ("", model_digest(folder)):
         raise Mistake(f"{adapter.folder}: the base of the adapter, {folder}, is not the model that it was trained on: "
                       "its weights or its config.json have been replaced. Bring them back")
     return folder
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Reads *.safetensors (single or sharded) tensor by tensor. Of an adapter (support/lora.py) the base is read, and
-    the adapter merged into it."""
+    """Reads *.safetensors (single or sharded) tensor by tensor. Both generations of names are understood:
+    visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer `transformers` saves). Of an adapter
+    (support/lora.py) the base is read, and the adapter merged into it."""
     if (folder / lora.CONFIG).exists():
         adapter = lora.read_adapter(folder)
         load_weights(model, base_of(adapter), dtype)
@@ -250,15 +228,20 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     if model.config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     state, head = {}, None
-    for file, stored, name, tensor in stored_tensors(folder):
-        if name not in wanted:
-            if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
-                head = tensor.to(dtype)
-                continue
-            raise Mistake(f"{file}: unknown tensor {stored!r}")
-        if tuple(tensor.shape) != wanted[name]:
-            raise Mistake(f"{file}: {stored!r} has shape {tuple(tensor.shape)}, config.json asks for {wanted[name]}")
-        state[name] = tensor.to(dtype)
+    for file in weight_files(folder):
+        with open_safetensors(file) as weights:
+            for stored in weights.keys():
+                name = stored.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+                if name not in wanted:
+                    if name == "lm_head.weight":  # tied: a copy of the embedding that some savers write
+                        head = weights.get_tensor(stored).to(dtype)
+                        continue
+                    raise Mistake(f"{file}: unknown tensor {stored!r}")
+                tensor = weights.get_tensor(stored)
+                if tuple(tensor.shape) != wanted[name]:
+                    raise Mistake(f"{file}: {stored!r} has shape {tuple(tensor.shape)}, config.json asks for "
+                                  f"{wanted[name]}")
+                state[name] = tensor.to(dtype)
     missing = sorted(wanted.keys() - state.keys())
     if missing:
         raise Mistake(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
