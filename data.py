@@ -139,9 +139,10 @@ class Prompt:
         return int(self.position.max()) + 1
 
 
-def image_settings(folder: Path) -> dict:
+def image_settings(folder: Path, config: Config) -> dict:
     """What a model folder says of its image processor: `image_processor` in processor_config.json, as transformers 5
-    writes it, else preprocessor_config.json, as the hub has it. What is missing there is as in transformers."""
+    writes it, else preprocessor_config.json, as the hub has it. What is missing there is as in transformers. Raises
+    Mistake if it makes other patches than the tower of `config` takes, or than this code makes."""
     settings = None
     for name in ("processor_config.json", "preprocessor_config.json"):
         if settings is None and (path := folder / name).exists():
@@ -152,19 +153,22 @@ def image_settings(folder: Path) -> dict:
                       "processor_config.json; copy them from the model it was made of")
     if not isinstance(settings, dict):
         raise Mistake(f"{path}: image_processor is {str(settings)[:100]!r}, not an object")
-    for name, only in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
-        if settings.get(name, only) != only:
-            raise Mistake(f"{path}: {name} is {settings[name]}; only {only} is supported")
-    size = settings.get("size") or {}
+    only = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
+            "rescale_factor": 1 / 255, "patch_size": config.vision_patch_size,
+            "merge_size": config.vision_spatial_merge_size, "temporal_patch_size": config.vision_temporal_patch_size}
+    for name, value in {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, **settings}.items():
+        if name in only and value != only[name]:
+            raise Mistake(f"{path}: {name} is {str(value)[:100]}; it must be {only[name]}"
+                          + ", as in config.json" * name.endswith("_size"))
+    size = settings.get("size") or {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}
     if not isinstance(size, dict):
         raise Mistake(f"{path}: size is {str(size)[:100]!r}, not an object")
-    read = {"min_pixels": settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
-            "max_pixels": settings.get("max_pixels") or size.get("longest_edge") or 1280 * 28 * 28,
-            "image_mean": settings.get("image_mean") or [0.48145466, 0.4578275, 0.40821073],
+    read = {"image_mean": settings.get("image_mean") or [0.48145466, 0.4578275, 0.40821073],
             "image_std": settings.get("image_std") or [0.26862954, 0.26130258, 0.27577711]}
-    for name in ("min_pixels", "max_pixels"):
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        where, read[name] = (f"size.{edge}", size.get(edge)) if settings.get(name) is None else (name, settings[name])
         if type(read[name]) is not int or read[name] < 1:
-            raise Mistake(f"{path}: {name} is {str(read[name])[:100]!r}; it must be a whole number above 0")
+            raise Mistake(f"{path}: {where} is {str(read[name])[:100]!r}; it must be a whole number above 0")
     for name, least in (("image_mean", -math.inf), ("image_std", 0)):
         if not isinstance(read[name], list) or len(read[name]) != 3 or not all(
                 type(part) in (int, float) and least < part < math.inf for part in read[name]):
@@ -201,8 +205,8 @@ def load_tokenizer(folder: Path, config: Config, eos_ids: tuple[int, ...]):
 
 def end_of_turn(folder: Path, tokenizer, eos_ids: tuple[int, ...]) -> int:
     """The token that ends a turn of the model, and so ends y: what the chat template writes behind an answer, whatever
-    the order of eos_ids. Mistake: the template leaves out the picture, the question or the answer, or ends by a token
-    that does not end sampling."""
+    the order of eos_ids. Raises Mistake if the template leaves out the picture, the question or the answer, ends by a
+    token that does not end sampling, or begins the thought for the model."""
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A question"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "An answer"}]}
     try:
@@ -215,6 +219,10 @@ def end_of_turn(folder: Path, tokenizer, eos_ids: tuple[int, ...]) -> int:
     if asked.count(image) != 1 or asked.count("A question") != 1 or "'type'" in asked:
         raise Mistake(f"{folder}: its chat template makes {asked[:200]!r} of a question about a picture, without one "
                       f"{image} and the question; is it for text only? Take the one of Qwen2.5-VL")
+    if "<think>" in (behind := asked.partition("A question")[2]):
+        raise Mistake(f"{folder}: its chat template opens the thought itself, by {behind[-60:]!r} behind the question: "
+                      "the thinking reward would be 0 for every answer, and y trained inside a thought; take the "
+                      "Instruct model, or remove <think> from the template")
     ends = tokenizer(answered.rpartition("An answer")[2], add_special_tokens=False).input_ids
     if not ends or ends[0] not in eos_ids:
         raise Mistake(f"{folder}: its chat template ends an answer by {tokenizer.decode(ends[:1])!r}, which is not "
@@ -227,9 +235,9 @@ class Processor:
     def __init__(self, folder):
         folder = local_folder(folder)
         self.config = Config.from_json(folder / "config.json")
-        self.eos_ids = read_eos_ids(folder)
+        self.eos_ids = read_eos_ids(folder, self.config)
         self.tokenizer = load_tokenizer(folder, self.config, self.eos_ids)
-        settings = image_settings(folder)
+        settings = image_settings(folder, self.config)
         self.min_pixels, self.max_pixels = settings["min_pixels"], settings["max_pixels"]
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
         self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift

@@ -547,6 +547,7 @@ class Qwen2_5_VL(nn.Module):
         """Loads a folder in the Hugging Face layout, or a hub id. `random_weights`: config and tokenizer only."""
         folder = local_folder(folder)
         config = Config.from_json(folder / "config.json")
+        eos_ids = read_eos_ids(folder, config)
         with torch.device("cpu" if random_weights else "meta"):
             model = MODELS[type(config)](config)
         if random_weights:
@@ -554,7 +555,7 @@ class Qwen2_5_VL(nn.Module):
             model = model.to(dtype=dtype)
         else:
             load_weights(model, folder, dtype)
-        model.folder, model.eos_ids = folder, read_eos_ids(folder)
+        model.folder, model.eos_ids = folder, eos_ids
         return model.to(device)
 
     @torch.no_grad()
@@ -637,7 +638,7 @@ class Qwen3VisionTower(VisionTower):
 
     def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
         """patches [N, 3·2·16·16] → [1 + L, N/4, D]: the image tokens, and what is added to them after each of the first
-        L layers of the decoder."""
+        L layers of the decoder, in the order of the blocks, whatever that of the indexes."""
         layouts, starts = self.lay_out(patches, grids, 1)
         images = PatchSets.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], patches.device)
         turn = self.turn([coordinates for coordinates, _ in layouts], patches.device)
@@ -649,7 +650,7 @@ class Qwen3VisionTower(VisionTower):
             x = run(block, checkpoint, x, turn, images)
             if i in self.deepstack:
                 added[i] = self.deepstack_merger_list[self.deepstack.index(i)](x)
-        return torch.stack([self.merger(x), *(added[i] for i in self.deepstack)])
+        return torch.stack([self.merger(x), *added.values()])
 
     def positions(self, gh: int, gw: int) -> Tensor:
         """The square table, stretched over an image of gh × gw patches so that corner lies on corner. [gh·gw, width]"""

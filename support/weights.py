@@ -1,6 +1,6 @@
 """Model folders in the Hugging Face layout, hub ids, weights as safetensors. Nothing is ever unpickled."""
 import hashlib
-import math
+import json
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +21,11 @@ COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "sp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+# The largest numbers that config.json may hold, and 2^16 in other fields: far above those of the published models (80
+# layers, 152,064 tokens). More would take hours or all memory before the weights are compared with them.
+MOST = {"num_hidden_layers": 512, "vision_depth": 512, "vocab_size": 2 ** 20, "intermediate_size": 2 ** 18,
+        "vision_patch_size": 64, "vision_temporal_patch_size": 8, "vision_spatial_merge_size": 8,
+        **dict.fromkeys(VISION_TOKENS, 2 ** 20)}
 
 
 def local_folder(name, what: str = "--model") -> Path:
@@ -53,109 +58,148 @@ def local_folder(name, what: str = "--model") -> Path:
                       f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error
 
 
+def shown(value) -> str:
+    """A value as it stands in a JSON file, cut to 100 characters."""
+    return json.dumps(value)[:100]
+
+
+class Section:
+    """An object of config.json; `name` stands before its fields in messages: "", "vision_config." …"""
+    def __init__(self, path: Path, name: str, fields: dict):
+        self.path, self.name, self.fields = path, name, fields
+
+    def inner(self, *names: str) -> "Section":
+        """Returns the object under the first of the names that holds something, or an empty one."""
+        name = next((name for name in names if self.fields.get(name)), names[-1])
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise Mistake(f"{self.path}: {self.name}{name} is {shown(value)}, not an object")
+        return Section(self.path, f"{self.name}{name}.", value or {})
+
+    def field(self, name: str, default=None):
+        value = self.fields.get(name, default)
+        if value is None:
+            raise Mistake(f"{self.path}: the field {self.name}{name} is missing or null")
+        return value
+
+    def only(self, /, **supported: tuple) -> None:
+        """Raises Mistake if a field has none of the values supported, the first of which a missing one means."""
+        for name, values in supported.items():
+            if self.fields.get(name, values[0]) not in values:
+                raise Mistake(f"{self.path}: {self.name}{name} is {shown(self.fields[name])}; only "
+                              f"{shown(values[0])} is supported")
+
+
 def read_config(path: Path) -> tuple[str, dict]:
-    """Family ("qwen2_5_vl" or "qwen3_vl"), and the fields of its config.json that change the computation, those of the
-    vision tower as vision_NAME. ValueError: what is not supported. Reads both layouts in use: text fields at the top
-    level (the hub's) or under text_config (transformers 5)."""
-    raw = read_record(path)
-    family = raw.get("model_type")
+    """Returns the family ("qwen2_5_vl" or "qwen3_vl") and the fields of config.json that the model is built from, those
+    of the vision tower as vision_NAME. Reads what transformers reads: text fields under text_config or, in Qwen2.5-VL's
+    older layout, at the top level. Raises Mistake if a field that changes the numbers has a value that this code does
+    not compute; tests/test_config.py goes through the fields one by one."""
+    top = Section(path, "", read_record(path))
+    family = top.fields.get("model_type")
     if family not in ("qwen2_5_vl", "qwen3_vl"):
-        raise Mistake(f"{path}: model_type is {family!r}; this code runs 'qwen2_5_vl' and the dense models of "
+        raise Mistake(f"{path}: model_type is {shown(family)}; this code runs 'qwen2_5_vl' and the dense models of "
                       "'qwen3_vl'")
     third = family == "qwen3_vl"
+    text = top.inner("text_config") if third or top.fields.get("text_config") is not None else top
+    vision = top.inner("vision_config")
+    top_rope, rope, vision_rope = (part.inner("rope_scaling", "rope_parameters") for part in (top, text, vision))
 
-    def section(source: dict, name: str) -> dict:
-        value = source.get(name) or {}
-        if not isinstance(value, dict):
-            raise Mistake(f"{path}: {name} is {value!r}, not an object")
-        return value
-
-    text, vision = {**raw, **section(raw, "text_config")}, section(raw, "vision_config")
-    if text.get("use_sliding_window"):
-        raise Mistake(f"{path}: use_sliding_window is true; sliding-window attention is not supported")
-    for where, part, only in (("text", text, "silu"), ("vision", vision, "gelu_pytorch_tanh" if third else "silu")):
-        if part.get("hidden_act", only) != only:
-            raise Mistake(f"{path}: {where} hidden_act is {part['hidden_act']!r}; only {only!r} is supported")
-    if third and text.get("attention_bias"):
-        raise Mistake(f"{path}: attention_bias is true; products with biases are not supported")
-    rope = section(text, "rope_parameters") or section(text, "rope_scaling")
-    if third and rope.get("mrope_interleaved") is False:
-        raise Mistake(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is supported")
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-        raise Mistake(f"{path}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
-
-    def field(source: dict, name: str, default=None):
-        value = source.get(name, default)
-        if value is None:
-            raise Mistake(f"{path}: the field {name!r} is missing")
-        return value
+    for part in (top, text, vision):
+        part.only(quantization_config=(None,), per_layer_config=(None, {}))
+    for part in (top, text):        # transformers does not look at the top where there is a text_config; others may
+        part.only(hidden_act=("silu",), use_sliding_window=(False, None), attention_dropout=(0, None),
+                  partial_rotary_factor=(1, None), num_experts=(0, None), num_experts_per_tok=(0, None),
+                  moe_intermediate_size=(0, None))
+        if third:
+            part.only(attention_bias=(False, None), sliding_window=(None,))
+    text.only(model_type=(f"{family}_text", family))
+    vision.only(model_type=(f"{family}_vision", family), hidden_act=("gelu_pytorch_tanh" if third else "silu",),
+                in_channels=(3,), in_chans=(3,), rope_theta=(1e4,))
+    kinds = ("default",) if third else ("default", "mrope")
+    for part in (top_rope, rope):
+        part.only(rope_type=kinds, type=kinds, mrope_interleaved=(third, None))
+    vision_rope.only(rope_type=("axial", "default"), type=("axial", "default"), rope_theta=(1e4,))
+    known = {"rope_type", "type", "mrope_interleaved", "mrope_section", "rope_theta"}
+    for part in (top_rope, rope, vision_rope):
+        if more := {name: value for name, value in part.fields.items() if name not in known and value not in (1, None)}:
+            raise Mistake(f"{path}: {part.name[:-1]} holds {shown(more)}, which is not supported")
+    ties = [part.fields.get("tie_word_embeddings") for part in (top, text)]
+    ties = [tie for tie in ties if tie is not None]
+    if any(tie is not True for tie in ties) and any(tie is not False for tie in ties):
+        raise Mistake(f"{path}: tie_word_embeddings is {' and under text_config '.join(map(shown, ties))}; it must be "
+                      "true or false, and the same in both places")
 
     numbers = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                "intermediate_size", "vocab_size")
     defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
-                "fullatt_block_indexes": (7, 15, 23, 31), "num_heads": 16, "intermediate_size": 3420, "depth": 32}
+                "fullatt_block_indexes": (7, 15, 23, 31), "num_heads": 16, "intermediate_size": 3420, "depth": 32,
+                "out_hidden_size": 3584}
     own = ["window_size", "fullatt_block_indexes"]
     if third:
         defaults |= {"patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24),
                      "intermediate_size": 4304, "depth": 27}
         own = ["num_position_embeddings", "deepstack_visual_indexes"]
     visions = ("depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
-               "spatial_merge_size", *own)
-    fields = {name: field(text, name) for name in numbers} | {
-        "head_dim": text.get("head_dim") or 0,      # 0: follows from the others, below
-        "rms_norm_eps": field(text, "rms_norm_eps", 1e-6 if third else 1e-5),    # where it is missing, as transformers
-        "rope_theta": rope.get("rope_theta", text.get("rope_theta", 5e5 if third else 1e6)),
-        "mrope_section": rope.get("mrope_section", (24, 20, 20) if third else (16, 24, 24)),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        **{name: field(raw, name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
-        **{f"vision_{name}": field(vision, name, defaults.get(name)) for name in visions}}
+               "spatial_merge_size", "out_hidden_size", *own)
+    fields = {name: text.field(name) for name in numbers} | {
+        "rms_norm_eps": text.field("rms_norm_eps", 1e-6 if third else 1e-5),    # missing ones are as in transformers
+        "rope_theta": rope.fields.get("rope_theta", text.fields.get("rope_theta", 5e5 if third else 1e6)),
+        "mrope_section": rope.fields.get("mrope_section", (24, 20, 20) if third else (16, 24, 24)),
+        "tie_word_embeddings": any(ties),
+        **{name: top.field(name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
+        **{f"vision_{name}": vision.field(name, defaults.get(name)) for name in visions}}
+    if third or text.fields.get("head_dim"):
+        fields["head_dim"] = text.field("head_dim", 128)
     for name, value in fields.items():
         fields[name] = tuple(value) if isinstance(value, list) else value
     check_fields(path, fields)
 
-    by_width = fields["hidden_size"] // fields["num_attention_heads"]
-    fields["head_dim"] = fields["head_dim"] or (128 if third else by_width)
-    if third and vision.get("out_hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
-        raise Mistake(f"{path}: the tower's out_hidden_size is {vision['out_hidden_size']}, hidden_size "
-                      f"{fields['hidden_size']}; they must be equal")
+    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    text.only(layer_types=(["full_attention"] * fields["num_hidden_layers"], None))
+    depth, width, heads = (fields[f"vision_{name}"] for name in ("depth", "hidden_size", "num_heads"))
+    vision.only(head_dim=(width // heads, None), num_attention_heads=(heads, None), num_hidden_layers=(depth, None))
     check_fit(path, fields, third)
+    del fields["vision_out_hidden_size"]        # the decoder's hidden_size
     return family, fields
 
 
 def check_fields(path: Path, fields: dict) -> None:
-    """Mistake: a field of config.json is not the kind of number that it must be."""
-    def whole(value, least: int) -> bool:
-        return type(value) is int and value >= least
+    """Raises Mistake if a field of config.json is not the kind of number that it must be, or is absurdly large."""
+    def whole(value, least: int, most: int) -> bool:
+        return type(value) is int and least <= value <= most
 
     for name, value in fields.items():
+        most = MOST.get(name, 2 ** 16)
         if name in ("rms_norm_eps", "rope_theta"):
-            good, wanted = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+            good, wanted = type(value) in (int, float) and 1e-30 < value < 1e30, "a number from 1e-30 to 1e30"
         elif name in ("mrope_section", "vision_fullatt_block_indexes", "vision_deepstack_visual_indexes"):
-            good, wanted = isinstance(value, tuple) and all(whole(v, 0) for v in value), "a list of whole numbers"
-        elif name == "head_dim" or name in VISION_TOKENS:
-            good, wanted = whole(value, 0), "a whole number"
+            good = isinstance(value, tuple) and len(value) <= most and all(whole(v, 0, most) for v in value)
+            wanted = f"a list of whole numbers from 0 to {most:,}"
         else:
-            good, wanted = name == "tie_word_embeddings" or whole(value, 1), "a whole number above 0"
+            least = 0 if name in VISION_TOKENS else 1
+            good = name == "tie_word_embeddings" or whole(value, least, most)
+            wanted = f"a whole number from {least} to {most:,}"
         if not good:
             where = name if name in VISION_TOKENS else name.replace("vision_", "vision_config.", 1)
-            raise Mistake(f"{path}: {where} is {str(value)[:100]!r}; it must be {wanted}")
+            raise Mistake(f"{path}: {where} is {shown(value)}; it must be {wanted}")
 
 
 def check_fit(path: Path, fields: dict, third: bool) -> None:
-    """Mistake: fields of config.json that do not fit each other. third: of Qwen3-VL."""
-    heads = fields["num_attention_heads"]
-    if not third and fields["head_dim"] * heads != fields["hidden_size"]:
-        raise Mistake(f"{path}: hidden_size {fields['hidden_size']}, num_attention_heads {heads} and head_dim "
-                      f"{fields['head_dim']} do not fit; head_dim must be hidden_size / heads")
+    """Raises Mistake if fields of config.json do not fit each other. third: those of Qwen3-VL."""
+    heads, d = fields["num_attention_heads"], fields["head_dim"]
+    if not third and d * heads != fields["hidden_size"]:
+        raise Mistake(f"{path}: hidden_size {fields['hidden_size']}, num_attention_heads {heads} and head_dim {d} do "
+                      "not fit; head_dim must be hidden_size / heads")
     if heads % fields["num_key_value_heads"]:
         raise Mistake(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
                       f"{fields['num_key_value_heads']}")
-    if sum(fields["mrope_section"]) != fields["head_dim"] // 2 or len(fields["mrope_section"]) != 3:
-        raise Mistake(f"{path}: mrope_section {fields['mrope_section']} must have three parts that add up to half the "
-                      f"head size, {fields['head_dim'] // 2}")
-    if fields["vision_hidden_size"] % fields["vision_num_heads"]:
-        raise Mistake(f"{path}: the tower's hidden_size {fields['vision_hidden_size']} is no multiple of its num_heads "
-                      f"{fields['vision_num_heads']}")
+    if d % 2 or sum(fields["mrope_section"]) != d // 2 or len(fields["mrope_section"]) != 3:
+        raise Mistake(f"{path}: mrope_section {shown(fields['mrope_section'])} must have three parts that add up to "
+                      f"half of {d}, which must be even (head_dim, or hidden_size / num_attention_heads)")
+    if fields["vision_hidden_size"] % (4 * fields["vision_num_heads"]):
+        raise Mistake(f"{path}: vision_config.hidden_size {fields['vision_hidden_size']} is no multiple of 4 times "
+                      f"num_heads {fields['vision_num_heads']}, as the rotary embedding needs")
     pixels = fields["vision_patch_size"] * fields["vision_spatial_merge_size"]      # of an image token
     if not third and fields["vision_window_size"] < pixels:
         raise Mistake(f"{path}: a window_size of {fields['vision_window_size']} pixels is smaller than "
@@ -163,16 +207,32 @@ def check_fit(path: Path, fields: dict, third: bool) -> None:
     table = fields.get("vision_num_position_embeddings", 1)
     if round(table ** 0.5) ** 2 != table:
         raise Mistake(f"{path}: num_position_embeddings is {table}, which is no square number")
+    stack, depth = fields.get("vision_deepstack_visual_indexes", ()), fields["vision_depth"]
+    if len(set(stack)) < len(stack) or max(stack, default=0) >= depth or len(stack) > fields["num_hidden_layers"]:
+        raise Mistake(f"{path}: vision_config.deepstack_visual_indexes is {shown(stack)}; it must name different "
+                      f"blocks from 0 to {depth - 1}, no more than num_hidden_layers {fields['num_hidden_layers']}")
+    if fields["vision_out_hidden_size"] != fields["hidden_size"]:
+        raise Mistake(f"{path}: vision_config.out_hidden_size is {fields['vision_out_hidden_size']} (3584 if it is "
+                      f"missing), hidden_size {fields['hidden_size']}; they must be equal")
+    ids = [fields[name] for name in VISION_TOKENS]
+    if len(set(ids)) < len(ids) or max(ids) >= fields["vocab_size"]:
+        raise Mistake(f"{path}: {', '.join(f'{name} {token}' for name, token in zip(VISION_TOKENS, ids))} must be "
+                      f"different and below vocab_size {fields['vocab_size']}")
 
 
-def read_eos_ids(folder: Path) -> tuple[int, ...]:
+def read_eos_ids(folder: Path, config) -> tuple[int, ...]:
+    """Every token that ends a response. config: the model's, for its vocabulary."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         ids = read_record(path).get("eos_token_id") if path.exists() else None
         if ids is not None:
             ids = tuple(ids) if isinstance(ids, list) else (ids,)
-            if not ids or not all(type(token) is int for token in ids):
-                raise Mistake(f"{path}: eos_token_id is {str(ids)[:100]}; it must be one or more token ids")
+            if not ids or not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
+                raise Mistake(f"{path}: eos_token_id is {str(ids)[:100]}; it must be one or more token ids below "
+                              f"vocab_size {config.vocab_size}")
+            if banned := [name for name in VISION_TOKENS if getattr(config, name) in ids]:
+                raise Mistake(f"{path}: eos_token_id {str(ids)[:100]} holds the {banned[0]} of config.json, which is "
+                              "never sampled")
             return ids
     raise Mistake(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
 

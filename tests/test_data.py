@@ -96,7 +96,13 @@ def test_folders_saved_by_transformers_5(tmp_path):
     ({"min_pixels": "x"}, "min_pixels is 'x'; it must be a whole number above 0"), ({"max_pixels": -1}, "max_pixels is '-1'"),
     ({"max_pixels": 1.5}, "max_pixels is '1.5'"), ({"image_mean": [0.1, 0.2]}, "image_mean is .*; it must be three numbers$"),
     ({"image_std": [0.1, 0, 0.2]}, "image_std is .*; it must be three numbers above 0"), ({"image_std": 0.5}, "image_std is '0.5'"),
-    ({"image_mean": [0.1, "x", 0.2]}, "image_mean"), ({"size": 5}, "size is '5', not an object")])
+    ({"image_mean": [0.1, "x", 0.2]}, "image_mean"), ({"size": 5}, "size is '5', not an object"),
+    ({"patch_size": 16}, "patch_size is 16; it must be 14, as in config.json"), ({"patch_size": None}, "patch_size is None"),
+    ({"merge_size": 1}, "merge_size is 1; it must be 2, as in config.json"), ({"resample": 2}, "resample is 2; it must be 3$"),
+    ({"temporal_patch_size": 1}, "temporal_patch_size is 1; it must be 2, as in config.json"),
+    ({"do_convert_rgb": False}, "do_convert_rgb is False; it must be True"), ({"rescale_factor": 1}, "rescale_factor is 1;"),
+    ({"min_pixels": 0}, "min_pixels is '0'"), ({"min_pixels": None, "size": {"height": 56}}, "size.shortest_edge is 'None'"),
+    ({"max_pixels": None, "size": {"shortest_edge": 56, "longest_edge": "9"}}, "size.longest_edge is '9'")])
 def test_picture_settings_that_cannot_be(tmp_path, change, reason):
     copy_tiny(tmp_path)
     settings = json.loads((TINY / "preprocessor_config.json").read_text()) | change
@@ -106,6 +112,23 @@ def test_picture_settings_that_cannot_be(tmp_path, change, reason):
     (tmp_path / "processor_config.json").write_text('{"image_processor": [1]}')
     with pytest.raises(ValueError, match="processor_config.json: image_processor is '.1.', not an object"):
         Processor(tmp_path)
+
+
+@pytest.mark.parametrize("field, name", [("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
+                                         ("spatial_merge_size", "merge_size")])
+def test_missing_picture_settings_must_fit_the_tower(tmp_path, field, name):
+    copy_tiny(tmp_path)
+    raw = json.loads((TINY / "config.json").read_text())
+    raw["vision_config"][field] = 4
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{name} is {14 if name == 'patch_size' else 2}; it must be 4, as in config.json"):
+        Processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({name: 4}))
+    patches, (gh, gw), _ = Processor(tmp_path).patches(noise(60, 90))
+    reference = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[noise(60, 90)], return_tensors="pt")
+    assert [[1, gh, gw]] == reference["image_grid_thw"].tolist()
+    torch.testing.assert_close(patches, reference["pixel_values"], rtol=0, atol=1e-5)
 
 
 def test_missing_picture_settings_are_as_in_transformers(tmp_path):
@@ -148,6 +171,10 @@ QWEN_LIKE = (TINY / "chat_template.jinja").read_text()
     (QWEN_LIKE.replace("{{ part['text'] }}", ""), "without one"),
     (QWEN_LIKE.replace("{% endif %}<|im_end|>", "{% endif %}"), "ends an answer by '', which is not among"),
     (QWEN_LIKE.replace("{% endif %}<|im_end|>", "{% endif %}<|im_start|>"), "ends an answer by '<|im_start|>'"),
+    *((QWEN_LIKE.replace("assistant\n{% endif %}", f"assistant\n{opening}{{% endif %}}"),
+       "opens the thought itself, by .*<think>.* the thinking reward would be 0 .*; take the Instruct model")
+      for opening in ("<think>\n", "<think>", "<think>\n\n</think>\n\n", "{{ '<think>' }}", "Well, <think> I")),
+    (QWEN_LIKE.replace("{{ part['text'] }}", "{{ part['text'] }} Begin with <think>."), "opens the thought itself"),
     ("{% if %}", "cannot write")])
 def test_a_chat_template_that_does_not_fit(tmp_path, template, reason):
     copy_tiny(tmp_path)
@@ -155,6 +182,15 @@ def test_a_chat_template_that_does_not_fit(tmp_path, template, reason):
     with pytest.raises(ValueError, match=reason.replace("|", r"\|")) as error:
         Processor(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_chat_template_may_speak_of_thoughts_before_the_question(tmp_path):
+    """In its system prompt, and around the answers of earlier turns."""
+    copy_tiny(tmp_path)
+    told = QWEN_LIKE.replace("assistant.<", "assistant. Use <think> and </think>.<").replace(
+        "{{ part['text'] }}", "{% if message['role'] == 'assistant' %}<think>\n\n</think>{% endif %}{{ part['text'] }}")
+    (tmp_path / "chat_template.jinja").write_text(told)
+    assert "<think> and </think>" in Processor(tmp_path).chat("A question", True)
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])

@@ -2,7 +2,7 @@
 row."""
 import doctest
 import json
-import math
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -397,53 +397,10 @@ def test_a_stored_head_must_be_the_embedding_it_is_tied_to(folder):
         Qwen2_5_VL.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"head_dim": 64}, "head_dim 64 do not fit"), ({"num_attention_heads": 3}, "num_attention_heads 3"),
-    ({"vision_config": {"hidden_size": 32, "window_size": 14}}, "window_size of 14 pixels .* 28×28"),
-    ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl'"), ({"use_sliding_window": True}, "use_sliding_window"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"hidden_size": None}, "'hidden_size' is missing"),
-    ({"image_token_id": None}, "'image_token_id' is missing"),
-    ({"rope_scaling": {"type": "yarn", "mrope_section": [4, 6, 6]}}, "rope type 'yarn'"),
-    ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "config.json: mrope_section"),
-    ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 8]}}, "mrope_section .* three parts"),
-    ({"rope_scaling": 3}, "rope_scaling is 3, not an object"), ({"text_config": "x"}, "text_config is 'x', not an object"),
-    ({"vision_config": []}, "the field 'hidden_size' is missing"), ({"vision_config": [1]}, "vision_config is .1., not"),
-    ({"hidden_size": "64"}, "config.json: hidden_size is '64'; it must be a whole number above 0"),
-    ({"num_hidden_layers": -1}, "num_hidden_layers is '-1'"), ({"num_attention_heads": 0}, "num_attention_heads is '0'"),
-    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; it must be a number above 0"),
-    ({"rope_theta": math.nan}, "rope_theta is 'nan'"), ({"image_token_id": "x"}, "image_token_id is 'x'"),
-    ({"vision_config": {"hidden_size": 32, "depth": 1.5}}, "vision_config.depth is '1.5'"),
-    ({"vision_config": {"hidden_size": 32, "fullatt_block_indexes": 3}}, "vision_config.fullatt_block_indexes is '3'"),
-    ({"vision_config": {"hidden_size": 30}}, "the tower's hidden_size 30 is no multiple of its num_heads 16"),
-    ({"num_key_value_heads": 3}, "num_attention_heads .* is no multiple of num_key_value_heads 3")])
-def test_unsupported_config(tmp_path, change, reason):
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | change))
-    shutil.copy(TINY / "generation_config.json", tmp_path)
-    with pytest.raises(ValueError, match=reason):
-        Qwen2_5_VL.from_pretrained(tmp_path, random_weights=True)
-
-
-@pytest.mark.parametrize("change, reason", [
-    ({"text_config": {"attention_bias": True}}, "attention_bias is true"),
-    ({"text_config": {"hidden_act": "gelu"}}, "text hidden_act is 'gelu'"),
-    ({"text_config": {"rope_parameters": {"mrope_interleaved": False}}}, "only interleaved M-RoPE"),
-    ({"vision_config": {"hidden_act": "silu"}}, "vision hidden_act is 'silu'; only 'gelu_pytorch_tanh'"),
-    ({"vision_config": {"num_position_embeddings": 50}}, "50, which is no square number"),
-    ({"vision_config": {"out_hidden_size": 32}}, "out_hidden_size is 32"),
-    ({"model_type": "qwen3_vl_moe"}, "model_type is 'qwen3_vl_moe'; this code runs 'qwen2_5_vl' and the dense models")])
-def test_unsupported_config_of_qwen3_vl(tmp_path, change, reason):
-    raw = make_reference("third, 4 heads on 2, tied").config.to_dict()
-    for name, value in change.items():
-        raw[name] = {**raw[name], **value} if isinstance(value, dict) else value
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=reason):
-        Config.from_json(tmp_path / "config.json")
-
-
 def test_missing_fields_of_qwen3_vl_are_as_in_transformers(tmp_path):
-    wide = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    wide = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
             "intermediate_size": 64, "vocab_size": 200000}
-    raw = {"model_type": "qwen3_vl", "text_config": wide, "vision_config": {"hidden_size": 32, "out_hidden_size": 64},
+    raw = {"model_type": "qwen3_vl", "text_config": wide, "vision_config": {"hidden_size": 64, "out_hidden_size": 64},
            **{name: getattr(Qwen3VLConfig(), name) for name in VISION_TOKENS}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     ours, theirs = Config.from_json(tmp_path / "config.json"), Qwen3VLConfig(**{**raw, "model_type": "qwen3_vl"})
@@ -505,10 +462,29 @@ def test_a_wrong_setting_of_the_tokenizer(tmp_path, name, value):
 
 def test_an_index_of_shards_that_names_none(tmp_path):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    for text in ("{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+    os.mkfifo(tmp_path / "pipe")
+    for text, said in (("{}", "weight_map is 'None'"), ('{"weight_map": 3}', "weight_map is '3'"),
+                       ('{"weight_map": {"a": 3}}', "must say which file"), ('{"weight_map": {}}', "must say which file"),
+                       ('{"weight_map": {"a": "../x.safetensors"}}', "which file of the same folder"),
+                       ('{"weight_map": {"a": "pipe"}}', "pipe is no regular file"),
+                       ('{"weight_map": {"a": "x.safetensors"}}', "x.safetensors does not exist")):
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(Mistake, match="model.safetensors.index.json has no weight_map"):
+        with pytest.raises(Mistake, match=said):
             Qwen2_5_VL.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json",
+                                  "chat_template.jinja", "preprocessor_config.json"])
+def test_what_is_no_file_in_a_model_folder(tmp_path, name):
+    """A folder, or a pipe, which would be waited for. A file of another kind may be a folder."""
+    for make in (Path.mkdir, os.mkfifo):
+        shutil.rmtree(tmp_path)
+        shutil.copytree(TINY, tmp_path)
+        (tmp_path / "LICENSE").mkdir()
+        (tmp_path / name).unlink()
+        make(tmp_path / name)
+        with pytest.raises(Mistake, match=f"{tmp_path}/{name} is .*; it must be a file"):
+            Processor(tmp_path)
 
 
 @pytest.mark.parametrize("ids", ["x", [], ["x"], True, 1.5, {}])
