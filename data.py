@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import SPECIAL, TASKS, Reward, count_boxes_in, earned, label_text, read_label, user_text
+from rewards import (MAX_CHARACTERS, SPECIAL, TASKS, Reward, count_boxes_in, earned, label_text, read_label, score,
+                     user_text)
 from support import sources
 from support.files import read_record
 from support.mistakes import Mistake
@@ -35,15 +36,16 @@ from support.weights import local_folder, read_eos_ids
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 
 
-def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None):
-    """The examples that a --data string names (support/sources.py), each checked. task: of rows that do not say theirs.
-    fits(example, size): raises ValueError where an example is too long (`Processor.check_length`)."""
-    def check(example: Example, size: tuple[int, int] | None) -> tuple[str, str] | None:
-        noticed = check_example(example, size)
-        if fits is not None:
-            fits(example, size)
-        return noticed
-    return sources.load(data, sources.Rules(TASKS, read_label, check), task, skip_bad_rows, columns)
+def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None,
+         flag: str = "--data"):
+    """The examples that a --data string names (support/sources.py), each checked. task: of rows that do not say theirs;
+    flag: the option that gave the string.
+    fits(example, size): a check of the model that is trained (`Processor.check_label`), of the same kind as
+    check_example."""
+    def check(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
+        return check_example(example, size) + (fits(example, size) if fits else [])
+    rules = sources.Rules(TASKS, read_label, check, MAX_CHARACTERS)
+    return sources.load(data, rules, task, skip_bad_rows, columns, flag)
 
 
 def check_text(what: str, text: str) -> None:
@@ -56,17 +58,17 @@ def check_text(what: str, text: str) -> None:
         raise ValueError(f"the {what} cannot be encoded: {text[error.start]!a} is half a character") from None
 
 
-def check_example(example: Example, size: tuple[int, int] | None) -> tuple[str, str] | None:
-    """ValueError: why an example cannot be trained or evaluated on. Returns what is odd, and what it is in this
-    example: y earns less than full accuracy. size: (width, height) of the picture, or None; an empty answer is not
-    known yet (it will be the box around a mask)."""
+def check_example(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
+    """Raises ValueError if an example cannot be trained or evaluated on. Returns (kind of oddity, what it is in this
+    example) of each. The one oddity so far: y earns less than full accuracy. size: (width, height) of the picture, or
+    None; an empty answer is not known yet (it will be the box around a mask)."""
     check_text("id", example.id)
     check_text("question", example.question)
     check_text("thought", example.thought)
     if size is not None:
         check_aspect(*size)
     if not example.answer:
-        return None
+        return []
     y = label_text(example.task, example.answer, "spaced", example.thought)
     check_text("label", y)
     try:
@@ -80,8 +82,8 @@ def check_example(example: Example, size: tuple[int, int] | None) -> tuple[str, 
     if share <= 0 or reward.total <= 0:
         raise ValueError(f"the label {y[:200]!r} has no accuracy by the reward of its own task {example.task}: {terms}")
     if share < 1:
-        return "labels earn less than full accuracy by their own reward", f"{y[:200]} earns {terms}"
-    return None
+        return [("labels earn less than full accuracy by their own reward", f"{y[:200]} earns {terms}")]
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,12 +113,14 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, int]) -> str:
-    """Boxes and points (JSON text) from a picture of from_size to one of to_size, (width, height) pixels, rounded to
-    int(c·to/from + 0.5). Equal sizes change nothing."""
-    if from_size == to_size:
-        return answer
+    """Boxes and points (JSON text) from a picture of from_size to one of to_size, (width, height) pixels. Every number
+    becomes ⌊c·to/from + 0.5⌋, at equal sizes too: so the text of y does not depend on the picture's size.
+
+    >>> convert_boxes('[{"bbox_2d": [10, 20.5, 50, 25], "point_2d": [30, 22.4]}]', (100, 50), (112, 50))
+    '[{"bbox_2d": [11, 21, 56, 25], "point_2d": [34, 22]}]'
+    """
     scale = (to_size[0] / from_size[0], to_size[1] / from_size[1])
-    return json.dumps([{**item, **{key: [int(c * scale[i % 2] + 0.5) for i, c in enumerate(item[key])]
+    return json.dumps([{**item, **{key: [math.floor(c * scale[i % 2] + 0.5) for i, c in enumerate(item[key])]
                                    for key in ("bbox_2d", "point_2d")}} for item in json.loads(answer)])
 
 
@@ -286,22 +290,41 @@ class Processor:
         sizes = (image.size, original.size) if image else ((0, 0), (0, 0))
         return Prompt(example, tokens, position, patches, grids, answer, *sizes, image)
 
-    def check_length(self, example: Example, size: tuple[int, int] | None, max_row_tokens: int, longest: int,
-                     thought: bool) -> None:
-        """ValueError: the prompt, and y or a rollout of `longest` tokens, exceed max_row_tokens. size: (width, height)
-        of the picture, which is not decoded for this. thought: y may have a rollout's thought in front of it."""
-        pieces = self.chat(user_text(example.task, example.question), size is not None)
-        count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)
+    def check_label(self, example: Example, size: tuple[int, int] | None, styles: tuple[str, ...], longest: int,
+                    max_row_tokens: int = 0, sampled: bool = True, thought: bool = False) -> list[tuple[str, str]]:
+        """Raises ValueError if the text that comes back from y's own tokens earns less than y, so that no rollout can
+        equal it; or if the prompt with y, or with a rollout of `longest` tokens, exceeds max_row_tokens (0: no limit).
+        Returns what is odd, as check_example does: y is longer than a rollout. size: (width, height) of the picture,
+        which is not decoded for this. styles: those that y may have. sampled: there are rollouts. thought: y may have
+        the thought of one in front of it."""
+        task, answer, seen = TASKS[example.task], example.answer, size
         if size is not None:
             side = self.config.vision_patch_size * self.config.vision_spatial_merge_size
-            width, height = TASKS[example.task].frame or size
-            h, w = smart_resize(height, width, side, self.min_pixels, self.max_pixels)
-            count += h * w // side ** 2 - 1
-        label = len(self.encode(label_text(example.task, example.answer, "spaced", example.thought)))
-        response = label + longest if thought else max(label, longest)
-        if count + response > max_row_tokens:
-            raise ValueError(f"its prompt of {count} tokens, and a response of {response}, exceed "
-                             f"--max-row-tokens {max_row_tokens}")
+            width, height = task.frame or size
+            seen = smart_resize(height, width, side, self.min_pixels, self.max_pixels)[::-1]
+            if task.boxes:      # without an answer yet: the box around a mask, at most so many digits
+                parts, answer = self.config.boxes_in, answer or task.read([*size, *size], None)
+                answer = convert_boxes(answer, size, (parts, parts) if parts else seen)
+        label = 0
+        for y in sorted({label_text(example.task, answer, style, example.thought) for style in styles}):
+            tokens = self.encode(y)
+            label = max(label, len(tokens))
+            if (back := self.decode(tokens)) != y:
+                points, most = (score(example.task, text, answer).total for text in (back, y))
+                if points < most:
+                    raise ValueError(f"the label {y[:150]!a} comes back from its own tokens as {back[:150]!a}, which "
+                                     f"earns {points:g} and not {most:g}: no rollout can equal it")
+        if max_row_tokens:
+            pieces = self.chat(user_text(example.task, example.question), size is not None)
+            count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)
+            count += seen[0] * seen[1] // side ** 2 - 1 if seen else 0
+            rollout = longest if sampled else 1
+            response = label + rollout if thought else max(label, rollout)
+            if count + response > max_row_tokens:
+                raise ValueError(f"its prompt of {count} tokens, and a response of {response}, exceed "
+                                 f"--max-row-tokens {max_row_tokens}")
+        return [(f"labels are longer than --max-new-tokens {longest}, which no rollout can equal",
+                 f"y has {label} tokens")] if label > longest else []
 
     def encode(self, response: str) -> list[int]:
         """A label's text → its tokens and the one that ends a turn, the ids that carry r(y)."""

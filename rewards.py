@@ -26,6 +26,7 @@ import math
 import random
 import re
 import traceback
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -366,9 +367,12 @@ def scalar_text(value, what: str = "answer") -> str:
         raise ValueError(f"the {what} is {kind}; it must be text or a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"the {what} is {value}")
-    text = value.strip() if isinstance(value, str) else repr(int(value) if value == int(value) else value)
-    if not text:
-        raise ValueError(f"the {what} is empty")
+    if isinstance(value, str):
+        text = unicodedata.normalize("NFC", value).strip()
+    else:
+        text = repr(int(value) if value == int(value) else value)
+    if not 0 < len(text) <= MAX_CHARACTERS:
+        raise ValueError(f"the {what} " + (f"has more than {MAX_CHARACTERS:,} characters" if text else "is empty"))
     return text
 
 
@@ -644,10 +648,13 @@ def score(task: str, response: str, answer: str) -> Reward:
 
 
 def read_label(task: str, value, choices=None) -> str:
-    """A cell of a data set → the answer, as `task` takes it. ValueError: why it cannot be a label of it."""
-    answer = TASKS[task].read(value, choices)
-    if not answer.strip() or not TASKS[task].render(answer, "spaced").strip():
+    """A cell of a data set → the answer, as `task` takes it, in Unicode's form NFC, which tokenizers give back. Raises
+    ValueError if it cannot be a label of the task."""
+    answer = unicodedata.normalize("NFC", TASKS[task].read(value, choices))
+    if not answer.strip() or not (y := TASKS[task].render(answer, "spaced").strip()):
         raise ValueError("the solution is empty")
+    if len(y) > MAX_CHARACTERS:
+        raise ValueError(f"the solution has more than {MAX_CHARACTERS:,} characters")
     return answer
 
 

@@ -392,11 +392,13 @@ class Job:
 
 def open_data(cfg: Config, processor: Processor, data: str):
     """The source of --data or --eval-data, by the same options."""
-    longest = cfg.max_new_tokens if cfg.G else 1
+    flag = "--data" if data == cfg.data else "--eval-data"
+    styles = tuple(LABEL_STYLES) if cfg.label_style == "auto" else (cfg.label_style,)
 
-    def fits(example, size) -> None:
-        processor.check_length(example, size, cfg.max_row_tokens, longest, cfg.label_thought == "rollout")
-    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits if cfg.max_row_tokens else None)
+    def fits(example, size) -> list[tuple[str, str]]:
+        return processor.check_label(example, size, styles, cfg.max_new_tokens, cfg.max_row_tokens, cfg.G > 0,
+                                     cfg.label_thought == "rollout")
+    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag)
 
 
 def set_up() -> Job:

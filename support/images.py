@@ -8,6 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000    # of a picture, before it is decoded
+# Read, whatever a file is called; JPEG includes MPO. For PostScript Pillow would start Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class Unfit(ValueError):
@@ -15,19 +17,22 @@ class Unfit(ValueError):
 
 
 @contextlib.contextmanager
-def pillow_at_work(content):
-    """ValueError, naming the file of `content`: whatever Pillow raises on a damaged file, in any of its formats."""
+def opened(content):
+    """Yields the picture that Pillow opens. content: path, bytes or open file. Raises ValueError, which names the file,
+    for whatever Pillow raises on a damaged one."""
     name = f"{content}: " if isinstance(content, Path) else ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # its limit of pixels (ours is MAX_PIXELS), broken EXIF
-            yield
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+                yield image
     except Unfit:
         raise
     except Image.DecompressionBombError:
         raise Unfit(f"more than {MAX_PIXELS:,} pixels") from None
     except UnidentifiedImageError:
-        raise ValueError(f"the image cannot be read: {name}no kind of picture that Pillow knows") from None
+        raise ValueError(f"the image cannot be read: {name}it is damaged, or in none of the formats that are read: "
+                         f"{', '.join(FORMATS)}, MPO") from None
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:150] or type(error).__name__
         raise ValueError(f"the image cannot be read: {name}{reason}") from None
@@ -53,16 +58,18 @@ def upright_size(image: Image.Image, turn: bool) -> tuple[int, int]:
 
 def picture_size(content, turn: bool = False) -> tuple[int, int]:
     """(width, height) as the header says, nothing decoded. content: path, bytes or open file. ValueError: see above."""
-    with pillow_at_work(content), Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+    with opened(content) as image:
         return upright_size(image, turn)
 
 
-def open_image(content, turn: bool = False) -> Image.Image:
+def open_image(content, turn: bool = False, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture as RGB; with `turn` upright, as ImageOps.exif_transpose turns it. Grey, palettes, CMYK and opaque alpha
-    become RGB. ValueError: what cannot be read, and what would lose or guess something (see above; transparency: over
-    what?)."""
-    with pillow_at_work(content), Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-        upright_size(image, turn)
+    become RGB. size: what picture_size gave earlier. Raises ValueError if it cannot be read, has another size now, or
+    would lose or guess something (see above; transparency: over what?)."""
+    with opened(content) as image:
+        found = upright_size(image, turn)
+        if size not in (None, found):
+            raise Unfit("the picture is {}×{} pixels now; it was {}×{} when the data was opened".format(*found, *size))
         image.load()
         upright_size(image, turn)
         upright = ImageOps.exif_transpose(image)

@@ -22,6 +22,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,8 +32,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from support import scenes
+from support.files import parse_json, read_record
 from support.images import open_image, picture_in, picture_size
 from support.mistakes import Mistake
+from support.screen import clean, say
 
 QUESTION = ("problem", "text", "question", "query", "prompt")     # the first that holds something
 ANSWER = ("solution", "answer", "answers", "label")               # the only one that does
@@ -42,9 +45,16 @@ NAMES = ("id", "pid", "questionId")
 READ_TOGETHER = 16          # rows
 BAR_AFTER = 1.0             # seconds of opening a file
 MAPPED = 64_000_000         # bytes of a memory map that are read before it is closed and opened anew
+MAX_LINE = 16_000_000       # bytes of a line of JSON
+MAX_README = 1_000_000      # bytes of a README.md that declares configurations
 PATTERNS = ("README.md", "*.parquet", "*.arrow", "*.jsonl", "*.json", "*.png", "*.jpg", "*.jpeg", "*.webp")
 AS_LINES = "jq -c '.[]' LIST.json > LINES.jsonl"
 MAPPABLE = ("question", "answer", "image", "choices", "id")       # by --columns
+# Videos and sounds, which are not read: columns that hold them, files of them, and what stands for them in a question.
+MEDIA = re.compile(r"(video|audio)s?([_-]?(file|path|url|uri|byte)s?)*", re.I)
+MEDIA_FILE = re.compile(r".+\.(mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|3gp|wav|mp3|m4a|aac|flac|ogg|opus)\s*", re.I)
+PLACEHOLDER = re.compile(r"(?i:</?(?:(image|img)|video|audio)[ _-]?(\d*)(?:here|pad|token|placeholder)?\s*/?>)"
+                         r"|(?i:\[(image|img)[ _-]?(\d*)\])|\[VIDEO\]|\[AUDIO\]")
 
 
 @dataclass
@@ -67,11 +77,13 @@ class BadRow(Mistake):
 @dataclass
 class Rules:
     """What a source needs to know of the seven scripts. tasks: name → a record of which `boxes` says whether its
-    answers are boxes. read_label(task, cell, choices) → the answer. check(example, (width, height) or None) → what is
-    odd about it, or None. Both raise ValueError: why the row cannot be used."""
+    answers are boxes. read_label(task, cell, choices) → the answer. check(example, (width, height) or None) → a list
+    of (kind of oddity, what it is in this example). Both raise ValueError: why the row cannot be used. longest: text
+    that is read, in characters."""
     tasks: dict
     read_label: Callable
     check: Callable
+    longest: int
 
 
 class Scenes:
@@ -105,35 +117,48 @@ def picture_columns(names, typed: list[str], chosen: str | None) -> list[str]:
     return [name for name in PICTURES if name in names] or (typed if len(typed) == 1 else [])
 
 
+def columns_read(columns: dict[str, str]) -> set[str]:
+    """The names of all columns that texts are read from."""
+    return {*QUESTION, *ANSWER, *CHOICES, *NAMES, "bbox", "task", "thought", "image_id", "ann_id", *columns.values(),
+            *(name.split(".")[0] for name in columns.values())}
+
+
 class JsonlFile:
     """One JSON object a line."""
-    has_masks = False
+    has_masks, media = False, frozenset[str]()
 
     def __init__(self, path: Path, columns: dict[str, str]):
         self.path, self.folder, self.columns = path, path.parent, columns
-        with open(path, "rb") as lines:
-            self.count = sum(1 for _ in lines)
-            lines.seek(0)
-            if next((line for line in lines if line.strip()), b"").lstrip().startswith(b"[{"):
-                raise Mistake(f"{path} is a JSON list, not one object a line: {AS_LINES}")
+        self.count = sum(1 for _ in self.lines())
+        if next((line for line in self.lines() if line.strip()), b"").lstrip().startswith(b"[{"):
+            raise Mistake(f"{path} is a JSON list, not one object a line: {AS_LINES}")
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines, of a longer one the first MAX_LINE + 1 bytes."""
+        with open(self.path, "rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                yield line
+                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
+                    pass
 
     def rows(self) -> Iterator[tuple[int, dict | str, list]]:
         """Each row's number, as an editor counts lines; its columns, or why it has none; its picture cells."""
-        with open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:   # not JSON, or not UTF-8
-                    yield number, f"not JSON ({error})", []
-                    continue
-                if not isinstance(row, dict):
-                    yield number, "not a JSON object", []
-                    continue
-                found = picture_columns(row, [], self.columns.get("image"))
-                missing = f"the column {self.columns.get('image', 'image')} is missing; null means that there is none"
-                yield number, row if found else missing, [row[name] for name in found]
+        for number, line in enumerate(self.lines(), 1):
+            if not line.strip():
+                continue
+            try:
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"the line has more than {MAX_LINE:,} bytes")
+                row = parse_json(line)
+            except ValueError as error:
+                yield number, f"not JSON ({error})", []
+                continue
+            if not isinstance(row, dict):
+                yield number, "not a JSON object", []
+                continue
+            found = picture_columns(row, [], self.columns.get("image"))
+            missing = f"the column {self.columns.get('image', 'image')} is missing; null means that there is none"
+            yield number, row if found else missing, [row[name] for name in found]
 
     def heavy(self, number: int) -> tuple[list, object]:
         return [], None         # a row's path is kept when it is checked
@@ -146,15 +171,16 @@ class ArrowTable:
     def __init__(self, path: Path, columns: dict[str, str]):
         import datasets
         self.path, self.folder, self.table, self.touched = path, path if path.is_dir() else path.parent, None, 0
+        saved = listed_in(path / "state.json", "_data_files") if path.is_dir() else []
         try:
             with quiet(datasets):
-                self.files = [str(path / entry["filename"]) for entry in json.loads((path / "state.json").read_text())[
-                    "_data_files"]] if path.is_dir() else parquet_as_arrow(path)
+                files = saved or parquet_as_arrow(path)
+                self.files = {file: stat_of(file) for file in files}
                 table = self.whole()
         except Exception as error:
-            what = "not Arrow files of save_to_disk" if path.is_dir() else "not a Parquet file"
-            raise Mistake(f"{path}: {what}, or no room in the cache {datasets.config.HF_DATASETS_CACHE} "
-                          f"({reason_of(error)})") from None
+            cache = f"no room or a damaged copy in the cache {datasets.config.HF_DATASETS_CACHE}"
+            what = "not Arrow files of save_to_disk" if saved else f"not a Parquet file, or {cache}"
+            raise Mistake(f"{path}: {what} ({reason_of(error)})") from None
         self.count = len(table)
         typed = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)
                  or isinstance(getattr(kind, "feature", None), datasets.Image)]
@@ -167,20 +193,25 @@ class ArrowTable:
             several = f"several columns of pictures ({', '.join(typed)})" if typed else "no column of pictures"
             raise Mistake(f"{path} has {several} (its columns: {', '.join(table.column_names)}); name it by --columns "
                           "image=NAME")
-        wanted = {*QUESTION, *ANSWER, *CHOICES, *NAMES, "bbox", "task", "thought", "image_id", "ann_id",
-                  *columns.values(), *(name.split(".")[0] for name in columns.values())}
-        self.texts = [name for name in table.column_names if name in wanted and name not in self.pictures]
+        kinds = {name: f"'{name}': {kind!r}" for name, kind in table.features.items() if name not in self.pictures}
+        self.media = {name for name, kind in kinds.items() if re.search(r"\b(Video|Audio)\(", kind)}
+        wanted = columns_read(columns) | self.media
+        self.texts = [name for name, kind in kinds.items()
+                      if name in wanted or any(map(MEDIA.fullmatch, re.findall("'([^']*)':", kind)))]
         self.has_masks = "mask" in table.column_names
         self.classes = {name: dict(enumerate(kind.names)) for name, kind in table.features.items()
                         if isinstance(kind, datasets.ClassLabel)}
 
     def whole(self):
         import datasets
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in self.files])
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in self.files])
 
     def part(self, start: int, stop: int):
         """Rows as an Arrow table. What a memory map has read counts as this process's memory until it is closed: so it
-        is opened anew after MAPPED bytes."""
+        is opened anew after MAPPED bytes. Raises Mistake if a file has changed: reading past its end would be fatal."""
+        for file, before in self.files.items():
+            if before != (file.exists() and stat_of(file)):
+                raise Mistake(f"{file} was changed, cut or removed since the data was opened. Bring it back as it was")
         if ArrowTable.mapped is not self or self.touched > MAPPED:
             if ArrowTable.mapped is not None:
                 ArrowTable.mapped.table = None
@@ -207,7 +238,18 @@ class ArrowTable:
                 row.column("mask")[0].as_py() if self.has_masks else None)
 
 
-def parquet_as_arrow(path: Path) -> list[str]:
+def listed_in(record: Path, key: str) -> list[Path]:
+    """The files or folders that a record of save_to_disk lists. Raises Mistake if they do not all lie beside it."""
+    entries = read_record(record).get(key) if record.is_file() else None
+    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in
+             (entries if isinstance(entries, list) else [])]
+    beside = [path.name for path in record.parent.iterdir() if path.is_file() or path.is_dir()]
+    if wrong := [name for name in names or [entries] if name not in beside]:
+        raise Mistake(f"{record}: {key} must list what lies beside it, not {wrong[0]!r:.100}. Copy the folder anew")
+    return [record.parent / name for name in names]
+
+
+def parquet_as_arrow(path: Path) -> list[Path]:
     """The Arrow files that `datasets` keeps of a Parquet file in its cache, made at the first opening: a few rows at a
     time, as its default of whole row groups, read ahead, takes gigabytes of memory."""
     import datasets
@@ -215,33 +257,11 @@ def parquet_as_arrow(path: Path) -> list[str]:
     streamed = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
     table = datasets.Dataset.from_parquet(str(path), batch_size=READ_TOGETHER, fragment_scan_options=streamed)
     pyarrow.default_memory_pool().release_unused()
-    return [file["filename"] for file in table.cache_files]
-
-
-class Stored(io.RawIOBase):
-    """Bytes of a memory map as a file: only what is read is copied."""
-    def __init__(self, buffer):
-        self.view, self.at = memoryview(buffer).cast("B"), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, len(self.view))[whence]
-        return self.at
-
-    def readinto(self, target) -> int:
-        piece = self.view[self.at:self.at + len(target)]
-        target[:len(piece)] = piece
-        self.at += len(piece)
-        return len(piece)
+    return [Path(file["filename"]) for file in table.cache_files]
 
 
 def in_python(cell):
-    """An Arrow cell as Python has it; bytes become an open file."""
+    """An Arrow cell as Python has it; bytes become an open file, of which only what is read is copied."""
     import pyarrow
     if not cell.is_valid:
         return None
@@ -250,7 +270,7 @@ def in_python(cell):
     if isinstance(cell, (pyarrow.ListScalar, pyarrow.LargeListScalar)):
         return [in_python(value) for value in cell.values]
     if pyarrow.types.is_binary(cell.type) or pyarrow.types.is_large_binary(cell.type):
-        return io.BufferedReader(Stored(cell.as_buffer()))
+        return pyarrow.BufferReader(cell.as_buffer())
     return cell.as_py()
 
 
@@ -283,6 +303,16 @@ def lookup(row: dict, name: str):
         return row.get(name)
     root, _, rest = name.partition(".")
     return lookup(row[root], rest) if isinstance(row.get(root), dict) else None
+
+
+def holds_media(name: str, cell, meant: bool = False) -> bool:
+    """Whether a cell, by its column's name or a file's ending, holds a video or a sound. meant: unless it is empty."""
+    meant = meant or MEDIA.fullmatch(name) is not None
+    if isinstance(cell, dict):
+        return any(holds_media(field, part, meant) for field, part in cell.items())
+    if isinstance(cell, list):
+        return any(holds_media("", part, meant) for part in cell)
+    return meant and cell not in (None, "", False) or isinstance(cell, str) and bool(MEDIA_FILE.fullmatch(cell))
 
 
 def part_of_question(part) -> str:
@@ -351,10 +381,14 @@ def light_example(row: dict, number: int, task: str, columns: dict[str, str], ha
     name = text(names[0], (str, int)) if names else str(number)
     if not names and (picture := text("image_id", (str, int))):
         name = f"{picture}/{row.get('ann_id') or 0}"
-    if choices:
-        question += "\nChoices:" + "".join(f"\n({chr(ord('A') + i)}) {choice}"
-                                           for i, choice in enumerate(json.loads(answer)["choices"]))
-    return Example(name, None, question, answer, task, text("thought"))
+    options = "\nChoices:" * bool(choices) + "".join(f"\n({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(
+        json.loads(answer)["choices"] if choices else ()))
+    for column, held_text in ((asked[0], question), ((listed or [""])[0], options), ((names or ["image_id"])[0], name),
+                              ("thought", thought := text("thought"))):
+        if len(held_text) > rules.longest:
+            raise ValueError(f"the column {column!r} holds {len(held_text):,} characters, more than {rules.longest:,}")
+    question, thought = (unicodedata.normalize("NFC", held_text) for held_text in (question + options, thought))
+    return Example(name, None, question, answer, task, thought)
 
 
 def read_mask(value) -> np.ndarray | None:
@@ -382,26 +416,26 @@ class StoredExamples:
         self.columns, self.rules, self.skip = columns, rules, skip_bad_rows
         self.bad: list[str] = []
         self.odd: dict[str, list] = {}      # what → [how often, the first row]
-        # Of each: its file and number, the example, a path of its picture.
-        self.rows: list[tuple[JsonlFile | ArrowTable, int, Example, Path | None]] = []
+        # Of each: its file and number, the example, the path and the size of its picture.
+        self.rows: list[tuple[JsonlFile | ArrowTable, int, Example, Path | None, tuple[int, int] | None]] = []
         self.ids: set[str] = set()
         digest = hashlib.sha256()
         for file in files:
             pictures = 0
             digest.update(repr((file.path.name, stat_of(file.path))).encode())
-            for number, row, cells in tqdm(file.rows(), f"opening {file.path.name}", file.count, unit="row",
+            for number, row, cells in tqdm(file.rows(), clean(f"opening {file.path.name}"), file.count, unit="row",
                                            delay=BAR_AFTER, leave=False, disable=os.environ.get("RANK", "0") != "0"):
                 try:
-                    example, content = self.check(file, row, cells, number, task)
+                    example, content, size = self.check(file, row, cells, number, task)
                 except Mistake:     # of the installation, not of the row
                     raise
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:       # the latter of lists in lists
                     self.leave_out(BadRow(f"{file.path}, row {number}: {error}"), report=False)
                     continue
                 pictures += content is not None
                 path = content if isinstance(content, Path) else None
                 digest.update(repr((number, example, path and stat_of(path))).encode())
-                self.rows.append((file, number, example, path))
+                self.rows.append((file, number, example, path, size))
             if not pictures and isinstance(file, ArrowTable) and self.rows and self.rows[-1][0] is file:
                 raise Mistake(f"{file.path} holds no picture in any row (column {', '.join(file.pictures)}); name its "
                               "column by --columns image=NAME; text alone is read from JSON lines with \"image\": null")
@@ -416,15 +450,25 @@ class StoredExamples:
             raise BadRow(f"{error} (--skip-bad-rows leaves such rows out)") from None
         self.bad.append(str(error))
         if report:
-            tqdm.write(f"left out: {error}")
+            say(f"left out: {error}")
 
     def check(self, file, row: dict | str, cells: list, number: int, task: str):
-        """The example of a row, and its picture as path or open file. ValueError: why it cannot be used."""
+        """Returns the example of a row, its picture as path or open file, and the picture's size. Raises ValueError
+        if the row cannot be used."""
         if isinstance(row, str):
             raise ValueError(row)
+        for name in row.keys() - columns_read(self.columns):
+            if holds_media(name, row[name], name in file.media):
+                raise ValueError(f"the column {name!r} holds a video or a sound; only one picture and text are read")
         example = light_example(row, number, task, self.columns, file.has_masks, self.rules)
         content = self.picture(file, cells)
         boxes = self.rules.tasks[example.task].boxes
+        named = set()       # pictures that the question names; a numbered one may come again
+        for mark in PLACEHOLDER.finditer(example.question):
+            named.add(which := mark[2] or mark[4] or f"at {mark.start()}")
+            beyond = len(named) > (content is not None) or which.isdecimal() and int(which) > 1
+            if mark[0] != "<image>" and (beyond or not (mark[1] or mark[3])):
+                raise ValueError(f"the question names {mark[0]}, which no picture of the row fills; it can have one")
         marks = re.findall(r"^\s*<image>\s*|\s*<image>\s*$", example.question)
         if example.question.count("<image>") > len(marks) or len(marks) > 1:
             raise ValueError("the question names several pictures, or one in its middle, by <image>; one picture is "
@@ -432,18 +476,18 @@ class StoredExamples:
         if content is None and (boxes or marks):
             raise ValueError(f"no picture: {'the question names one by <image>' if marks else 'boxes need one'}")
         example = replace(example, question=example.question.replace(marks[0], "") if marks else example.question)
-        size = content and picture_size(content, self.turned(example, file))
+        size = None if content is None else picture_size(content, self.turned(example, file))
         if boxes and example.answer:
             check_boxes(example.answer, size)
-        if noticed := self.rules.check(example, size or None):
-            self.notice(noticed[0], f"{file.path}, row {number}: {noticed[1]}")
+        for what, this in self.rules.check(example, size):
+            self.notice(what, f"{file.path}, row {number}: {this}")
         if example.id in self.ids:
             self.notice("rows have the id of an earlier row", f"{file.path}, row {number}: {example.id}")
         self.ids.add(example.id)
         inside = os.path.abspath(file.folder) + os.sep
         if isinstance(content, Path) and not os.path.abspath(content).startswith(inside):
             self.notice("pictures lie outside the folder of the data", f"{file.path}, row {number}: {content}")
-        return example, content
+        return example, content, size
 
     def notice(self, what: str, first: str) -> None:
         self.odd.setdefault(what, [0, first])[0] += 1
@@ -464,11 +508,11 @@ class StoredExamples:
 
     def __getitem__(self, index: int) -> Example:
         """The example with its picture, which is decoded now. BadRow if that fails."""
-        file, number, example, path = self.rows[index]
+        file, number, example, path, size = self.rows[index]
         try:
             cells, mask = file.heavy(number)
             content = path or self.picture(file, cells)
-            image = None if content is None else open_image(content, self.turned(example, file))
+            image = None if content is None else open_image(content, self.turned(example, file), size)
             mask, answer = read_mask(mask), example.answer
             if mask is not None and self.rules.tasks[example.task].boxes:
                 if mask.shape != (image.height, image.width) and mask.any():
@@ -508,15 +552,18 @@ def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
     files of different folders or names (a.parquet, b.parquet), each of these is kept apart; 0000, 0001 and
     train-00000-of-00002 are parts of one."""
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        return {("", split): [folder / split] for split in splits}
+        return {("", path.name): [path] for path in listed_in(folder / "dataset_dict.json", "splits")}
     if (folder / "state.json").exists():
         return {("", ""): [folder]}
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
     found: dict[tuple[str, str], list[Path]] = {}
     readme = folder / "README.md"
-    if readme.exists() and "data_files:" in readme.read_text(errors="replace"):
+    with open(readme, "rb") if readme.is_file() else io.BytesIO() as file:
+        declared = file.read(MAX_README + 1)
+    if b"data_files:" in declared:
+        if len(declared) > MAX_README:
+            raise Mistake(f"{readme} declares data_files and has more than {MAX_README:,} bytes: shorten it")
         for config in datasets.get_dataset_config_names(str(folder)):
             files = datasets.load_dataset_builder(str(folder), config).config.data_files
             found |= {(config, str(split)): [Path(path) for path in paths] for split, paths in files.items()}
@@ -541,9 +588,9 @@ def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
     return {("" if one else config, split): paths for (config, split), paths in found.items()}
 
 
-def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, columns: str = ""
-         ) -> Scenes | StoredExamples:
-    """The source that a --data string names. task: of rows that do not say theirs; columns: field=NAME,…"""
+def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, columns: str = "",
+         flag: str = "--data") -> Scenes | StoredExamples:
+    """The source that the string of `flag` names. task: of rows that do not say theirs; columns: field=NAME,…"""
     named = dict(part.partition("=")[::2] for part in columns.split(",")) if columns else {}
     if wrong := [field for field, name in named.items() if field not in MAPPABLE or not name]:
         raise Mistake(f"--columns {columns}: {wrong[0]!r} cannot be; give FIELD=NAME,… with the fields "
@@ -557,44 +604,44 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
     path = Path(":".join(parts))
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
-            raise Mistake(f"--data {data}: there is no such file")
+            raise Mistake(f"{flag} {data}: {'it is no regular file' if path.exists() else 'there is no such file'}")
         found = {("", ""): [path]}
         fitting = found if not wanted else {}
     elif path.is_file():
-        raise Mistake(f"--data {data}: a file must be .jsonl, with one JSON object a line, or .parquet; a JSON list "
+        raise Mistake(f"{flag} {data}: a file must be .jsonl, with one JSON object a line, or .parquet; a JSON list "
                       f"becomes lines by {AS_LINES}")
     else:
         try:
-            found = splits_of(path if path.is_dir() else download(str(path)))
+            found = splits_of(path if data and path.is_dir() else download(data and str(path), flag))
         except Mistake:
             raise
         except Exception as error:
-            raise Mistake(f"--data {data}: cannot be read as a data set ({reason_of(error)})") from error
+            raise Mistake(f"{flag} {data}: cannot be read as a data set ({reason_of(error)})") from error
         fitting = {(config, split): paths for (config, split), paths in found.items()
                    if wanted in ([], [split], [config], [config, split])}
     if not found:
-        raise Mistake(f"--data {data}: holds no .parquet, .jsonl or save_to_disk files")
+        raise Mistake(f"{flag} {data}: holds no .parquet, .jsonl or save_to_disk files")
     if len(fitting) != 1:
         listed = ", ".join(":".join(filter(None, (str(path), config, split))) for config, split in sorted(found))
         reason = "more than one fits" if fitting else "there is no such split"
-        raise Mistake(f"--data {data}: {reason}; it can be {listed}")
+        raise Mistake(f"{flag} {data}: {reason}; it can be {listed}")
     [files] = fitting.values()
     if other := [file for file in files if file.is_file() and file.suffix not in (".parquet", ".jsonl")]:
-        raise Mistake(f"--data {data}: {other[0].name} is neither Parquet nor JSON lines")
+        raise Mistake(f"{flag} {data}: {other[0].name} is neither Parquet nor JSON lines")
     kinds = [JsonlFile if file.suffix == ".jsonl" else ArrowTable for file in files]
     return StoredExamples([kind(file, named) for kind, file in zip(kinds, files)], named, rules, task, skip_bad_rows)
 
 
-def download(name: str) -> Path:
+def download(name: str, flag: str) -> Path:
     """A data set of the hub, in huggingface_hub's cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise Mistake(f"--data {name}: give scenes:SPLIT, a .jsonl or .parquet file, a folder, or a hub id "
-                      "OWNER/NAME")
+        raise Mistake(f"{flag} {name or repr(name)}: give scenes:SPLIT, a .jsonl or .parquet file, a folder, or a hub "
+                      "id OWNER/NAME" + '; an empty --eval-data "" means never' * (flag == "--eval-data"))
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(PATTERNS)))
     except Exception as error:
-        raise Mistake(f"--data {name}: no such folder, and the hub does not give it "
+        raise Mistake(f"{flag} {name}: no such folder, and the hub does not give it "
                       f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from error
 
 

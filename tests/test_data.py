@@ -307,8 +307,35 @@ def test_convert_boxes():
         {"bbox_2d": [0, 0, 112, 84], "point_2d": [1, 2]}]                    # 1.12 1.68
     halves = '[{"bbox_2d":[1,3,5,7],"point_2d":[3,4]}]'
     assert json.loads(convert_boxes(halves, (8, 8), (4, 4))) == [{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 2]}]
-    assert convert_boxes(halves, (8, 8), (8, 8)) == halves  # not even its blanks
-    assert convert_boxes("[]", (8, 8), (4, 4)) == "[]"
+    assert json.loads(convert_boxes(halves, (8, 8), (8, 8))) == json.loads(halves)
+    assert convert_boxes("[]", (8, 8), (4, 4)) == convert_boxes("[]", (8, 8), (8, 8)) == "[]"
+    decimals = '[{"bbox_2d":[207.45999999999998,0.5,840,839.4],"point_2d":[523.73,-0.6]}]'     # rounded at any size
+    assert json.loads(convert_boxes(decimals, (840, 840), (840, 840))) == [{"bbox_2d": [207, 1, 840, 839], "point_2d": [524, -1]}]
+
+
+def test_rounded_boxes_stay_in_the_frame_and_in_order():
+    """Of any size, in whole numbers or not, with borders on the picture's; what holds a point still does."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        size, frame = ([rng.choice([1, 7, 28, 112, 333, 840, 1000, 4001]) for _ in "wh"] for _ in range(2))
+        whole = rng.random() < 0.5
+        x1, x, x2, y1, y, y2 = (c for side in size for c in sorted(
+            rng.choice([0, side, rng.randint(0, side) if whole else rng.uniform(0, side)]) for _ in range(3)))
+        [item] = json.loads(convert_boxes(json.dumps([{"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}]), size, frame))
+        (a1, b1, a2, b2), (a, b) = item["bbox_2d"], item["point_2d"]
+        assert 0 <= a1 <= a <= a2 <= frame[0] and 0 <= b1 <= b <= b2 <= frame[1]
+        assert all(type(c) is int for c in (a1, b1, a2, b2, a, b))
+        if whole and size == frame:
+            assert [a1, b1, a2, b2, a, b] == [x1, y1, x2, y2, x, y]
+
+
+@pytest.mark.parametrize("size", [(840, 840), (839, 841), (112, 56)])
+def test_y_has_whole_numbers_at_any_size(processor, size):
+    """Control 1: the text of y must not depend on whether the picture happens to have the frame's size."""
+    box = json.dumps([{"bbox_2d": [7.459999999999994, 3.2, 9.5, 40.5], "point_2d": [8.5, 21.85]}])
+    for task in ("grounding", "scene_grounding"):
+        answer = processor.prompt(Example("x", noise(*size), "cup", box, task)).answer
+        assert not re.search(r"\d\.\d", answer) and all(type(c) is int for c in json.loads(answer)[0]["bbox_2d"])
 
 
 def test_grounding_example_of_a_file_gets_its_boxes_converted(processor, tmp_path):
@@ -645,7 +672,8 @@ def test_splits_are_deterministic_and_never_share_a_scene():
 def test_every_scene_fills_a_prompt(processor):
     for split in scenes.SPLITS:
         prompt = processor.prompt(examples(split)[3])
-        assert prompt.size == prompt.original_size == (112, 112) and prompt.answer == examples(split)[3].answer
+        assert prompt.size == prompt.original_size == (112, 112) and (
+            prompt.answer == examples(split)[3].answer or json.loads(prompt.answer) == json.loads(examples(split)[3].answer))
         assert prompt.tokens.count(processor.config.image_token_id) == 16
 
 

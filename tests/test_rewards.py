@@ -806,7 +806,7 @@ def test_a_reward_that_fails_is_a_named_error_of_0_points(monkeypatch, capsys):
         reward = rewards.score("vqa", "", "Paris")
         assert (reward.total, reward.error) == (0, "reward_failed_ZeroDivisionError")
     printed = capsys.readouterr()
-    assert printed.out.count("'vqa' failed on ''") == 1 == printed.err.count("Traceback")     # once, not every time
+    assert printed.out.count("'vqa' failed on ''") == 1 == printed.out.count("Traceback")     # once, not every time
     assert rewards.score("vqa", "ab", "Paris").total == 0.5
 
     def interrupted(response, answer):

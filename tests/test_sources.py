@@ -4,10 +4,14 @@ import decimal
 import io
 import json
 import os
+import random
 import re
 import runpy
+import struct
 import subprocess
 import sys
+import tracemalloc
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
+from tokenizers import normalizers
 
 import rewards
-from data import Processor, load
+import train
+from data import Processor, Response, load, pack_group
 from support import sources
 from support.images import open_image
 from support.sources import BadRow, Example, noticed, order, read, take
@@ -215,6 +221,30 @@ def test_pictures_that_are_errors(content, reason, tmp_path):
         load(path, "grounding")[1]
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 56 28\n%%EndComments\nshowpage\n%%EOF\n"
+PREVIEWED = b"\xc5\xd0\xd3\xc6" + struct.pack("<7I", 32, len(EPS), 0, 0, 0, 0, 0xFFFF) + EPS
+
+
+@pytest.mark.parametrize("content", [EPS, PREVIEWED], ids=["plain", "previewed"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.eps"])
+def test_a_picture_starts_no_program(tmp_path, monkeypatch, content, name):
+    """Pillow would give PostScript to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)      # where Pillow has found it before, or not
+    lines = lines_of(tmp_path, {"image": name})
+    (tmp_path / name).write_bytes(content)
+    parquet = parquet_of(tmp_path, train_row(0, image={"bytes": content, "path": name}))
+    formats = "in none of the formats that are read: PNG, JPEG, WEBP, GIF, BMP, TIFF, MPO"
+    for read_it in (lambda: load(lines)[0], lambda: load(parquet, "grounding")[0],
+                    lambda: open_image(tmp_path / name, turn=True), lambda: open_image(content)):
+        with pytest.raises(ValueError, match=formats) as error:
+            read_it()
+        assert len(str(error.value)) < 500 + len(str(tmp_path))
+    assert not (tmp_path / "started").exists()
+
+
 def test_what_is_noticed_once(tmp_path):
     """Ids that come twice, and pictures outside the folder of the data: by an absolute path or by "..", not by a link
     (the hub's cache consists of links)."""
@@ -333,6 +363,102 @@ print(peak() - before)
         grown = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
                                    check=True).stdout)
         assert grown < limit, f"{grown / 1000:.0f} MB"
+
+
+CHANGES = {"cut": lambda file: os.truncate(file, 0), "removed": lambda file: file.unlink(),
+           "replaced": lambda file: (file.with_suffix(".new").write_bytes(b"x"), file.with_suffix(".new").replace(file))}
+
+
+def test_a_memory_mapped_file_that_changes_under_a_run(tmp_path):
+    """To read behind the new end of one would kill the process by SIGBUS: so in a process of its own."""
+    write_parquet(tmp_path / "a.parquet", [train_row(i) for i in range(40)])
+    code = """
+import shutil, sys; sys.path.insert(0, "tests")
+from test_sources import *
+for name, change in CHANGES.items():
+    write_arrow(Path(sys.argv[1], name), [train_row(i) for i in range(40)])
+    for data in (sys.argv[1] + "/a.parquet", sys.argv[1] + "/" + name):
+        source = load(data, "grounding", True)
+        change(file := [*source.rows[0][0].files][-1])
+        try:
+            print(source[39])
+        except sources.Mistake as error:
+            print(str(error).startswith(f"{file} was changed, cut or removed since the data was opened. "), type(error).__name__)
+        shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")})
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["True Mistake"] * 6), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 0.9])
+def test_arrow_files_that_are_cut_before(tmp_path, share):
+    write_arrow(tmp_path / "saved", [train_row(i) for i in range(9)])
+    file = tmp_path / "saved/data-00001-of-00002.arrow"
+    os.truncate(file, int(file.stat().st_size * share))
+    with pytest.raises(ValueError, match="saved: not Arrow files of save_to_disk .*(Expected|Tried)"):
+        load(str(tmp_path / "saved"), "grounding")
+
+
+ARROW = "data-00000-of-00002.arrow"
+
+
+@pytest.mark.parametrize("text, reason", [
+    *((text, "") for text in ("[", "", "[]", "5", "[" * 100_000, '{"a":' * 100_000)),
+    *(({"_data_files": files, "splits": files}, "must list what lies beside it, not ") for files in
+      (None, 5, [], [5], ["nowhere"], [".."], ["."], [""], ["/etc"], [f"../saved/{ARROW}"], [{"filename": f"../saved/{ARROW}"}],
+       [{"name": ARROW}], ["x\0"], ["x" * 9999], [[ARROW]], {ARROW: 1}))])
+@pytest.mark.parametrize("name", ["saved/state.json", "dict/dataset_dict.json"])
+def test_damaged_records_of_save_to_disk(tmp_path, name, text, reason):
+    write_arrow(tmp_path / "saved", [train_row(i) for i in range(2)])
+    (tmp_path / "dict").mkdir()
+    (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
+    with pytest.raises(ValueError, match=f"{name}.*{reason}") as error:
+        load(str((tmp_path / name).parent), "grounding")
+    assert type(error.value) is sources.Mistake and "--data" not in str(error.value)        # from read_record or beside it
+    assert len(str(error.value)) < len(str(tmp_path)) + 300 and "\n" not in str(error.value)
+
+
+def test_a_line_that_is_too_long_or_nested_too_deep_is_a_bad_row(tmp_path):
+    """A line of 300 MB is never held; nesting that json.loads just allows is too deep for what follows."""
+    path = Path(lines_of(tmp_path, {}))
+    good, deep = path.read_text().strip(), "[" * 100_000 + "]" * 100_000
+    nested = [good[:-1] + ', "solution": ' + "[" * depth + "]" * depth + "}" for depth in (100_000, *range(700, 1000, 10))]
+    with open(path, "w") as file:
+        file.write("\n".join([good, deep, *nested]) + "\n")
+        file.truncate(file.tell() + 300_000_000)
+        file.seek(0, 2)
+        file.write("\n" + good)
+    tracemalloc.start()
+    source = load(str(path), skip_bad_rows=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6 and len(source) == 2 and len(source.bad) == len(nested) + 2 and source.rows[1][1] == len(nested) + 4
+    assert "row 2: not JSON" in source.bad[0] and "the line has more than 16,000,000 bytes" in source.bad[-1]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, ending):
+    (tmp_path / f"folder.{ending}").mkdir()
+    os.mkfifo(tmp_path / f"pipe.{ending}")
+    for name, reason in (("folder", "it is no regular file"), ("pipe", "it is no regular file"), ("nowhere", "there is no such file")):
+        with pytest.raises(ValueError, match=f"--data .*{name}.{ending}: {reason}$"):
+            load(f"{tmp_path}/{name}.{ending}")
+    with pytest.raises(ValueError, match="holds no .parquet"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("readme, reason", [
+    (None, ""), (b"\xff\0" * 10**6, ""), (b"---\ndata_files: [" + b"[" * 9999 + b"\n---\n", "cannot be read as a data set"),
+    (b"---\ndata_files: x\n---\n" + b" " * 10**6, "README.md declares data_files and has more than 1,000,000 bytes")])
+def test_any_readme_beside_the_data(tmp_path, readme, reason):
+    write_parquet(tmp_path / "train.parquet", [train_row(0)])
+    os.mkfifo(tmp_path / "README.md") if readme is None else (tmp_path / "README.md").write_bytes(readme)
+    if reason:
+        with pytest.raises(ValueError, match=reason):
+            load(str(tmp_path), "grounding")
+    else:
+        assert len(load(str(tmp_path), "grounding")) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,6 +740,120 @@ def test_columns_that_do_not_fit_are_named(tmp_path, row, task, columns, reason)
     assert len(str(error.value)) < len(str(tmp_path)) + 400
 
 
+MEDIA = [
+    ({"video": "a.mp4"}, "video"), ({"videos": ["a.mp4"]}, "videos"), ({"audio": {"path": None, "bytes": "UklGR"}}, "audio"),
+    ({"Audios": [{"path": "a"}]}, "Audios"), ({"video_path": "clips/a"}, "video_path"), ({"audio_url": "http://x.org/a"}, "audio_url"),
+    ({"video_bytes": "AAAA"}, "video_bytes"), ({"audioFilePath": "a"}, "audioFilePath"), ({"videos": [[0.5, 1.0]]}, "videos"),
+    ({"clip": "clips/a b.MP4"}, "clip"), ({"media": [{"x": "a.wav"}]}, "media"), ({"extra": {"video": ["a"]}}, "extra"),
+    ({"image": "a.webm"}, "image")]
+NO_MEDIA = [{"video": None}, {"videos": []}, {"audio": ""}, {"video": {"bytes": None, "path": None}}, {"videos": [None, []]}, {"audio": False},
+            {"video_id": "v12"}, {"source": "the mp4"}, {"problem": "what is a.mp4"}, {"id": "a.mp4"}, {"audible": "yes"}, {"videogame": "x"},
+            {"extra": {"video": None, "note": "x"}}]
+
+
+@pytest.mark.parametrize("row, name", [*MEDIA, *((row, "") for row in NO_MEDIA)])
+def test_columns_that_hold_a_video_or_a_sound(tmp_path, row, name):
+    """They are refused by name, in JSON lines beside a picture or none; empty cells are none (verl writes "videos": [])."""
+    for picture in ("a.png", None):
+        path = lines_of(tmp_path, {"task": "vqa", "solution": "5", "image": picture} | row)
+        if name:
+            with pytest.raises(BadRow, match=f"row 1: the column '{name}' holds a video or a sound"):
+                load(path)
+        else:
+            assert len(load(path)) == 1
+
+
+@pytest.mark.parametrize("row, name", [*((row, name) for row, name in MEDIA if name not in ("clip", "media", "image")),
+                                       *((row, "") for row in NO_MEDIA), ({"video": b"abc"}, "video")])
+def test_columns_of_parquet_that_hold_a_video_or_a_sound(tmp_path, row, name):
+    path = parquet_of(tmp_path, {"problem": "x", "solution": "5", "image": IMAGE} | row)
+    if name:
+        with pytest.raises(BadRow, match=f"row 1: the column '{name}' holds a video or a sound"):
+            load(path, "vqa")
+    else:
+        assert len(load(path, "vqa")) == 1
+
+
+@pytest.mark.parametrize("kind", ["Video", "Audio"])
+@pytest.mark.parametrize("several", [False, True])
+def test_columns_of_the_type_video_or_audio(tmp_path, kind, several):
+    """Under any name."""
+    import datasets
+    cells = [{"bytes": b"abc", "path": "x"}, None]
+    feature = getattr(datasets, kind)(decode=False)
+    table = datasets.Dataset.from_list(
+        [{"image": IMAGE, "problem": "x", "solution": "5", "clip": [cell] if several and cell else cell} for cell in cells])
+    table = table.cast(datasets.Features(table.features | {
+        "image": datasets.Image(), "clip": datasets.List(feature) if several else feature}))
+    table.to_parquet(tmp_path / "a.parquet")
+    source = load(str(tmp_path / "a.parquet"), "vqa", True)
+    assert len(source) == 1 and "row 1: the column 'clip' holds a video or a sound" in source.bad[0]
+
+
+@pytest.mark.parametrize("question, without, beside_one", [     # whether it is refused without a picture, and beside one
+    *((f"{mark} What is it?", True, False) for mark in ("<image 1>", "<image_1>", "<image1>", "<image-1>", "<img>", "<Image>", "<IMAGE>",
+                                                       "[IMG]", "[image]", "[img1]", "<ImageHere>", "<image_placeholder>", "<image/>", "<image>")),
+    *((f"What is in {mark}?", True, False) for mark in ("<image 1>", "[Image 1]", "<IMG>")),
+    *((f"What is in {mark}?", True, True) for mark in ("<video>", "<Video>", "<audio>", "<video_1>", "[VIDEO]", "<AUDIO/>", "<image 2>",
+                                                      "<image 1> and <image 2>", "<img>a.png</img>", "<Image> and <Image>", "<image_0> or <image_1>",
+                                                      "<image> or <image 1>")),
+    ("Is <image1> larger than its frame, and is <image1> red?", True, False),
+    *((text, False, False) for text in ("What is the image of f?", "Describe image 1.", "the video", "x < image > y", "<image of a cat>", "a[image_of(x)]",
+                                        "[images]", "<b>image</b>", "<imagine>", "is [video] a word?", "image <1>"))])
+def test_placeholders_that_no_picture_fills(tmp_path, question, without, beside_one):
+    """<image> is as it was: at the beginning or end of a question, once."""
+    for picture, refused in ((None, without), ("a.png", beside_one)):
+        path = lines_of(tmp_path, {"task": "vqa", "solution": "5", "image": picture, "problem": question})
+        if refused:
+            with pytest.raises(BadRow, match="row 1: (the question names|no picture: the question names one by) *[<.[]") as error:
+                load(path)
+            assert re.search(r"[<[]/?(im|vid|aud)", str(error.value), re.I)
+        else:
+            assert load(path)[0].question == question.removeprefix("<image>").lstrip()
+
+
+@pytest.mark.parametrize("kind", ["video", "image_url", "input_audio", "audio"])
+def test_parts_of_a_message_that_are_no_text_and_no_picture(tmp_path, kind):
+    parts = [{"type": kind, kind: {"url": "x"}}, {"type": "text", "text": "What?"}]
+    path = lines_of(tmp_path, {"task": "vqa", "solution": "5", "image": None, "problem": [{"role": "user", "content": parts}]})
+    with pytest.raises(BadRow, match=f"a part of the question is '{kind}'"):
+        load(path)
+
+
+@pytest.mark.parametrize("row, column", [
+    ({"problem": "x" * 2_000_000}, "problem"), ({"problem": "x" * 20_001}, "problem"), ({"problem": "x" * 20_000}, ""),
+    ({"problem": [{"role": "user", "content": [{"type": "text", "text": "x" * 15_000}] * 2}]}, "problem"),
+    ({"thought": "x" * 20_001}, "thought"), ({"id": "x" * 20_001}, "id"), ({"image_id": "x" * 20_001}, "image_id"),
+    ({"question": "x" * 99_999, "problem": ""}, "question"), ({"unused": "x" * 99_999}, ""),
+    ({"choices": ["5", "x" * 20_001]}, "choice B"), ({"options": ["5", *(letter * 900 for letter in "abcdefghijklmnopqrstuvwxy")]}, "options"),
+    ({"solution": "5" * 20_001}, "answer"), ({"task": "vqa", "solution": ["y", "x" * 20_001]}, "solution"),
+    ({"task": "mine", "solution": "x" * 20_001}, "solution")])
+def test_texts_have_a_limit(tmp_path, monkeypatch, row, column):
+    """A question of 2 MB asks for 194 GB of memory."""
+    monkeypatch.setitem(rewards.TASKS, "mine", replace(rewards.TASKS["vqa"], read=rewards.read_plain))
+    path = lines_of(tmp_path, {"task": "math", "solution": "5", "problem": "1+4"} | row)
+    if not column:
+        assert len(load(path)) == 1
+        return
+    reason = (f"bad label: the {column} has more than 20,000 characters" if column in ("solution", "answer", "choice B") else
+              rf"the column '{column}' holds [\d,]+ characters, more than 20,000")
+    with pytest.raises(BadRow, match=f"row 1: {reason}") as error:
+        load(path)
+    assert len(str(error.value)) < len(str(tmp_path)) + 200
+
+
+@pytest.mark.parametrize("name", ["none", "None", "null", "false", "", "nowhere.jsonl", "a b", "scenes"])
+def test_messages_name_the_flag_that_was_given(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    lines_of(tmp_path, {})          # an empty name is not the current folder
+    with pytest.raises(ValueError, match=f"^--data {name or chr(39) * 2}: ") as error:
+        load(name)
+    assert "--eval-data" not in str(error.value)
+    with pytest.raises(ValueError, match=f"^--eval-data {name or chr(39) * 2}: ") as error:
+        train.open_data(train.Config(eval_data=name), Processor(ROOT / "assets/tiny"), name)
+    assert " --data" not in str(error.value) and ('; an empty --eval-data "" means never' in str(error.value)) == (name != "nowhere.jsonl")
+
+
 @pytest.mark.parametrize("name, reason", [
     (base64.b64encode(png()).decode(), "looks like base64 text"), ("data:image/png;base64,iVBORw0", "is a data: URI"),
     ("http://x.org/a.png", "is an address"), ("s3://x/a.png", "is an address"), (".", "is a folder"),
@@ -705,6 +945,20 @@ def test_a_box_must_lie_in_its_picture(tmp_path, box, size, inside):
             load(path)
 
 
+@pytest.mark.parametrize("task, answer", [("grounding", json.dumps([BOX])), ("grounding", "[]"), ("vqa", "5")])
+def test_a_picture_replaced_by_one_of_another_size(tmp_path, task, answer):
+    """The boxes and the checks of its row were of the old one."""
+    source = load(lines_of(tmp_path, {"solution": answer, "task": task}), skip_bad_rows=True)
+    (tmp_path / "a.png").write_bytes(png(colour=(0, 0, 9)))
+    assert source[0].image.getpixel((0, 0)) == (0, 0, 9)
+    (tmp_path / "a.png").write_bytes(png(28, 56))
+    with pytest.raises(BadRow, match="a.jsonl, row 1 .id 1.: the picture is 28×56 pixels now; it was 56×28 when the data"):
+        source[0]
+    (tmp_path / "a.png").write_bytes(exif(6))       # the same size, but for a rotation
+    with pytest.raises(BadRow, match="EXIF" if "bbox" in answer else "is 28×56 pixels now; it was 56×28"):
+        source[0]
+
+
 def test_which_of_several_pictures_and_which_row(tmp_path):
     """MathVerse and others have a path under image, and the picture itself under decoded_image. A text that is no text is
     named by its row."""
@@ -755,10 +1009,10 @@ def test_a_row_over_the_limit_is_found_when_the_data_is_opened(tmp_path):
     processor = Processor(ROOT / "assets/tiny")
     path = lines_of(tmp_path, {}, {"problem": "cup " * 300}, {"solution": json.dumps([BOX] * 9)})
     prompts = [processor.prompt(example) for example in load(path)]
-    lengths = [len(p.tokens) + len(processor.encode(f"<answer>{p.example.answer}</answer>")) for p in prompts]
+    lengths = [len(p.tokens) + len(processor.encode(f"<answer>{p.answer}</answer>")) for p in prompts]
 
     def fits(limit: int, longest: int, thought: bool = False):
-        return lambda example, size: processor.check_length(example, size, limit, longest, thought)
+        return lambda example, size: processor.check_label(example, size, ("spaced",), longest, limit, thought=thought)
     assert len(load(path, fits=fits(max(lengths), 1))) == 3          # the very number of tokens that a row has
     for limit, left in ((max(lengths) - 1, 2), (sorted(lengths)[1] - 1, 1), (min(lengths) - 1, 0)):
         with pytest.raises(BadRow, match=f"exceed --max-row-tokens {limit}"):
@@ -771,6 +1025,112 @@ def test_a_row_over_the_limit_is_found_when_the_data_is_opened(tmp_path):
     assert len(load(path, fits=fits(max(lengths) + 9, 9, thought=True))) == 3      # a borrowed thought makes y longer
     with pytest.raises(BadRow, match="exceed"):
         load(path, fits=fits(max(lengths) + 8, 9, thought=True))
+
+
+STYLES = {"spaced": ("spaced",), "compact": ("compact",), "auto": tuple(rewards.LABEL_STYLES)}
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+def test_what_was_opened_can_be_packed(family, qwen3_folder):
+    """Labels of every kind, in pictures of every size: under the smallest limit that the check at opening lets pass, y
+    in any style and the longest rollout are packed, and a limit of one token less does not pass."""
+    processor, rng = Processor(qwen3_folder if family == "qwen3" else ROOT / "assets/tiny"), random.Random(3)
+    longer = 0
+    for _ in range(60):
+        size = tuple(rng.choice([28, 56, 90, 112, 300]) for _ in "wh")
+        item = {"bbox_2d": [0, 0, *(rng.randint(1, side) for side in size)], "point_2d": rng.choice([[3, 9], [7.25, 9.5]])}
+        task, answer = rng.choice([("grounding", json.dumps([item] * rng.randint(0, 5))), ("scene_grounding", json.dumps([item])),
+                                   ("vqa", "word " * rng.randint(1, 9)), ("math", "12")])
+        example = Example("x", Image.new("RGB", size), "cup " * rng.randint(1, 9), answer, task, rng.choice(["", "It is."]))
+        longest, styles = rng.choice([1, 30, 90]), rng.choice([*STYLES.values()])
+        prompt = processor.prompt(example)
+        labels = [Response(processor.encode(rewards.label_text(task, prompt.answer, style, example.thought))) for style in styles]
+        most = len(prompt.tokens) + max(longest, *(len(y.tokens) for y in labels))
+        raw = max(len(processor.encode(rewards.label_text(task, answer, style, example.thought))) for style in styles)
+        longer += max(len(y.tokens) for y in labels) > max(raw, longest)
+        odd = processor.check_label(example, size, styles, longest, most)
+        assert bool(odd) == (max(len(y.tokens) for y in labels) > longest)
+        for y in labels:
+            pack_group(prompt, [y, Response([5] * longest)], most)
+        with pytest.raises(ValueError, match=f"exceed --max-row-tokens {most - 1}"):
+            processor.check_label(example, size, styles, longest, most - 1)
+    assert longer > 3       # y was longer in the frame than in the picture's own pixels
+
+
+def test_a_box_around_a_mask_is_counted_before_it_is_known(tmp_path):
+    processor = Processor(ROOT / "assets/tiny")
+    path = write_parquet(tmp_path / "a.parquet", [benchmark_row(0)])
+
+    def fits(limit: int):
+        return lambda example, size: processor.check_label(example, size, ("spaced",), 1, limit)
+    prompt = processor.prompt(load(path, "grounding")[0])
+    y = Response(processor.encode(rewards.label_text("grounding", prompt.answer, "spaced")))
+    most = len(prompt.tokens) + len(processor.encode(rewards.label_text("grounding", json.dumps(
+        [{"bbox_2d": [840] * 4, "point_2d": [840] * 2}]), "spaced")))
+    pack_group(prompt, [y], most)
+    assert load(path, "grounding", fits=fits(most))[0].answer != "[]"
+    with pytest.raises(BadRow, match="exceed --max-row-tokens"):
+        load(path, "grounding", fits=fits(most - 1))
+
+
+DECOMPOSED = {"vqa": "cafe\u0301", "docvqa": "cafe\u0301", "chartqa": "cafe\u0301", "math": "u\u0308ber"}
+
+
+@pytest.mark.parametrize("task, kind", [*((task, "text") for task in DECOMPOSED), *((task, "list") for task in (
+    "vqa", "docvqa", "chartqa")), ("math", "choices")])
+def test_labels_are_brought_to_the_form_that_tokenizers_give_back(tmp_path, task, kind):
+    """Qwen's tokenizer composes é: a label of e and an accent would be one that no rollout can equal."""
+    processor, text = Processor(ROOT / "assets/tiny"), DECOMPOSED[task]
+    composed = unicodedata.normalize("NFC", text)
+    row = {"text": {"solution": text}, "list": {"solution": ["x", composed, text]},
+           "choices": {"solution": composed, "choices": ["x", text]}}[kind]
+    path = lines_of(tmp_path, row | {"problem": f"a {text}?", "task": task, "thought": text})
+    source = load(path, fits=lambda example, size: processor.check_label(example, size, ("spaced",), 99))
+    example = source[0]
+    y = rewards.label_text(task, example.answer, "spaced")
+    assert composed in y and example.question.startswith(f"a {composed}?") and example.thought == composed
+    assert processor.decode(processor.encode(y)) == y and rewards.score(task, y, example.answer).total == 1
+    if kind == "list":
+        assert json.loads(example.answer) == [composed, "x"]
+    if kind == "choices":
+        assert f"(B) {composed}" in example.question
+
+
+@pytest.mark.parametrize("normalizer, task, answer, lost", [
+    (normalizers.NFKC(), "vqa", "½ ﬁsh", True), (normalizers.NFKC(), "docvqa", "½", True), (normalizers.NFKC(), "vqa", "fish", False),
+    (normalizers.Replace("+", "-"), "math", "x+y", True), (normalizers.Lowercase(), "vqa", "Paris", False),      # to its reward equal
+    (normalizers.Replace("<answer>", ""), "grounding", [BOX], True), (normalizers.Replace(", ", ","), "grounding", [BOX], False)])
+def test_a_label_that_no_rollout_can_equal(tmp_path, normalizer, task, answer, lost):
+    """Its text, brought back from its own tokens, must earn what it earns."""
+    processor = Processor(ROOT / "assets/tiny")
+    processor.tokenizer.backend_tokenizer.normalizer = normalizer
+    path = lines_of(tmp_path, {"solution": answer, "task": task})
+
+    def open_it(skip: bool = False):
+        return load(path, "", skip, fits=lambda example, size: processor.check_label(example, size, ("spaced",), 999))
+    if not lost:
+        assert len(open_it()) == 1 and not noticed(open_it())
+        return
+    with pytest.raises(BadRow, match="row 1: the label .* comes back from its own tokens as .*: no rollout can equal it") as error:
+        open_it()
+    assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+def test_labels_longer_than_any_rollout_are_told_once(tmp_path, monkeypatch):
+    """By train.py, for every style and method, beside what else is odd in the same row."""
+    aside = {"bbox_2d": [10, 5, 30, 25], "point_2d": [40, 15]}
+    path = lines_of(tmp_path, {}, {"solution": [BOX, aside]}, {"solution": [BOX]})
+    processor = Processor(ROOT / "assets/tiny")
+    for method, style in (("visurf", "spaced"), ("sft", "auto"), ("rlvr", "compact")):
+        cfg = train.Config(method=method, label_style=style, max_new_tokens=20)
+        lines = noticed(train.open_data(cfg, processor, path))
+        assert len(lines) == 2 and lines[0].startswith("1 of 3 labels earn less than full accuracy")
+        assert re.match("2 of 3 labels are longer than --max-new-tokens 20, which no rollout can equal; the first: .*a.jsonl, "
+                        r"row 2: y has \d\d tokens$", lines[1])
+    assert len(noticed(train.open_data(train.Config(max_new_tokens=200), processor, path))) == 1
+    y = processor.encode(rewards.label_text("grounding", processor.prompt(load(path)[0]).answer, "spaced"))
+    assert not any("longer" in line for line in noticed(train.open_data(
+        train.Config(max_new_tokens=len(y)), processor, lines_of(tmp_path, {}))))
 
 
 def test_a_list_is_no_lines_of_json(tmp_path):
