@@ -1,5 +1,6 @@
 """What a run says of itself: quantities joined over ranks, the line of a step, peak memory."""
 import resource
+import sys
 from collections import defaultdict
 
 import torch
@@ -68,7 +69,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """CUDA: allocated; CPU: resident. 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9       # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024                               # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def memory_line(model: nn.Module, world: int, offload: bool) -> str:

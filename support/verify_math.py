@@ -2,11 +2,12 @@
 
 Sympy can be sent into hours of work, or out of memory, by a short text (9^{9^{9^{9}}}), in C code that no Python signal
 handler interrupts. So it runs in a child (a JSON pair a line in; true, false or ended a line out). The child imports
-math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of processor time or BYTES
-of memory; the next worker is forked within milliseconds.
+math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of processor time or, where
+it keeps such a limit (macOS does not), BYTES of memory; the next worker is forked within milliseconds.
 
 Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which evaluates it as Python.
 """
+import contextlib
 import ctypes
 import functools
 import json
@@ -87,8 +88,10 @@ def ended_now() -> int:
 # The child
 
 def end_with_parent(parent: int) -> None:
-    """The kernel ends this process when the one that started it is gone, however that went."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+    """The kernel ends this process when the one that started it is gone, however that went. Linux alone does so; on
+    macOS it ends a moment later, as the pipe that it reads has an end then."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:                      # it went before this line
         os._exit(0)
 
@@ -106,8 +109,9 @@ def fork_worker(compare):
     os.close(questions)
     os.close(answers)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                    # what sympy complains of is no one's business
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit, most in ((resource.RLIMIT_AS, BYTES), (resource.RLIMIT_CORE, 0)):
+        with contextlib.suppress(ValueError, OSError):              # refused by macOS, or lower already
+            resource.setrlimit(limit, (most, most))
     try:
         for line in os.fdopen(their_questions):
             signal.setitimer(signal.ITIMER_PROF, SECONDS)           # its signal, unhandled, ends the process
