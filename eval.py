@@ -36,6 +36,7 @@ from model import Qwen2_5_VL
 from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes, parse_json,
                      parse_points, score, trailing_text)
 from rollout import generate
+from support import scenes
 from support.files import as_json, read_lines, read_record, replace_file, writing
 from support.images import open_image, picture_file
 from support.masks import Segmenter
@@ -108,6 +109,19 @@ class Options:
 def is_tiny(model: Qwen2_5_VL) -> bool:
     """Whether it is of the size of assets/tiny, which knows pictures of the built-in world only."""
     return model.config.vocab_size < 1000
+
+
+def unknown_to(model: Qwen2_5_VL, question: str, size: tuple[int, int]) -> list[str]:
+    """What to say where the tiny model is asked for what it cannot know; nothing of any other model. size: (width,
+    height) of the picture, (0, 0) without one."""
+    words = re.findall(r"[^\W\d_]+", question)
+    foreign = [f"the word {word!r}" for word in words if word.lower() not in scenes.WORDS][:1]
+    if size not in ((0, 0), (scenes.SIZE, scenes.SIZE)):
+        foreign.append(f"a picture of {size[0]}×{size[1]} pixels")
+    if not foreign or not is_tiny(model):
+        return []
+    return [f"the tiny model knows the built-in world alone, and not {' and '.join(foreign)}: what it makes of it says "
+            "nothing; take a real model, such as --model Qwen/Qwen2.5-VL-3B-Instruct"]
 
 
 def longest_answer(cfg: Options, model: Qwen2_5_VL) -> int:
@@ -383,6 +397,8 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
         except ValueError as error:
             raise Mistake(f"--question: {error}") from None
         asked += 1
+        for line in unknown_to(model, question, image.size) if asked == 1 else ():
+            say(line)
         prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
         [[answer]] = generate(model, [prompt], 1, limit, temperature=0, repetition_penalty=cfg.repetition_penalty)
         response = processor.decode(answer.tokens)
@@ -528,6 +544,8 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
                     "predicted_original_frame": original_frame(record.predicted, prompt)}
             file.write(as_json(line))
             file.flush()
+            for said in unknown_to(model, record.question, prompt.original_size) if at == rank == 0 else ():
+                say(said)
             if len(drawn) < 12:
                 drawn.append((record, prompt))
     bad: list[str] = sum(gather_json(list(source.bad if rank == 0 else source.bad[opened:]), device), [])

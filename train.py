@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import objective
 from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_group
-from eval import Record, evaluate, for_sheet, summarise, table
+from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
 from rollout import generate
@@ -502,6 +502,8 @@ def show_example(job: Job) -> None:
     seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"
     job.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
             f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
+    for line in unknown_to(job.ddp.module, example.question, prompt.original_size):
+        job.say(line)
 
 
 def train_step(job: Job) -> dict:

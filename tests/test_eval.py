@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from processes import free_port
 
 import eval as evaluation
 from data import Processor
-from eval import Record, box_hit, summarise, table
+from eval import Record, box_hit, summarise, table, unknown_to
+from model import Qwen2_5_VL
 from support import runs
 from support.mistakes import Mistake
 from support.sources import BadRow, Example
@@ -160,6 +162,27 @@ def test_finished_records_are_kept_only_where_all_that_matters_is_the_same(small
     with pytest.raises(Mistake, match="other settings .repetition_penalty: 1.0 → 1.2.: give another --out, or remove"):
         again("--out", f"{folder}-{places}", "--repetition-penalty", "1.2")
     assert "2 of them done before" in again("--out", f"{folder}-{places}")
+
+
+@pytest.mark.parametrize("question, size, said", [
+    ("the leftmost of the two squares", (112, 112), None), ("How many red rings are there?", (112, 112), None),
+    ("a zebra", (112, 112), "not the word 'zebra'"), ("red ring", (640, 480), "not a picture of 640×480 pixels"),
+    ("2 Katzen", (640, 480), "the word 'Katzen' and a picture of 640×480 pixels"), ("red or blue", (0, 0), "not the word 'or'")])
+def test_what_the_tiny_model_cannot_know(question, size, said):
+    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+    lines = unknown_to(model, question, size)
+    assert [said in line for line in lines] == [True] * bool(said)
+    model.config = replace(model.config, vocab_size=151_936)
+    assert unknown_to(model, question, size) == []
+
+
+def test_every_question_of_the_built_in_world_is_known():
+    from support import scenes
+    for split in scenes.SPLITS:
+        for index in range(0, 60, 3):
+            question = scenes.make(split, index)["question"]
+            if '"' not in question:         # a whole prompt, of pretraining
+                assert {word.lower() for word in re.findall("[A-Za-z]+", question)} <= scenes.WORDS, question
 
 
 def test_one_evaluation_a_folder_and_damaged_settings(small, monkeypatch, capsys):
