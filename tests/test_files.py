@@ -18,6 +18,7 @@ from model import Qwen2_5_VL
 from support import files, screen
 from support.files import append, as_json, read_lines, read_record, remove, replace_file, writing
 from support.mistakes import Mistake, sentence_of
+from support.runs import read_log
 
 
 def pipe(path: Path) -> None:
@@ -167,6 +168,26 @@ def test_a_clock_that_stands_still(tmp_path, monkeypatch, one_rank):
     train.main()
     [line] = [json.loads(text) for text in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert line["seconds"] == 0 and "sampling_tokens_per_s" not in line     # a rate that nobody measured
+
+
+def test_skipped_steps_are_json_too(tmp_path, monkeypatch, one_rank):
+    """Their loss and norm are no numbers; the curves are drawn, and the run is read again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "3", "--name", "a"])
+    plain = train.objective.loss
+
+    def broken(cfg, **terms):
+        loss, logged = plain(cfg, **terms)
+        return loss * torch.nan, logged
+    monkeypatch.setattr(train.objective, "loss", broken)
+    train.main()
+
+    def refuse(name: str):
+        raise AssertionError(f"{name} is no JSON")
+    text = (tmp_path / "runs/a/metrics.jsonl").read_text()
+    read = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert [(line["loss"], line["grad_norm"], line["skipped"]) for line in read] == [(None, None, True)] * 3
+    assert read_log(tmp_path / "runs/a") == (read, 0) and (tmp_path / "runs/a/curves.png").exists()
 
 
 def test_memory_that_a_cpu_does_not_have():
