@@ -312,8 +312,8 @@ class Processor:
             if (back := self.decode(tokens)) != y:
                 points, most = (score(example.task, text, answer).total for text in (back, y))
                 if points < most:
-                    raise ValueError(f"the label {y[:150]!a} comes back from its own tokens as {back[:150]!a}, which "
-                                     f"earns {points:g} and not {most:g}: no rollout can equal it")
+                    raise ValueError("no rollout can equal the label: its text comes back from its own tokens as "
+                                     f"{back[:99]!a}, which earns {points:g} and not {most:g}; it was {y[:99]!a}")
         if max_row_tokens:
             pieces = self.chat(user_text(example.task, example.question), size is not None)
             count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)

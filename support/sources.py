@@ -399,7 +399,15 @@ def read_mask(value) -> np.ndarray | None:
         raise ValueError(f"the mask is a {type(value).__name__}; it must be a list of rows of true and false")
     if len({len(row) for row in value}) > 1:
         raise ValueError("the rows of the mask differ in length")
-    return np.array(value, bool).reshape(len(value), -1)
+    if (grid := np.array(value)).ndim != 2 or grid.dtype.kind not in "biuf":        # "0" as text would be true
+        raise ValueError("the mask must have rows, of true and false or of numbers")
+    return grid.astype(bool)
+
+
+def in_short(text) -> str:
+    """What others may have written, for a sentence of ours: printable, on one line, of at most 400 characters."""
+    line = "".join(c if c.isprintable() else " " for c in str(text)[:401])
+    return line if len(line) < 401 else line[:400] + " …"
 
 
 def check_boxes(answer: str, size: tuple[int, int]) -> None:
@@ -430,7 +438,7 @@ class StoredExamples:
                 except Mistake:     # of the installation, not of the row
                     raise
                 except (ValueError, RecursionError) as error:       # the latter of lists in lists
-                    self.leave_out(BadRow(f"{file.path}, row {number}: {error}"), report=False)
+                    self.leave_out(BadRow(f"{file.path}, row {number}: {in_short(error)}"), report=False)
                     continue
                 pictures += content is not None
                 path = content if isinstance(content, Path) else None
@@ -490,7 +498,7 @@ class StoredExamples:
         return example, content, size
 
     def notice(self, what: str, first: str) -> None:
-        self.odd.setdefault(what, [0, first])[0] += 1
+        self.odd.setdefault(what, [0, in_short(first)])[0] += 1
 
     def picture(self, file, cells: list):
         found = [content for cell in cells if (content := picture_in(cell, file.folder)) is not None]
@@ -532,7 +540,7 @@ class StoredExamples:
         except Mistake:
             raise
         except ValueError as error:
-            raise BadRow(f"{file.path}, row {number} (id {example.id}): {error}") from None
+            raise BadRow(f"{file.path}, row {number} (id {in_short(example.id)}): {in_short(error)}") from None
 
 
 Source = Scenes | StoredExamples
