@@ -45,7 +45,14 @@ def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = 
     def check(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
         return check_example(example, size) + (fits(example, size) if fits else [])
     rules = sources.Rules(TASKS, read_label, check, MAX_CHARACTERS)
-    return sources.load(data, rules, task, skip_bad_rows, columns, flag)
+    source = sources.load(data, rules, task, skip_bad_rows, columns, flag)
+    if fits and isinstance(source, sources.Scenes):     # which are drawn when they are wanted: 64 of them stand for all
+        for index in range(0, len(source), -(-len(source) // 64)):
+            try:
+                fits(example := source[index], example.image.size)
+            except ValueError as error:
+                raise Mistake(f"{flag} {data}: example {example.id}: {error}") from None
+    return source
 
 
 def check_text(what: str, text: str) -> None:

@@ -1079,6 +1079,13 @@ def test_what_was_opened_can_be_packed(family, qwen3_folder):
     assert longer > 3       # y was longer in the frame than in the picture's own pixels
 
 
+def test_rows_of_the_built_in_world_are_counted_at_the_start():
+    processor = Processor(ROOT / "assets/tiny")
+    assert len(train.open_data(train.Config(max_row_tokens=300), processor, "scenes:train")) == 100_000
+    with pytest.raises(sources.Mistake, match="^--eval-data scenes:val: example scenes:val/.*: its prompt of .* exceed --max-row-tokens 150"):
+        train.open_data(train.Config(max_row_tokens=150), processor, "scenes:val")
+
+
 def test_a_box_around_a_mask_is_counted_before_it_is_known(tmp_path):
     processor = Processor(ROOT / "assets/tiny")
     path = write_parquet(tmp_path / "a.parquet", [benchmark_row(0)])
