@@ -506,14 +506,17 @@ def unboxed(text: str) -> str:
 
 def read_math(value, choices) -> str:
     """Text or a number; with choices JSON {"answer": text, "choices": [text, …]}."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, str) and value.startswith('{"answer"'):
         value = json.loads(value)
     if isinstance(value, dict):
         value, choices = value.get("answer"), choices or value.get("choices")
     if not choices:
-        return unboxed(bare(scalar_text(value)))
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+        text = unboxed(bare(scalar_text(value)))
+        if text.startswith('{"answer"'):        # which would be read as JSON with choices
+            raise ValueError(f"the answer is a record: {text[:100]!r}; it must be text or a number")
+        return text
     texts = choice_texts(choices)
     are_text = not isinstance(choices, list) or all(isinstance(choice, str) for choice in choices)
     return json.dumps({"answer": choice_of(value, texts, are_text), "choices": texts}, ensure_ascii=False)

@@ -587,6 +587,8 @@ def test_labels_of_a_task_that_says_nothing_of_them():
     ("math", None, None, "null"), ("math", [1, 2], None, "list"), ("math", float("nan"), None, "nan"),
     ("math", "<answer>5", None, "without its other half"), ("vqa", "5</answer>", None, "other half"),
     ("vqa", [], None, "list of accepted answers is empty"), ("vqa", "[]", None, "empty"),
+    *(("math", value, None, "the answer is a record") for value in (
+        '<answer>{"answer": "5"}</answer>', r'\boxed{{"answer": "5"}}', '<think>a</think>{"answer"', '${"answer": 5}$')),
     ("vqa", ["", "x"], None, "empty"),
     ("vqa", [None], None, "null"), ("vqa", [{"text": "a", "answer": "b"}], None, "dict"),
     ("vqa", {"score": 1}, None, "dict"),
@@ -621,7 +623,7 @@ def test_accepted_answers_as_data_sets_have_them(value, first, right):
 
 @pytest.mark.parametrize("value, expected", [
     (5, "5"), (r"\boxed{5}", "5"), ("$x^2$", "x^2"), (r"First 2+3. So \boxed{5}.", "5"), ("<answer>$5$</answer>", "5"),
-    ('{"answer": "4", "choices": ["3", "4"]}', '{"answer": "4", "choices": ["3", "4"]}'), (["5"], "5")])
+    ('{"answer": "4", "choices": ["3", "4"]}', '{"answer": "4", "choices": ["3", "4"]}'), (["5"], "5"), ([['{"answer": "5"}']], "5")])
 def test_math_labels_as_data_sets_have_them(value, expected):
     assert read_label("math", value) == expected
 
