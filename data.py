@@ -48,8 +48,10 @@ def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = 
     source = sources.load(data, rules, task, skip_bad_rows, columns, flag)
     if fits and isinstance(source, sources.Scenes):     # which are drawn when they are wanted: 64 of them stand for all
         for index in range(0, len(source), -(-len(source) // 64)):
+            source.judged += 1
             try:
-                fits(example := source[index], example.image.size)
+                for what, this in fits(example := source[index], example.image.size):
+                    source.odd.setdefault(what, [0, f"example {example.id}: {this}"])[0] += 1
             except ValueError as error:
                 raise Mistake(f"{flag} {data}: example {example.id}: {error}") from None
     return source
@@ -126,7 +128,7 @@ def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, i
     >>> convert_boxes('[{"bbox_2d": [10, 20.5, 50, 25], "point_2d": [30, 22.4]}]', (100, 50), (112, 50))
     '[{"bbox_2d": [11, 21, 56, 25], "point_2d": [34, 22]}]'
     """
-    scale = (to_size[0] / from_size[0], to_size[1] / from_size[1])
+    scale = [to / before if before else 1.0 for before, to in zip(from_size, to_size)]      # 0: there is no picture
     return json.dumps([{**item, **{key: [math.floor(c * scale[i % 2] + 0.5) for i, c in enumerate(item[key])]
                                    for key in ("bbox_2d", "point_2d")}} for item in json.loads(answer)])
 

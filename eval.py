@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from data import Processor, Prompt, check_aspect, check_text, convert_boxes, load
 from model import Qwen2_5_VL
-from rewards import (TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes, parse_json,
-                     parse_points, score, trailing_text)
+from rewards import (MAX_CHARACTERS, TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes,
+                     parse_json, parse_points, score, trailing_text)
 from rollout import generate
 from support import scenes
 from support.files import as_json, read_lines, read_record, replace_file, writing
@@ -394,6 +394,8 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
     for question in questions() if cfg.question is None else [cfg.question]:
         try:
             check_text("question", question)
+            if len(question) > MAX_CHARACTERS:
+                raise ValueError(f"the question has more than {MAX_CHARACTERS:,} characters")
         except ValueError as error:
             raise Mistake(f"--question: {error}") from None
         asked += 1

@@ -181,6 +181,7 @@ class Config:
                 ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
+                ("data", not self.data, "must name what is trained on"),
                 ("label_thought", self.label_thought != "none" and self.method == "rlvr", "rlvr has no label"),
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
@@ -260,6 +261,8 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         if cfg.method != "rlvr":
             before = borrowed_thought(rollouts, cfg.seed, place) if thinks else ""
             y, ids = label_tokens(cfg, model, processor, prompt, before)
+            if before and 0 < cfg.max_row_tokens < len(prompt.tokens) + len(ids):
+                y, ids = label_tokens(cfg, model, processor, prompt)    # its thought has more tokens than as sampled
             responses = [Response(ids, is_y=True, advantage=1.0), *responses]      # of sft; else Eq. 7 comes
         if cfg.method == "sft":
             groups.append(Group(prompt, responses[:1]))

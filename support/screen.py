@@ -7,8 +7,8 @@ import sys
 
 from tqdm import tqdm
 
-# All but tab and newline: a terminal obeys some of them, and some turn the direction of writing.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# All but tab and newline: a terminal obeys some of them, some turn the direction of writing, some are half a character.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
@@ -18,6 +18,12 @@ def clean(text: str) -> str:
     'a\\x1b[2Jb'
     """
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text) -> str:
+    """What others wrote, for a sentence of ours."""
+    line = clean(" ".join(str(text)[:1000].split()))
+    return line if len(line) <= 400 else line[:400] + " …"
 
 
 def say(text: str, file=None) -> None:

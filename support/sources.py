@@ -35,7 +35,7 @@ from support import scenes
 from support.files import parse_json, read_record
 from support.images import open_image, picture_in, picture_size
 from support.mistakes import Mistake
-from support.screen import clean, say
+from support.screen import clean, one_line, say
 
 QUESTION = ("problem", "text", "question", "query", "prompt")     # the first that holds something
 ANSWER = ("solution", "answer", "answers", "label")               # the only one that does
@@ -89,13 +89,14 @@ class Rules:
 class Scenes:
     """The built-in world, `scenes:SPLIT`."""
     bad: tuple = ()
-    odd: dict = {}
     has_masks = False
 
     def __init__(self, split: str):
         if split not in scenes.SPLITS:
             raise Mistake(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
         self.split = split
+        self.odd: dict[str, list] = {}
+        self.judged = 0         # examples that were looked at before the start
         self.fingerprint = hashlib.sha256(Path(scenes.__file__).read_bytes() + split.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -404,12 +405,6 @@ def read_mask(value) -> np.ndarray | None:
     return grid.astype(bool)
 
 
-def in_short(text) -> str:
-    """What others may have written, for a sentence of ours: printable, on one line, of at most 400 characters."""
-    line = "".join(c if c.isprintable() else " " for c in str(text)[:401])
-    return line if len(line) < 401 else line[:400] + " …"
-
-
 def check_boxes(answer: str, size: tuple[int, int]) -> None:
     """ValueError: a box of a label leaves its picture of (width, height) pixels."""
     for box in (item["bbox_2d"] for item in json.loads(answer)):
@@ -438,7 +433,7 @@ class StoredExamples:
                 except Mistake:     # of the installation, not of the row
                     raise
                 except (ValueError, RecursionError) as error:       # the latter of lists in lists
-                    self.leave_out(BadRow(f"{file.path}, row {number}: {in_short(error)}"), report=False)
+                    self.leave_out(BadRow(f"{file.path}, row {number}: {one_line(error)}"), report=False)
                     continue
                 pictures += content is not None
                 path = content if isinstance(content, Path) else None
@@ -498,7 +493,11 @@ class StoredExamples:
         return example, content, size
 
     def notice(self, what: str, first: str) -> None:
-        self.odd.setdefault(what, [0, in_short(first)])[0] += 1
+        self.odd.setdefault(what, [0, one_line(first)])[0] += 1
+
+    @property
+    def judged(self) -> int:
+        return len(self.rows)
 
     def picture(self, file, cells: list):
         found = [content for cell in cells if (content := picture_in(cell, file.folder)) is not None]
@@ -540,7 +539,7 @@ class StoredExamples:
         except Mistake:
             raise
         except ValueError as error:
-            raise BadRow(f"{file.path}, row {number} (id {in_short(example.id)}): {in_short(error)}") from None
+            raise BadRow(f"{file.path}, row {number} (id {one_line(example.id)}): {one_line(error)}") from None
 
 
 Source = Scenes | StoredExamples
@@ -689,4 +688,4 @@ def read(source, numbers, report: bool = True) -> Iterator[tuple[int, Example]]:
 def noticed(source) -> list[str]:
     """What was found when the data was opened: rows left out, and what is odd."""
     return [*(f"left out: {reason}" for reason in source.bad),
-            *(f"{count} of {len(source)} {what}; the first: {first}" for what, (count, first) in source.odd.items())]
+            *(f"{count} of {source.judged} {what}; the first: {first}" for what, (count, first) in source.odd.items())]
