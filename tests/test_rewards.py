@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -706,6 +707,38 @@ def test_math_equal(answer, truth, choices, expected):
     assert math_equal(answer, truth, choices) is expected
 
 
+WORDS = [       # told apart: as LaTeX most of them are the same product, or the same number without its unit
+    ("HO2", "H2O"), ("OH2", r"\text{H}_2\text{O}"), ("H4SO2", "H2SO4"), ("HO2 + CO2", "H2O + CO2"), ("12B", "B12"), ("1B2", "B12"),
+    ("66 Route", "Route 66"), ("Route 6 6", "Route 66"), ("3MP", "MP3"), ("C-3OP", "C-3PO"), ("4-A", "A-4"), ("3dr", "3rd"), ("3th", "3rd"),
+    ("7PU", "7UP"), ("аД", "Да"), ("5日", "5月"), ("3月5日", "5月3日"), ("好你", "你好"), ("rößerg", "größer"), ("5 red", "red 5"),
+    ("5 der", "5 red"), ("5 pears", "5 apples"), ("(OH)2Ca", "Ca(OH)2"), (r"\angle BAC", r"\angle ABC"), ("y x", "x y"),
+    ("3 am", "3 pm"), (r"3\text{ a.m.}", r"3\text{ p.m.}"), ("7:30 am", "7:30 pm"), ("5 hours", "5 minutes"), ("30 s", "30 min"),
+    ("30 h", r"30\,\text{min}"), ("x = 5 hours", "x = 5 minutes"), ("2-3 hours", "2-3 minutes"), ("2 min 30 h", "2 h 30 min"),
+    (r"4\pi\text{ cm}", r"4\pi\text{ m}"), ("5 mm", "5 cm"), (r"5\text{ m}^2", r"5\text{ m}^3"), (r"5\text{ m}^2", "5 m"), ("3t", "3c"),
+    (r"25^\circ\text{C}", r"25^\circ\text{F}"), ("60mph", "60 km/h"), ("5 mW", "5 MW"),
+    ("7.30", "7:30"), ("7:30 pm", "19:30"), ("2:1", "1:2"), ("5 Dec", "Dec 5"), ("6/3/2020", "4/2/2020"), ("2020-04-03", "2020-03-04"),
+    ("102", "10²"), ("x^2", "x³"), ("5.5", "2½"), ("x2", "x²")]
+SAME = [        # words up to case and form; units up to spelling; and formulas, which are none
+    ("h2o", "H2O"), ("H_2O", r"\text{H}_2\text{O}"), ("H₂O", r"\mathrm{H_2O}"), ("CO2+H2O", "CO_2 + H_2O"), ("ДА", "Да."), ("GRÖSSER", "größer"),
+    ("Cafe\u0301", "café"), ("route  66", "Route 66"), ("Dec. 5", "dec 5"), ("03/04/2020", "3/4/2020"), ("3RD", "3rd"), ("△ABC", r"\triangle ABC"),
+    ("3 PM", "3 p.m."), ("7:30pm", r"7:30\text{ PM}"), ("5 hrs", "5 Hours"), (r"\frac{1}{2} hour", "0.5 h"), ("5 centimeters", r"5\text{ cm}"),
+    ("5 m²", "5 square meters"), ("10 meters per second", "10 m/s"), ("5 cm", "5"), (r"5\text{ cm}^2", "5"), ("5 hours", "5"),
+    ("x = 3", "3"), ("x=3 hours", "3 hours"), ("2x+1", "1+2x"), ("2yx", "2xy"), ("c+ba", "ab+c"), ("1+zyx", "xyz+1"), ("3x", r"x \cdot 3"),
+    ("2+3i", "3i+2"), ("xy - 1", "-1+yx"), ("x-4", "-4+x"), (r"\pi 2", r"2\pi"), (r"2\sin(x)", r"2\sin x"), ("sqrt(2)", r"\sqrt{2}"),
+    ("(-infinity, 3)", r"(-\infty, 3)"), ("2, 1", "1 and 2"), ("blue, red", "red, blue"), ("50 percent", r"50\%"), ("2:4", "1:2"),
+    ("x^2", "x²"), ("10⁻³", "0.001"), ("x_1", "x₁"), ("２５", "25"), ("٢٥", "25"), ("（1，2）", "(1,2)"), ("1½", r"\frac{3}{2}")]
+
+
+@pytest.mark.parametrize("answer, truth, expected", [(*pair, False) for pair in WORDS] + [(*pair, True) for pair in SAME])
+def test_words_units_and_formulas(answer, truth, expected):
+    assert math_equal(answer, truth) is math_equal(truth, answer) is expected
+    assert math_equal(f" {answer} ", answer) and math_equal(truth + ".", truth)
+
+
+def test_an_abbreviation_is_no_letter_of_a_choice():
+    assert not math_equal("a.m.", "3 pm", ["3 pm", "3 am"]) and math_equal("A. 3 pm", "3 pm", ["3 pm", "3 am"])
+
+
 def test_math_is_bounded_in_time():
     """Each of these keeps sympy busy for seconds or for ever, or fills the memory. The kernel ends the worker; the next
     question is answered by a new one, of the same child."""
@@ -782,12 +815,13 @@ def test_a_verifier_that_died_while_idle_is_started_again():
 
 
 def test_rewards_are_total_over_all_characters(monkeypatch):
-    """Upper-casing ß makes two characters of one; 102 characters are of that kind. Every character there is, alone in
-    the box, where it could be taken for a letter; and many anywhere in the answers of all tasks."""
+    """Upper-casing ß makes two characters of one; 102 characters are of that kind. Every character that has another
+    form, alone in the box, where it could be taken for a letter; and many anywhere in the answers of all tasks."""
     monkeypatch.setattr(rewards, "same_value", lambda *_: False)
     choices = ["1", "2", "3"]
-    taken = [chr(c) for c in range(0x110000) if math_equal(chr(c), "3", choices)]
-    assert taken == ["3", "C", "c"]
+    changed = [c for c in map(chr, range(0x110000)) if c < "\u3000" or {c.casefold(), unicodedata.normalize("NFKC", c)} != {c}]
+    taken = [c for c in changed if math_equal(c, "3", choices)]
+    assert {"3", "C", "c", "３", "٣"} <= set(taken) and all(c in "Cc" or unicodedata.digit(c) == 3 for c in taken)
     rng = random.Random(0)
     labels = {task: "[]" if TASKS[task].boxes else "2" for task in TASKS}
     labels["math"] = json.dumps({"answer": "3", "choices": choices})
