@@ -234,13 +234,13 @@ def final_text(response: str) -> str:
     return text.strip() if start < 0 else answer_text(text[start:])    # type: ignore[return-value]
 
 
-WRAPPED = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol|mbox|ce)\s*\{([^{}]*)\}"
+WRAPPED = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|boldsymbol|mbox|ce)\s*\{([^{}]*)\}"
 RAISED, LOWERED, PARTS = "[⁰¹²³⁴-⁹⁺⁻]+", "[₀-₉]+", "[¼-¾⅐-⅞]"
 
 
 def plain_value(text: str) -> str:
     r"""A math answer without what says nothing of its value: blanks, a final full stop, a leading \approx, a degree
-    sign at the end, \text{…} around it. Digits of other alphabets, raised and full-width ones become 0 … 9.
+    sign at the end, \text{…} around it. Raised, full-width and other alphabets' digits become 0 … 9.
 
     >>> plain_value("41.2."), plain_value("8.4°"), plain_value(r"\approx 4.81"), plain_value(r"\text{ Yes }")
     ('41.2', '8.4', '4.81', 'Yes')
@@ -268,18 +268,19 @@ def letter_of(text: str) -> int | None:
     inner, text = None, text.replace("$", "").replace("**", "")
     while inner != text:                # a wrapping may hold another
         inner, text = text, re.sub(WRAPPED, r"\1", text)
-    letter = re.match(r"\s*\(?\s*([A-Za-z])\s*(?:[):]|\.(?![A-Za-z]\.?$)|$)", text)      # a.m. names none
+    letter = re.match(r"\s*\(?\s*([A-Za-z])\s*(?:[):]|\.(?![A-Za-z]\.?$)|$)", text)    # not a.m.
     return ord(letter[1].upper()) - ord("A") if letter else None
 
 
-LETTER, FOREIGN = r"[^\W\d_]", r"[^\W\d_A-Za-zͰ-Ͽ]"        # any; neither a … z nor Greek: no variable
-# The first of each stands for the others. math-verify drops a unit behind a number, whichever it is.
+LETTER, FOREIGN = r"[^\W\d_]", r"[^\W\d_A-Za-zͰ-Ͽ]"    # any; neither a … z nor Greek
+# The first of each stands for the others. math-verify drops a unit behind a number, whatever it is.
 UNITS = {name: names.split()[0] for names in (
-    "s sec second", "min minute", "h hr hour", "d day", "wk week", "mo month", "y yr year", "am", "pm",
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
-    "in inche", "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram gm", "kg kilogram kilo",
-    "lb pound", "oz ounce", "ml milliliter millilitre", "L l liter litre", "deg degree", "sq square",
-    "cu cubic", "/ per", "mi/h mph", "km/h kmh kmph kph", "st", "nd", "rd", "th") for name in names.split()}
+    "s sec second", "min minute", "h hr hour", "d day", "wk week", "mo month", "y yr year", "am",
+    "pm", "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre",
+    "km kilometer kilometre", "in inche", "ft foot feet", "yd yard", "mi mile", "mg milligram",
+    "g gram gm", "kg kilogram kilo", "lb pound", "oz ounce", "ml milliliter millilitre",
+    "L l liter litre", "deg degree", "sq square", "cu cubic", "/ per", "mi/h mph",
+    "km/h kmh kmph kph", "st", "nd", "rd", "th") for name in names.split()}
 
 
 def unit_name(word: str) -> str:
@@ -293,10 +294,11 @@ def quantity(text: str) -> tuple[str, str] | None:
     """The value and the unit of a number with letters behind it, or None. The letters of one that
     may be a product of variables are sorted.
 
-    >>> quantity("7:30 p.m."), quantity("5 Hours"), quantity("2 cm^2"), quantity("3yx"), quantity("2+3i")
-    (('7:30', 'pm'), ('5', 'h'), ('2', 'sqcm'), ('3', 'xy'), None)
+    >>> quantity("7:30 p.m."), quantity("2 cm^2"), quantity("3yx"), quantity("2+3i")
+    (('7:30', 'pm'), ('2', 'sqcm'), ('3', 'xy'), None)
     """
-    found = re.fullmatch(rf"(.*(?:[\d)}}\]%]|\\pi))(°?\s*)({LETTER}(?:{LETTER}|[\s./'])*?)(?:\^\{{?([23])\}}?)?", text)
+    found = re.fullmatch(rf"(.*(?:[\d)}}\]%]|\\pi))(°?\s*)({LETTER}(?:{LETTER}|[\s./'])*?)"
+                         r"(?:\^\{?([23])\}?)?", text)
     if not found or is_words(found[1]):
         return None
     value, blank, letters, power = found.groups()
@@ -304,8 +306,8 @@ def quantity(text: str) -> tuple[str, str] | None:
     unit = re.sub(rf"({LETTER}+)|\s", lambda word: unit_name(word[1] or ""), letters)
     # One number, no sum: what follows belongs to all of it.
     alone = not re.search(rf"{LETTER}|[\d)}}\]]\s*[+-]", re.sub(r"\\[a-z]+", "", value))
-    if not (re.search(FOREIGN, letters) or any(len(word) == 2 and unit_name(word) in UNITS for word in words)
-            or (blank or alone) and any(len(word) > 2 for word in words)):
+    if not (re.search(FOREIGN, letters) or (blank or alone) and any(len(word) > 2 for word in words)
+            or any(len(word) > 1 and unit_name(word) in UNITS for word in words)):
         if not alone:
             return None
         unit = "".join(sorted(unit)) if letters.islower() and "/" not in unit else unit
@@ -319,18 +321,20 @@ def is_words(text: str) -> bool:
     between blanks or single letters (a-b) is no hyphen. A date (2020-03-04) is words too."""
     if re.fullmatch(r"\d+([-/.:]\d+){2,}", text):
         return True
-    if re.search(r"[\\^_=<>*|{}]|\d\s*/|/\s*\d", text) or "+" in text and not re.search(r"[A-Z][a-z]?\d", text):
+    marks = r"[\\^_=<>*|{}]|\d\s*/|/\s*\d" + r"|\+" * (not re.search(r"[A-Z][a-z]?\d", text))
+    if re.search(marks, text):
         return False
     known = r"\s(?:and|or)\s|sqrt|inf(inity)?|percent|(?<![a-z])[a-z]+(?=\()"       # to math-verify
     rest = re.sub(known, " ", text).strip()
-    return re.search(rf"{LETTER}{{3}}|({LETTER}|[)\]])\d|{LETTER}\.{LETTER}|{FOREIGN}", rest) is not None or (
+    word = rf"{LETTER}{{3}}|({LETTER}|[)\]])\d|{LETTER}\.{LETTER}|{FOREIGN}"
+    return re.search(word, rest) is not None or (
         re.fullmatch(r"[\w\s'.:-]+", rest) is not None
         and re.search(rf"{LETTER}{{2}}|^{LETTER}[^\d.:]+$", rest) is not None
         and not re.search(r"^-|\s-|-\s|\b\w-\w\b|\b[a-z]{1,2}-\d|\d-[a-z]{1,2}\b", rest))
 
 
 def in_line(text: str) -> str:
-    r"""A text without LaTeX's wrappings, digits of chemistry beside their letters: \text{H}_2O is H2O."""
+    r"""A text without LaTeX's wrappings, the digits of chemistry in line: \text{H}_2O is H2O."""
     text = re.sub(r"\\([$&%#])", r"\1", re.sub(r"\^\{?\\circ\}?", "°", text))
     text = re.sub(r"([A-Z][a-z]?\}?)_(?:(\d+)|\{(\d+)\})", r"\1\2\3", text)
     text = re.sub(r"\\[ ,;:!]|\\q?quad|~", " ", re.sub(WRAPPED, r"\1", text))
@@ -338,11 +342,12 @@ def in_line(text: str) -> str:
 
 
 def math_equal(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
-    """Whether two answers are the same text or the same value. With choices, a letter stands for its
-    text (`letter_of`). Words are compared as words (`is_words`), up to case; numbers with something
-    behind them by the number and by what that is (`quantity`; if only one answer has a unit, it does
-    not count); all else by value, as LaTeX. To LaTeX words are products of their letters, which
-    commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here). Lists have no order."""
+    """Whether two answers are the same text or the same value. With choices, a letter stands for
+    its text (`letter_of`). Words are compared as words (`is_words`), up to case; numbers with
+    something behind them by the number and by what that is (`quantity`; if only one answer has a
+    unit, it does not count); all else by value, as LaTeX. To LaTeX words are products of their
+    letters, which commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here). Lists
+    have no order."""
     if answer.strip() not in choices and (at := letter_of(answer)) is not None and at < len(choices):
         answer = choices[at]
     if answer.strip() == truth.strip():
@@ -353,7 +358,7 @@ def math_equal(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
     lines = in_line(a), in_line(b)
     one, other = map(quantity, lines)
     if is_words(lines[0]) and not one or is_words(lines[1]) and not other:
-        blank = r"\s*([-/:,+∠△])\s*|\.(?!\d)|(?<=[-/])0+(?=\d)|^0+(?=\d)"      # Dec. 05 and 03/04 too
+        blank = r"\s*([-/:,+∠△])\s*|\.(?!\d)|(?<=[-/])0+(?=\d)|^0+(?=\d)"  # Dec. 05, 03/04
         a, b = (re.sub(blank, r"\1", line).casefold() for line in lines)
         return sorted(a.split(",")) == sorted(b.split(","))
     if one and other:

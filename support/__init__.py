@@ -1,8 +1,8 @@
-"""What the paper does not speak of. Imported before any of its files, so that Windows is told here what is missing."""
+"""What the paper does not speak of. Python runs this file before any other of the folder."""
 import sys
 
 try:
     import fcntl  # noqa: F401
     import resource  # noqa: F401
 except ImportError:
-    sys.exit("This program needs Linux or macOS. On Windows, install WSL (wsl --install) and start it there")
+    sys.exit("This needs Linux or macOS. On Windows, install WSL (wsl --install) and start it there")

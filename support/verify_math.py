@@ -88,8 +88,8 @@ def ended_now() -> int:
 # The child
 
 def end_with_parent(parent: int) -> None:
-    """The kernel ends this process when the one that started it is gone, however that went. Linux alone does so; on
-    macOS it ends a moment later, as the pipe that it reads has an end then."""
+    """The kernel ends this process when the one that started it is gone, however that went. Only
+    Linux does so. On macOS the process ends by itself: the pipe that it reads has an end then."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:                      # it went before this line

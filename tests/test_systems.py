@@ -27,7 +27,8 @@ def refuse(*_):
 ctypes.CDLL, resource.setrlimit = Library, refuse
 """
 STATES = {      # what the verifier is at → what its parent does
-    "importing": "v.child_says = lambda line: print(v.child.pid, flush=True) or time.sleep(60); v.same_value('1', '2')",
+    "importing": "v.child_says = lambda line: print(v.child.pid, flush=True) or time.sleep(60); "
+                 "v.same_value('1', '2')",
     "waiting": "v.same_value('1/2', '0.5'); print(v.child.pid, flush=True); time.sleep(60)",
     "working": "v.same_value('1/2', '0.5'); print(v.child.pid, flush=True); v.same_value('9^{9^{9^{9}}}', '2')"}
 
@@ -64,8 +65,8 @@ def test_without_prctl_the_worker_ends_with_a_killed_child_and_the_next_child_an
 
 @pytest.mark.parametrize("state", STATES)
 def test_without_prctl_the_verifier_ends_with_its_parent(mac, state):
-    parent = subprocess.Popen([sys.executable, "-c", f"import time; from support import verify_math as v; {STATES[state]}"],
-                              cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    code = f"import time; from support import verify_math as v; {STATES[state]}"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     workers = Path(f"/proc/{child}/task/{child}/children").read_text().split()
     assert len(workers) == (state != "importing")
