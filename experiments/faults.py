@@ -1,4 +1,8 @@
-"""Faults in the long: kills at random moments, endurance, hostile text. docs/reliability.md has what they found.
+"""Faults: on disk and in data, kills at random moments, endurance, hostile text. docs/reliability.md has what they
+found.
+
+    python experiments/faults.py disk                   what is damaged, foreign, in the way or full: a table of how
+                                                        train.py and eval.py end, a row a fault
 
     python experiments/faults.py kills --count 100      SIGKILLs of workers, torchrun or both, resumed until it is done
     python experiments/faults.py restarts               torchrun --max-restarts 3, one of two ranks killed twice
@@ -13,6 +17,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -154,6 +160,79 @@ def endurance(steps: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Faults on disk and in data
+
+SCRIPT = f"{sys.executable} {ROOT}/train.py"
+RESUME = f"{SCRIPT} --resume runs/a --steps 3"
+ON_MODEL = f"{SCRIPT} --model m {' '.join(SMALL[1:7])} --steps 1 --eval-data="
+ON_DATA = f"{SCRIPT} --model {ROOT}/assets/tiny --task scene_grounding --steps 2 --prompts-per-step 2 --eval-data="
+EVALUATE = f"{sys.executable} {ROOT}/eval.py --model {ROOT}/assets/tiny --data scenes:test --limit 4 --out out"
+POSTSCRIPT = "printf '%%!PS-Adobe-3.0 EPSF-3.0\\n%%%%BoundingBox: 0 0 9 9\\n' > "
+ROW = '{"image": "a.png", "problem": "red ring", "solution": "[]"'
+DAMAGES = {     # how a file is damaged; X stands for its path
+    "a folder": "rm -f X; mkdir X", "a pipe": "rm -f X; mkfifo X", "a link to nothing": "rm -f X; ln -s nowhere X",
+    "empty": ": > X", "zeros": "head -c 4000 /dev/zero > X", "nested 100,000 deep": "printf '[%.0s' {1..100000} > X",
+    "UTF-16": "cp X copy; printf '\\xff\\xfe' > X; sed 's/./&\\x00/g' copy >> X"}
+FAULTS = {      # what → (shell commands in a folder with a run of two steps, a model and data; command)
+    **{f"{name} of a run: {how}": (damage.replace("X", f"runs/a/{name}"), RESUME) for name in
+       ("config.json", "metrics.jsonl", ".lock", "checkpoints/step_2/state.json") for how, damage in DAMAGES.items()},
+    **{f"{name} of a model: {how}": (DAMAGES[how].replace("X", f"m/{name}"), ON_MODEL) for name in
+       ("config.json", "model.safetensors", "tokenizer.json") for how in ("a folder", "a pipe", "zeros")},
+    "step_9 is a copy of step_1": ("cp -r runs/a/checkpoints/step_1 runs/a/checkpoints/step_9", RESUME),
+    "step_9 is a link to step_1": ("ln -s step_1 runs/a/checkpoints/step_9", RESUME),
+    "a file in the place of step_3": (": > runs/a/checkpoints/step_3", RESUME),
+    "config.json of a run: another seed": ("sed -i 's/\"seed\": 42/\"seed\": 7/' runs/a/config.json", RESUME),
+    "config.json of a run: null": ("sed -i 's/\"rollouts\": 3/\"rollouts\": null/' runs/a/config.json", RESUME),
+    "fewer steps than the run has": ("", RESUME.replace("3", "1")),
+    "a file-size limit of 3 MB": ("", f"ulimit -f 3000; {RESUME}"),
+    "the run's folder goes in mid-run": ("", f"(sleep 9; mv runs/a b) & {RESUME}0000"),
+    "another folder in its place": ("", f"(sleep 9; mv runs/a b; mkdir other; ln -s ../other runs/a) & {RESUME}0000"),
+    "ten million layers": ("sed -i 's/\"num_hidden_layers\": [0-9]*/\"num_hidden_layers\": 10000000/' m/config.json",
+                           ON_MODEL),
+    "an index of shards names a pipe": ("mkfifo m/p; echo '{\"weight_map\": {\"x\": \"p\"}}' > "
+                                        "m/model.safetensors.index.json", ON_MODEL),
+    "a name of 300 letters": ("", f"{ON_MODEL} --name {'x' * 300}"),
+    "PostScript named .png": (f"{POSTSCRIPT} a.png; echo '{ROW}}}' > a.jsonl", f"{ON_DATA} --data a.jsonl"),
+    "a video beside the picture": (f"echo '{ROW}, \"video\": \"a.mp4\"}}' > a.jsonl", f"{ON_DATA} --data a.jsonl"),
+    "a text of 2 MB": (f"(printf '{ROW}, \"id\": \"'; head -c 2000000 /dev/zero | tr '\\0' x; echo '\"}}') "
+                       "> a.jsonl", f"{ON_DATA} --data a.jsonl"),
+    "escape sequences in a row": (f"echo '{ROW}, \"id\": \"\\u001b[2J\", \"task\": \"\\u001b[2J\"}}' > a.jsonl",
+                                  f"{ON_DATA} --data a.jsonl"),
+    "records of an evaluation cut off": ("mkdir out; " + EVALUATE + "; truncate -s -40 out/records.jsonl", EVALUATE),
+    "a screen that is ASCII": ("", f"PYTHONIOENCODING=ascii {RESUME}"),
+    "a screen that nobody reads": ("", f"{RESUME} 2>&1 | head -n 0; (exit ${{PIPESTATUS[0]}})"),
+}
+
+
+def disk() -> None:
+    """Prints a table: the fault; the exit status, 0 where the program went on; what it said of the fault, or its last
+    line."""
+    prepared, place = PLACE / "prepared", PLACE / "fault"
+    shutil.rmtree(prepared, ignore_errors=True)
+    prepared.mkdir()
+    first = f"{SCRIPT} --model {ROOT}/assets/tiny {' '.join(SMALL[:-6])} --eval-data= --steps 2 --save-every 1 --name a"
+    subprocess.run(first, shell=True, cwd=prepared, capture_output=True, check=True)
+    shutil.copytree(ROOT / "assets/tiny", prepared / "m")
+    shutil.copy(ROOT / "assets/scene.png", prepared / "a.png")
+    print("| fault | status | last line |\n|---|---|---|")
+    tracebacks = 0
+    for what, (disturb, command) in FAULTS.items():
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(prepared, place)
+        subprocess.run(["bash", "-c", disturb], cwd=place, capture_output=True, check=True)
+        try:
+            done = subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, timeout=120)
+            status, said = done.returncode, done.stdout + done.stderr
+        except subprocess.TimeoutExpired:
+            status, said = "hangs", ""
+        tracebacks += "Traceback" in said or "\x1b[2J" in said
+        told = [line for line in said.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
+        of_it = [line for line in told if re.search("passed over|it is now|left out", line)]
+        print(f"| {what} | {status} | {''.join((of_it or told[::-1])[:1])[:150].strip()} |", flush=True)
+    print(f"\n{len(FAULTS)} faults, {tracebacks} tracebacks or escape sequences")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Hostile text
 
 def mutate(text: str, rng: random.Random, others: list[str]) -> str:
@@ -241,13 +320,15 @@ def guided(minutes: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "restarts", "endurance", "text", "atheris"))
+    parser.add_argument("what", choices=("disk", "kills", "restarts", "endurance", "text", "atheris"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=10)
     args = parser.parse_args()
     PLACE.mkdir(parents=True, exist_ok=True)
-    if args.what == "kills":
+    if args.what == "disk":
+        disk()
+    elif args.what == "kills":
         kills(args.count)
     elif args.what == "restarts":
         restarts()
