@@ -102,7 +102,7 @@ def lock(folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder is still the one that was locked: not removed, and no other one or link in its place."""
+    """Whether the folder is the one that was locked: not removed, and no other one or link in its place."""
     try:
         return os.path.samestat(os.stat(folder), locks[os.path.abspath(folder)][1])
     except (OSError, KeyError):
@@ -110,8 +110,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def check_ours(run: Path) -> None:
-    """Raises Mistake if the run's folder is not `is_ours`."""
-    if not is_ours(run):
+    """Raises Mistake if the run's folder was locked and is not `is_ours` any more."""
+    if os.path.abspath(run) in locks and not is_ours(run):
         raise Mistake(f"{run} is not the folder any more that this run wrote to: it was removed, or another stands in "
                       "its place. Nothing more is written; bring it back, then go on with --resume")
 

@@ -533,7 +533,7 @@ def test_bfloat16_is_as_exact_as_the_published_implementation():
     """Of the answers to six questions: the mean gap of log-probs to float32's is 0.04 in both, and less between them."""
     processor = Processor(TINY)
     prompts = [processor.prompt(Scenes("train")[i]) for i in range(6)]
-    ys = [processor.encode(p.answer) for p in prompts]
+    ys = [processor.encode(p.example.answer) for p in prompts]
     ours, theirs = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         model, reference = (kind.from_pretrained(TINY, dtype=dtype)
