@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from support.files import append, as_json
+from support.files import as_json, writing
 from support.mistakes import Mistake
 from support.runs import check_ours, read_log
 
@@ -102,7 +102,8 @@ def write_line(run: Path, line: dict, tensorboard: bool) -> None:
     """Adds a line to metrics.jsonl, and to the event files; the curves are drawn anew after an evaluation, and every
     DRAWN_EVERY steps."""
     check_ours(run)
-    append(run / "metrics.jsonl", as_json(line))
+    with writing(run / "metrics.jsonl"), open(run / "metrics.jsonl", "a") as file:
+        file.write(as_json(line))
     if tensorboard:
         write_events(run, line)
     if "eval" in line or line["step"] % DRAWN_EVERY == 0:

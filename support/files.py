@@ -104,12 +104,6 @@ def replace_file(path: Path, text: str) -> None:
     beside.rename(path)
 
 
-def append(path: Path, text: str) -> None:
-    """Adds text to the end of a file."""
-    with writing(path), open(path, "a") as file:
-        file.write(text)
-
-
 def sync(path: Path) -> None:
     """Waits until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -29,19 +29,6 @@ def option(default, group: str, text: str, choices: tuple = (), least=None, most
                                                         "least": least, "most": most, "above": above})
 
 
-def check_saved(kind: type, saved: dict, where: Path) -> None:
-    """Raises Mistake if the options of a run are not those of `kind`, by name and by type."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for name, value in saved.items():
-        if name not in fields:
-            raise Mistake(f"{where}: there is no option {name[:100]!r} here; go on with the version of the code that "
-                          "wrote it (its git commit stands there), or take the option out")
-        wanted, choices = fields[name].type, fields[name].metadata["choices"]
-        if type(value) is not wanted and (wanted, type(value)) != (float, int) or choices and value not in choices:
-            raise Mistake(f"{where}: the option {name} is {str(value)[:100]!r}; it must be "
-                          + (f"one of {', '.join(choices)}" if choices else f"of type {wanted.__name__}"))
-
-
 def check_numbers(options) -> None:
     """Raises Mistake if a number is not finite or not within the limits of its option, by its flag."""
     for f in dataclasses.fields(options):
@@ -76,28 +63,38 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
             chosen = argparse.Namespace(preset=None, resume=None)
         resume, defaults = chosen.resume, defaults | presets.get(chosen.preset, {})
         if resume:
-            saved = saved_options(Path(resume))
-            check_saved(kind, saved, Path(resume))
-            defaults |= saved
+            defaults |= (saved := saved_options(Path(resume)))
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     usage=f"torchrun {script} [--OPTION VALUE …]", add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.arguments = arguments
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(
         f.metadata["group"] for f in dataclasses.fields(kind))}
     for f in dataclasses.fields(kind):
         add_flag(groups[f.metadata["group"]], f, defaults[f.name])
     parser.add_argument("-h", "--help", action="help", help="show this and leave")
+    if resume:      # what a run was started with is read as if it stood on the command line
+        types = {f.name: f.type for f in dataclasses.fields(kind)}
+        parser.arguments = [as_flag(name, value) if types.get(name) is not bool or isinstance(value, bool)
+                            else f"--{name}={value}" for name, value in saved.items()]
+        try:
+            check_numbers(kind(**vars(parser.parse_args(parser.arguments))))
+        except Mistake as mistake:
+            raise Mistake(f"{resume}: its config.json holds what is no option here: {mistake}") from None
+    parser.arguments = arguments
     given = vars(parser.parse_args(arguments))
     changed = [name for name in given if resume and name not in resumable and given[name] != defaults[name]]
     if changed:
-        flags = " ".join(f"--{'no-' * (given[name] is False)}{name.replace('_', '-')}"
-                         + f" {given[name]}" * (not isinstance(given[name], bool)) for name in changed)
+        flags = " ".join(as_flag(name, given[name]).replace("=", " ", 1) for name in changed)
         raise Mistake(f"--resume goes on with the run as it was; {flags} would make another run of it. To start that "
                       f"one from its weights: torchrun {script} --model {resume} {flags}")
     options = kind(**{**defaults, **given})
     check_numbers(options)
     return options
+
+
+def as_flag(name: str, value) -> str:
+    flag = "--" + "no-" * (value is False) + name.replace("_", "-")
+    return flag if isinstance(value, bool) else f"{flag}={value}"
 
 
 def add_flag(group, f: dataclasses.Field, default) -> None:

@@ -187,37 +187,34 @@ def check_fields(path: Path, fields: dict) -> None:
 
 def check_fit(path: Path, fields: dict, third: bool) -> None:
     """Raises Mistake if fields of config.json do not fit each other. third: those of Qwen3-VL."""
-    heads, d = fields["num_attention_heads"], fields["head_dim"]
-    if not third and d * heads != fields["hidden_size"]:
-        raise Mistake(f"{path}: hidden_size {fields['hidden_size']}, num_attention_heads {heads} and head_dim {d} do "
-                      "not fit; head_dim must be hidden_size / heads")
-    if heads % fields["num_key_value_heads"]:
-        raise Mistake(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
-                      f"{fields['num_key_value_heads']}")
-    if d % 2 or sum(fields["mrope_section"]) != d // 2 or len(fields["mrope_section"]) != 3:
-        raise Mistake(f"{path}: mrope_section {shown(fields['mrope_section'])} must have three parts that add up to "
-                      f"half of {d}, which must be even (head_dim, or hidden_size / num_attention_heads)")
-    if fields["vision_hidden_size"] % (4 * fields["vision_num_heads"]):
-        raise Mistake(f"{path}: vision_config.hidden_size {fields['vision_hidden_size']} is no multiple of 4 times "
-                      f"num_heads {fields['vision_num_heads']}, as the rotary embedding needs")
-    pixels = fields["vision_patch_size"] * fields["vision_spatial_merge_size"]      # of an image token
-    if not third and fields["vision_window_size"] < pixels:
-        raise Mistake(f"{path}: a window_size of {fields['vision_window_size']} pixels is smaller than "
-                      f"an image token of {pixels}×{pixels}")
-    table = fields.get("vision_num_position_embeddings", 1)
-    if round(table ** 0.5) ** 2 != table:
-        raise Mistake(f"{path}: num_position_embeddings is {table}, which is no square number")
-    stack, depth = fields.get("vision_deepstack_visual_indexes", ()), fields["vision_depth"]
-    if len(set(stack)) < len(stack) or max(stack, default=0) >= depth or len(stack) > fields["num_hidden_layers"]:
-        raise Mistake(f"{path}: vision_config.deepstack_visual_indexes is {shown(stack)}; it must name different "
-                      f"blocks from 0 to {depth - 1}, no more than num_hidden_layers {fields['num_hidden_layers']}")
-    if fields["vision_out_hidden_size"] != fields["hidden_size"]:
-        raise Mistake(f"{path}: vision_config.out_hidden_size is {fields['vision_out_hidden_size']} (3584 if it is "
-                      f"missing), hidden_size {fields['hidden_size']}; they must be equal")
+    heads, kv_heads, width, d = (fields[name] for name in (
+        "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"))
+    side, depth, section = (fields[name] for name in ("vision_patch_size", "vision_depth", "mrope_section"))
+    side *= fields["vision_spatial_merge_size"]      # of an image token, in pixels
+    table, stack = fields.get("vision_num_position_embeddings", 1), fields.get("vision_deepstack_visual_indexes", ())
     ids = [fields[name] for name in VISION_TOKENS]
-    if len(set(ids)) < len(ids) or max(ids) >= fields["vocab_size"]:
-        raise Mistake(f"{path}: {', '.join(f'{name} {token}' for name, token in zip(VISION_TOKENS, ids))} must be "
-                      f"different and below vocab_size {fields['vocab_size']}")
+    for wrong, sentence in (
+            (not third and d * heads != width, f"hidden_size {width}, num_attention_heads {heads} and head_dim {d} do "
+             "not fit; head_dim must be hidden_size / heads"),
+            (heads % kv_heads, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"),
+            (d % 2 or sum(section) != d // 2 or len(section) != 3, f"mrope_section {shown(section)} must have three "
+             f"parts that add up to half of {d}, which must be even (head_dim, or hidden_size / num_attention_heads)"),
+            (fields["vision_hidden_size"] % (4 * fields["vision_num_heads"]), "vision_config.hidden_size "
+             f"{fields['vision_hidden_size']} is no multiple of 4 times num_heads {fields['vision_num_heads']}, as the "
+             "rotary embedding needs"),
+            (not third and fields.get("vision_window_size", 0) < side, "a window_size of "
+             f"{fields.get('vision_window_size')} pixels is smaller than an image token of {side}×{side}"),
+            (round(table ** 0.5) ** 2 != table, f"num_position_embeddings is {table}, which is no square number"),
+            (len(set(stack)) < len(stack) or max(stack, default=0) >= depth or len(stack) > fields["num_hidden_layers"],
+             f"vision_config.deepstack_visual_indexes is {shown(stack)}; it must name different blocks from 0 to "
+             f"{depth - 1}, no more than num_hidden_layers {fields['num_hidden_layers']}"),
+            (fields["vision_out_hidden_size"] != width, "vision_config.out_hidden_size is "
+             f"{fields['vision_out_hidden_size']} (3584 if it is missing), hidden_size {width}; they must be equal"),
+            (len(set(ids)) < len(ids) or max(ids) >= fields["vocab_size"], ", ".join(
+                f"{name} {token}" for name, token in zip(VISION_TOKENS, ids))
+             + f" must be different and below vocab_size {fields['vocab_size']}")):
+        if wrong:
+            raise Mistake(f"{path}: {sentence}")
 
 
 def read_eos_ids(folder: Path, config) -> tuple[int, ...]:

@@ -134,10 +134,12 @@ CONFIGS = {     # what may have become of a run's config.json → the sentence
     "another optimizer": (lambda text: text.replace('"optimizer": "adamw"', '"optimizer": "muon"'), "says optimizer 'muon'"),
     "other adapters": (lambda text: text.replace('"lora_alpha": 32.0', '"lora_alpha": 4.0'), "says lora_alpha 4.0"),
     "defaults": (lambda text: '{"config": {"steps": 9}}', "was trained with"),
-    "null": (lambda text: text.replace('"rollouts": 3', '"rollouts": null'), "the option rollouts is 'None'"),
-    "true": (lambda text: text.replace('"rollouts": 3', '"rollouts": true'), "the option rollouts is 'True'"),
-    "unknown choice": (lambda text: text.replace('"method": "visurf"', '"method": "x"'), "must be one of visurf"),
-    "unknown option": (lambda text: text.replace('"method"', '"x": 1, "method"', 1), "there is no option 'x' here"),
+    "null": (lambda text: text.replace('"rollouts": 3', '"rollouts": null'), "--rollouts: invalid int value: 'None'"),
+    "true": (lambda text: text.replace('"rollouts": 3', '"rollouts": true'), "what is no option here: argument --rollouts: expected one"),
+    "unknown choice": (lambda text: text.replace('"method": "visurf"', '"method": "x"'), "--method: invalid choice: 'x'"),
+    "unknown option": (lambda text: text.replace('"method"', '"x": 1, "method"', 1), "what is no option here: unrecognized arguments: --x=1"),
+    "a word": (lambda text: text.replace('"smoothing": true', '"smoothing": "yes"'), "--smoothing: ignored explicit"),
+    "not finite": (lambda text: text.replace('"lr": 0.001', '"lr": NaN'), "--lr nan: must be a finite number"),
     "before": (lambda text: text.replace('"before": []', '"before": 3'), "holds no options of a run")}
 
 

@@ -16,7 +16,7 @@ from test_train import ROOT, SMALL, lines, run_train
 import train
 from model import Qwen2_5_VL
 from support import files, screen
-from support.files import append, as_json, read_lines, read_record, remove, replace_file, writing
+from support.files import as_json, read_lines, read_record, remove, replace_file, writing
 from support.mistakes import Mistake, sentence_of
 from support.runs import read_log
 
@@ -117,8 +117,11 @@ def test_weights_that_find_no_room(tmp_path, small_files):
     def write_tensors():
         with writing(tmp_path / "x"):
             save_file({"x": torch.zeros(100_000)}, tmp_path / "x")
+    def write_text():
+        with writing(tmp_path / "x"), open(tmp_path / "x", "a") as file:
+            file.write("x" * 200_000)
     for write in (lambda: Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny").save_pretrained(tmp_path / "x"),
-                  write_tensors, lambda: append(tmp_path / "x", "x" * 200_000)):
+                  write_tensors, write_text):
         with pytest.raises(OSError) as error:
             write()
         assert error.value.errno == errno.EFBIG and str(tmp_path / "x") in sentence_of(error.value)
