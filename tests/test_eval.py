@@ -164,6 +164,27 @@ def test_finished_records_are_kept_only_where_all_that_matters_is_the_same(small
     assert "2 of them done before" in again("--out", f"{folder}-{places}")
 
 
+@pytest.mark.parametrize("damage", [
+    lambda line: line[:40], lambda line: b"", lambda line: b"[1]", lambda line: b"{" * 100_000, lambda line: b"\xff\xfe",
+    lambda line: b'{"index": 0}', lambda line: line.replace(b'"index": 0', b'"index": "0"'),
+    lambda line: line.replace(b'"length": 2', b'"length": "2"'), lambda line: line.replace(b'"task": "vqa"', b'"task": "x"'),
+    lambda line: line.replace(b'"score": 0.0', b'"score": null')])
+def test_half_a_record_is_left_out_and_counted(small, monkeypatch, capsys, damage):
+    """What it was of is answered once more; what is whole stays."""
+    def again(*flags: str) -> str:
+        return evaluate_here(monkeypatch, capsys, *FLAGS, *flags)
+    again()
+    records = Path("evaluations/model-a.jsonl/records.jsonl")
+    first, second = records.read_bytes().splitlines()
+    assert b'"index": 0' in first and damage(first) != first
+    records.rename(records.with_name("records.rank0.jsonl"))
+    records.with_name("records.rank0.jsonl").write_bytes(damage(first) + b"\n" + second)
+    said = again()
+    assert ("1 unreadable line(s) of the evaluation before are left out" in said) == bool(damage(first)), said
+    assert "2 examples, 1 of them done before" in said.replace("3 examples", "2 examples"), said
+    assert records.read_bytes().splitlines() == [first, second]
+
+
 @pytest.mark.parametrize("question, size, said", [
     ("the leftmost of the two squares", (112, 112), None), ("How many red rings are there?", (112, 112), None),
     ("a zebra", (112, 112), "not the word 'zebra'"), ("red ring", (640, 480), "not a picture of 640×480 pixels"),

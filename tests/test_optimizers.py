@@ -7,7 +7,7 @@ from processes import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 
 import train
-from support.optimizers import MasterAdamW, make_optimizers
+from support.optimizers import MasterAdamW, make_optimizers, share_of_lr
 from support.checkpoints import load_optimizer, optimizer_tensors
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -116,3 +116,40 @@ def test_sharding_the_state_does_not_change_the_update(tmp_path, precision):
         run_ranks(three_steps, (world, free_port(), precision, tmp_path), world)
     one, two = (load_file(tmp_path / f"{world}.safetensors") for world in (1, 2))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("steps, warmup, cooldown", [(3, 0, 1.0), (3, 10, 0.625), (1, 0, 0.0), (7, 2, 0.3)])
+def test_no_schedule_gives_a_rate_below_0(steps, warmup, cooldown):
+    """Nor after its end."""
+    cfg = train.Config(steps=steps, warmup_steps=warmup, cooldown=cooldown)
+    assert all(0 <= share_of_lr(cfg, step) <= 1 for step in range(20))
+
+
+def test_muon_rounds_in_bfloat16(monkeypatch):
+    """A gradient that differs by float32's rounding, as the sum of several ranks does, moves Muon's weights a thousand
+    times as far apart as AdamW's. With its iteration in float64 they stay together."""
+    from torch.optim import _muon
+
+    def in_float64(grad, coefficients, steps, eps):
+        a, b, c = coefficients
+        x = grad.double() / grad.double().norm()
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x.to(grad.dtype)
+
+    def apart(kind, **settings) -> float:
+        weights = []
+        for noise in (0.0, 1e-7):
+            weight, g = torch.nn.Parameter(torch.zeros(96, 256)), torch.Generator().manual_seed(3)
+            optimizer = kind([weight], lr=1e-3, **settings)
+            for _ in range(5):
+                gradient, rounding = torch.randn(2, 96, 256, generator=g)
+                weight.grad = gradient * (1 + noise * rounding)
+                optimizer.step()
+            weights.append(weight.detach())
+        return float((weights[0] - weights[1]).abs().max())
+    muon = {"adjust_lr_fn": "match_rms_adamw"}
+    adamw, rounded = apart(torch.optim.AdamW, eps=1e-3), apart(torch.optim.Muon, **muon)
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", in_float64)
+    assert rounded > 100 * adamw and apart(torch.optim.Muon, **muon) < 1e-8
