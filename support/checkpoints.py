@@ -107,13 +107,22 @@ def sound_checkpoint(run: Path, step: int = 0, weights_only: bool = False) -> tu
 
 @functools.cache
 def newest_checkpoint(run: Path) -> Path:
-    """The newest one whose weights are sound; what was passed over is said once. Mistake: there is none."""
+    """Returns the newest one whose weights are sound; says once what was passed over. Raises Mistake if there is none.
+    """
     folder, said = sound_checkpoint(run, weights_only=True)
     if not folder:
         raise Mistake(f"{run} holds no checkpoint yet; torchrun train.py --resume {run} goes on with it")
     for line in said if os.environ.get("RANK", "0") == "0" else ():
         say(line, sys.stderr)
     return folder
+
+
+@functools.cache
+def check_checkpoint(folder: Path) -> None:
+    """Raises Mistake if the folder is a checkpoint whose weights are not what was written, or another step's."""
+    if folder.parent.name == "checkpoints" and (folder / "state.json").exists():
+        if reason := fault(folder, weights_only=True):
+            raise Mistake(f"{folder} is not used: {reason}")
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, rank: int) -> None:

@@ -3,6 +3,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -40,10 +41,10 @@ def stop_signals(sentence: str) -> list[float]:
     return times
 
 
-def out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException):
     """Whether it is that, of Python, of a GPU, or of PyTorch on a CPU, which has no class of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        isinstance(error, RuntimeError) and re.search("can't allocate memory|bad_alloc|out of memory", str(error)))
 
 
 def sentence_of(error: Exception) -> str:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from support import lora
-from support.checkpoints import newest_checkpoint
+from support.checkpoints import check_checkpoint, newest_checkpoint
 from support.files import as_json, check_regular, digest, read_record, writing
 from support.mistakes import Mistake
 from support.runs import did_you_mean
@@ -43,6 +43,7 @@ def local_folder(name, what: str = "--model") -> Path:
         for path in sorted(folder.iterdir()):
             if path.suffix in (".json", ".safetensors", ".txt", ".jinja"):
                 check_regular(path)
+        check_checkpoint(folder)
         return folder
     if folder.is_file():
         raise Mistake(f"{what} {name}: this is a file; give the folder of the model, which holds its config.json")

@@ -20,6 +20,7 @@ from support import checkpoints, files, runs
 from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_later_aside, sound_checkpoint
 from support.mistakes import Mistake
 from support.runs import lock, read_log
+from support.weights import local_folder
 from test_train import ROOT, SMALL, lines, run_train, start_train
 
 
@@ -105,6 +106,16 @@ def test_a_copy_or_a_link_under_another_step_is_no_checkpoint(run, make):
     keep_newest(run, 1, None)
     assert list(checkpoints.checkpoints(run)) == [4] and (run / "checkpoints/step_9_before_resume").exists() == (
         make is shutil.copytree)        # a link to what is gone
+
+
+def test_a_checkpoint_that_is_named_by_its_path_is_looked_at_too(run):
+    """Nothing scores another step's weights, or damaged ones."""
+    shutil.copytree(run / "checkpoints/step_1", run / "checkpoints/step_9")
+    flip_a_bit(run / "checkpoints/step_2/model.safetensors")
+    for name, reason in (("step_9", "it holds step 1"), ("step_2", "model.safetensors is not what was written")):
+        with pytest.raises(Mistake, match=f"checkpoints/{name} is not used: {reason}"):
+            local_folder(run / "checkpoints" / name)
+    assert local_folder(run / "checkpoints/step_1") == run / "checkpoints/step_1"
 
 
 def test_a_file_in_the_place_of_the_next_checkpoint(run):
