@@ -106,6 +106,12 @@ class Options:
             raise Mistake("--question is empty: ask something, or leave it out to be asked for questions")
 
 
+# The words of the built-in world's questions.
+WORDS = frozenset("""a an answer any are blue boxed button click colour cross crosses defect describe digits four green
+how image in is largest leftmost lesion lowest many object objects of purple red rightmost ring rings shape shapes
+smallest square squares sum the there three topmost two what where white yellow""".split())
+
+
 def is_tiny(model: Qwen2_5_VL) -> bool:
     """Whether it is of the size of assets/tiny, which knows pictures of the built-in world only."""
     return model.config.vocab_size < 1000
@@ -115,7 +121,7 @@ def unknown_to(model: Qwen2_5_VL, question: str, size: tuple[int, int]) -> list[
     """What to say where the tiny model is asked for what it cannot know; nothing of any other model. size: (width,
     height) of the picture, (0, 0) without one."""
     words = re.findall(r"[^\W\d_]+", question)
-    foreign = [f"the word {word!r}" for word in words if word.lower() not in scenes.WORDS][:1]
+    foreign = [f"the word {word!r}" for word in words if word.lower() not in WORDS][:1]
     if size not in ((0, 0), (scenes.SIZE, scenes.SIZE)):
         foreign.append(f"a picture of {size[0]}×{size[1]} pixels")
     if not foreign or not is_tiny(model):

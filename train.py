@@ -192,7 +192,7 @@ class Config:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
 
 
-# What may change when a run goes on. All else belongs to its checkpoints as well.
+# What may change when a run goes on. All else belongs to its checkpoints as well; model and data are known by digests.
 RESUMABLE = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
              "eval_every", "save_every", "keep", "keep_best", "log_every", "micro_rows", "max_row_tokens",
              "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "offload_optimizer",
@@ -412,7 +412,7 @@ def set_up() -> Job:
     before = read_state(checkpoint) if checkpoint else FIRST
     if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
         cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
-    options = {name: value for name, value in asdict(cfg).items() if name not in (*RESUMABLE, "name")}
+    options = {name: value for name, value in asdict(cfg).items() if name not in (*RESUMABLE, "name", "model", "data")}
     if checkpoint:
         check_options(cfg, options, before, checkpoint)
     processor = Processor(checkpoint or cfg.model)
@@ -488,8 +488,8 @@ def check_options(cfg: Config, options: dict, before: dict, checkpoint: Path) ->
         raise Mistake(f"--steps {cfg.steps}: {checkpoint} has {before['step']} steps already; give more, or go on from "
                       "an earlier checkpoint by --from-step")
     for name, value in before["options"].items():
-        if name not in (*RESUMABLE, "name") and options.get(name) != value:
-            raise Mistake(f"{cfg.resume}/config.json says {name} {options.get(name)!r}, but {checkpoint} was trained "
+        if name in options and options[name] != value:
+            raise Mistake(f"{cfg.resume}/config.json says {name} {options[name]!r}, but {checkpoint} was trained "
                           f"with {value!r}: is it another run's, or was it edited? Bring back the options of this run")
 
 

@@ -61,10 +61,6 @@ EXTREMES = {"leftmost": (0, min), "rightmost": (2, max), "topmost": (1, min), "l
 BUTTONS = {"red": COLOURS["red"], "green": COLOURS["green"], "blue": COLOURS["blue"], "yellow": COLOURS["yellow"],
            "white": (250, 250, 250)}
 PROMPT = 'Please find "{question}" with bboxs and points.'    # of its grounding questions, short for speed
-# The words of its questions.
-WORDS = frozenset("""a an answer any are blue boxed button click colour cross crosses defect describe digits four green
-how image in is largest leftmost lesion lowest many object objects of purple red rightmost ring rings shape shapes
-smallest square squares sum the there three topmost two what where white yellow""".split())
 THOUGHTS = ("I look for the {}.", "Where is the {}?", "The {} is to be found.")
 
 

@@ -203,7 +203,7 @@ def test_every_question_of_the_built_in_world_is_known():
         for index in range(0, 60, 3):
             question = scenes.make(split, index)["question"]
             if '"' not in question:         # a whole prompt, of pretraining
-                assert {word.lower() for word in re.findall("[A-Za-z]+", question)} <= scenes.WORDS, question
+                assert {word.lower() for word in re.findall("[A-Za-z]+", question)} <= evaluation.WORDS, question
 
 
 def test_one_evaluation_a_folder_and_damaged_settings(small, monkeypatch, capsys):
