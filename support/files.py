@@ -71,7 +71,7 @@ def read_lines(path: Path, fits: Callable[[dict], bool]) -> tuple[list[dict], in
         return lines, damaged
     check_regular(path)
     with open(path, "rb") as file:
-        for data in file:
+        for data in iter(lambda: file.readline(MAX_BYTES + 1), b""):
             try:
                 line = parse_json(data)
                 fine = isinstance(line, dict) and fits(line)
