@@ -18,9 +18,8 @@ Glossary
 import contextlib
 import math
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,26 +34,19 @@ from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
 from rollout import generate
-from support.checkpoints import (FIRST, checkpoints, keep_newest, load_optimizer, newest_checkpoint, read_state,
-                                 room_for, save_checkpoint, sound_checkpoint)
-from support.curves import draw_curves, tensorboard_writer, write_line
-from support.files import remove
-from support.log import Meter, measure_groups, memory_line, peak_memory_gb, progress_line
+from support.checkpoints import load_optimizer, newest_checkpoint
+from support.log import Meter, measure_groups, memory_line
 from support.lora import PARTS, add_lora, freeze, load_adapter, merge_after
-from support.mistakes import Mistake, Stopped, run_main, stop_signals
-from support.onednn import give_memory_back, use_onednn
+from support.mistakes import Mistake, Stopped, run_main
+from support.onednn import use_onednn
 from support.options import option, parse
-from support.optimizers import learn, make_optimizers, set_lr, share_of_lr, short_run
+from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
-from support.ranks import add_over_ranks, check_same_weights, gather_json, leave_ranks, start_ranks, wait_for_all
-from support.runs import check_ours, is_ours, open_run, read_log, run_and_step, saved_options
-from support.screen import CONTROL, say
+from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
+from support.run import Run, begin_or_resume, check_same
+from support.runs import run_and_step, saved_options
+from support.screen import CONTROL
 from support.sources import Source, noticed, read, take
-from support.verify_math import ended_now
-from support.weights import local_folder, model_digest
-
-MAX_BAD_STEPS = 10  # non-finite steps in a row before a run gives up
-CHECKED_EVERY = 50  # steps between two looks at whether all ranks hold the same weights; before a checkpoint as well
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,10 +109,11 @@ class Config:
                                  least=1)
     temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]", above=0)
     sampling_batch: int = option(32, "sampling", "prompts sampled or evaluated together; any value gives the same "
-                                 "answers", least=1)
-    cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs")
+                                 "answers", least=1, resumable=True)
+    cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs", resumable=True)
 
-    steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1)
+    steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1,
+                        resumable=True)
     prompts_per_step: int = option(16, "optimisation", "prompts per step over all ranks [recipe 16]", least=1)
     lr: float = option(1e-3, "optimisation", "learning rate [recipe 1e-6, constant, for 7B]", above=0,
                        most=1e30)
@@ -136,35 +129,46 @@ class Config:
     precision: str = option("float32", "optimisation", "of weights and gradients; the optimizer keeps float32 weights "
                             "either way", ("float32", "bfloat16"))
     offload_optimizer: bool = option(False, "optimisation", "with --precision bfloat16: float32 weights and moments in "
-                                     "the host's memory, updated by its cores")
+                                     "the host's memory, updated by its cores", resumable=True)
     freeze: str = option("", "optimisation", f"PART,… that learn nothing, of {', '.join(PARTS)}")
     lora_rank: int = option(0, "optimisation", "rank r of LoRA's adapters, which alone learn then (0: no LoRA)",
                             least=0)
     lora_alpha: float = option(32.0, "optimisation", "α of LoRA: the adapters count α/r times", above=0)
     lora_targets: str = option(r"model\.layers", "optimisation", "regular expression for the names of the linear "
                                "layers that get an adapter: visual.blocks, visual.merger, model.layers.3.mlp.up_proj …")
-    micro_rows: int = option(1, "optimisation", "rows per forward; any value gives the same update", least=1)
+    micro_rows: int = option(1, "optimisation", "rows per forward; any value gives the same update", least=1,
+                             resumable=True)
     max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)",
-                                 least=0)
+                                 least=0, resumable=True)
     checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward: less memory, about "
-                                          "30 % more time")
-    onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN")
+                                          "30 % more time", resumable=True)
+    onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN",
+                          resumable=True)
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
     resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and its saved "
-                         "options")
-    from_step: int = option(0, "output", "with --resume: go on from that checkpoint (0: the newest sound one)", least=0)
-    accept_changed_data: bool = option(False, "output", "go on although the data is not what it was")
-    tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too")
-    dry_run: bool = option(False, "output", "one step at worst-case length: memory and hours; writes nothing")
-    eval_data: str = option("scenes:val", "output", "evaluated before, during and after; empty: never")
-    eval_examples: int = option(192, "output", "how many of it", least=0)
-    eval_every: int = option(100, "output", "steps between evaluations (0: only before and after)", least=0)
-    save_every: int = option(100, "output", "steps between checkpoints (0: only at the end)", least=0)
-    keep: int = option(2, "output", "how many checkpoints stay, the newest (0: all)", least=0)
+                         "options", resumable=True)
+    from_step: int = option(0, "output", "with --resume: go on from that checkpoint (0: the newest sound one)", least=0,
+                            resumable=True)
+    accept_changed_data: bool = option(False, "output", "go on although the data is not what it was",
+                                       resumable=True)
+    tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too",
+                               resumable=True)
+    dry_run: bool = option(False, "output", "one step at worst-case length: memory and hours; writes nothing",
+                           resumable=True)
+    eval_data: str = option("scenes:val", "output", "evaluated before, during and after; empty: never",
+                            resumable=True)
+    eval_examples: int = option(192, "output", "how many of it", least=0, resumable=True)
+    eval_every: int = option(100, "output", "steps between evaluations (0: only before and after)", least=0,
+                             resumable=True)
+    save_every: int = option(100, "output", "steps between checkpoints (0: only at the end)", least=0,
+                             resumable=True)
+    keep: int = option(2, "output", "how many checkpoints stay, the newest (0: all)", least=0,
+                       resumable=True)
     keep_best: str = option("", "output", "metric of the evaluations, such as T-acc, whose best checkpoint stays, too",
-                            ("", *summarise([])))
-    log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step", least=1)
+                            ("", *summarise([])), resumable=True)
+    log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step", least=1,
+                            resumable=True)
 
     @property
     def G(self) -> int:
@@ -192,16 +196,9 @@ class Config:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
 
 
-# What may change when a run goes on. All else belongs to its checkpoints as well; model and data are known by digests.
-RESUMABLE = ("resume", "from_step", "accept_changed_data", "dry_run", "steps", "eval_data", "eval_examples",
-             "eval_every", "save_every", "keep", "keep_best", "log_every", "micro_rows", "max_row_tokens",
-             "checkpoint_activations", "cuda_graphs", "sampling_batch", "onednn", "offload_optimizer",
-             "tensorboard")
-
-
 def parse_config(arguments: list[str] | None = None) -> Config:
     def read_flags(flags: list[str] | None) -> Config:
-        return parse(Config, "train.py", __doc__, flags, PRESETS, RESUMABLE, saved_options)
+        return parse(Config, "train.py", __doc__, flags, PRESETS, saved_options)
     cfg = read_flags(arguments)
     if not cfg.resume and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         if not cfg.name:
@@ -371,27 +368,81 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
 class Job:
     """What the loop works with."""
     cfg: Config
-    rank: int
-    world: int
-    device: torch.device
+    run: Run                              # keeps the book
     ddp: DistributedDataParallel          # the loss goes through this, sampling through ddp.module
     reference: Qwen2_5_VL | None          # frozen, for --kl
     processor: Processor
     optimizers: list
-    state: dict                           # step, cursor, bad_steps: with the weights and optimizers, a checkpoint
     source: Source                        # of examples, to train on
     held_out: list = field(default_factory=list)          # examples to evaluate on
-    run: Path = Path()
-    stopped: list = field(default_factory=list)           # not empty as soon as a signal has come
 
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            say(text)
 
-    def log(self, line: dict) -> None:
-        if self.rank == 0:
-            write_line(self.run, line, self.cfg.tensorboard)
+def main() -> None:
+    job = set_up()
+    run = job.run
+    if job.cfg.dry_run:
+        from experiments.dry_run import dry_run
+        dry_run(job, Group, label_tokens, update)
+    elif not run.is_finished(bool(job.held_out)):
+        run.open({name: task.prompt for name, task in TASKS.items()}, job.ddp.module)
+        try:
+            loop(job)
+        except BaseException:
+            run.discard()
+            raise
+    leave_ranks()
 
+
+def loop(job: Job) -> None:
+    """Evaluations and steps, until --steps or until a signal comes."""
+    run = job.run
+    while run.goes_on(job.ddp.module, job.optimizers):      # saves where that is due; False after a signal
+        with run.unless_stopped():                          # what a signal leaves counts as not begun
+            if job.held_out and run.evaluation_is_due():
+                run_evaluation(job)
+            if run.is_done():
+                break
+            train_step(job)
+    run.close(list(job.source.bad))
+
+
+def train_step(job: Job) -> dict:
+    """Samples, rewards, updates. Returns the step's line of metrics.jsonl."""
+    cfg, run = job.cfg, job.run
+    places = run.begin_step(len(job.source.bad))            # in the endless sequence of examples
+    set_lr(cfg, job.optimizers, run.step)
+    prompts = [job.processor.prompt(example) for example in take(job.source, places, cfg.seed)]
+    with run.together("sampling"):      # sections 3.2 to 3.4: rollouts, rewards, Eq. 6 and 7
+        groups = make_groups(cfg, job.ddp.module, job.processor, prompts, places.start, run.signals)
+        measure_groups(groups, run.meter)
+    loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, run.meter,
+                                run.signals)                # Eq. 8 and 9
+    return run.end_step(loss, norm, job.optimizers[0].param_groups[0]["lr"],
+                        sum(len(o.tokens) for group in groups for o in group.rollouts), tokens,
+                        [prompt.example.id for prompt in prompts], len(job.source.bad))
+
+
+def run_evaluation(job: Job) -> None:
+    """Every rank answers its share; rank 0 draws its first answers and prints all evaluations so far."""
+    cfg, run = job.cfg, job.run
+    own = job.held_out[run.rank::run.world]
+    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=run.signals)
+    records: list[Record] = []
+    drawn: list = []     # a prompt holds the patches of its picture, 17 MB of a large one: only these stay
+    with run.together("the evaluation"):
+        for record, prompt in tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=run.rank > 0):
+            records.append(record)
+            if len(drawn) < 12:
+                drawn.append((record, prompt))
+    if run.rank == 0:
+        draw_sheet(for_sheet(drawn), run.folder / "samples" / f"step_{run.step}.png")
+    everyone = gather_json([vars(record) for record in records], run.device)
+    run.end_evaluation(summarise([Record(**record) for part in everyone for record in part]))
+    run.say(f"{cfg.eval_data}, first {len(job.held_out)}:\n" + table(run.history))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the loop
 
 def open_data(cfg: Config, processor: Processor, data: str):
     """The source of --data or --eval-data, by the same options."""
@@ -405,97 +456,73 @@ def open_data(cfg: Config, processor: Processor, data: str):
 
 
 def set_up() -> Job:
+    """Everything that the loop works with."""
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
     rank, world, device = start_ranks()
-    checkpoint, passed_over = checkpoint_to_resume(cfg, rank, device) if cfg.resume else (None, [])
-    before = read_state(checkpoint) if checkpoint else FIRST
     if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
         cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
-    options = {name: value for name, value in asdict(cfg).items() if name not in (*RESUMABLE, "name", "model", "data")}
-    if checkpoint:
-        check_options(cfg, options, before, checkpoint)
+    checkpoint, state, said = begin_or_resume(cfg, rank, device)
     processor = Processor(checkpoint or cfg.model)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
-    # Of rank 0: another node may hold a copy. The model behind an adapter or --kl is in no checkpoint.
-    fingerprint, base = gather_json([sources[0].fingerprint, model_digest(
-        local_folder(cfg.model)) if rank == 0 and (cfg.lora_rank or cfg.kl) else ""], device)[0]
-    state = {**before, "data": fingerprint, "base": base, "options": options}
-    if before["base"] not in ("", base):
-        raise Mistake(f"--model {cfg.model} is not the model that {cfg.resume} began from: its weights or its "
-                      "config.json have been replaced. Bring it back")
-    if before["data"] not in ("", fingerprint) and not cfg.accept_changed_data:
-        raise Mistake(f"--data {cfg.data} has changed since {checkpoint}: rows were added, removed or changed. Bring "
-                      "it back, or go on with what it is now by --accept-changed-data")
+    check_same(cfg, state, sources[0].fingerprint, rank, device)
+    model, reference = make_models(cfg, checkpoint, state["base"], device)
+    optimizers = make_optimizers(cfg, model)
+    merge_after(optimizers[-1], model)
+    for k, optimizer in enumerate(optimizers if checkpoint else ()):
+        load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    job = Job(cfg, Run(cfg, rank, world, device, state), ddp, reference, processor, optimizers, sources[0])
+    for line in said:
+        job.run.say(line)
+    introduce(job, sources, checkpoint)
+    for source in sources[1:]:
+        wanted = range(min(cfg.eval_examples, len(source)))
+        job.held_out = [example for _, example in read(source, wanted, report=rank == 0)]
+    return job
+
+
+def make_models(cfg: Config, checkpoint: Path | None, base: str, device
+                ) -> tuple[Qwen2_5_VL, Qwen2_5_VL | None]:
+    """Returns the policy, and the frozen reference of --kl. base: the digest of --model."""
     if cfg.cuda_graphs and device.type != "cuda":
         raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
-    if cfg.tensorboard:
-        tensorboard_writer()
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
-    model = Qwen2_5_VL.from_pretrained(begins, dtype, device, random_weights=cfg.random_weights and not checkpoint)
+    model = Qwen2_5_VL.from_pretrained(begins, dtype, device, cfg.random_weights and not checkpoint)
     if cfg.onednn:
         use_onednn(model)
     freeze(model, cfg.freeze)
     if cfg.lora_rank:
         of = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, of, state["base"])
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, of, base)
         if checkpoint:
             load_adapter(model, checkpoint)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
-    reference = None
-    if cfg.kl:
-        torch.manual_seed(cfg.seed)
-        reference = Qwen2_5_VL.from_pretrained(cfg.model, dtype, device, cfg.random_weights)
-        reference.requires_grad_(False)
-    optimizers = make_optimizers(cfg, model)
-    merge_after(optimizers[-1], model)
-    if checkpoint:
-        for k, optimizer in enumerate(optimizers):
-            load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    job = Job(cfg, rank, world, device, ddp, reference, processor, optimizers, state, sources[0])
-    changed = "".join(f" {k}={getattr(cfg, k)}" for k in PRESETS[cfg.preset])
+    if not cfg.kl:
+        return model, None
+    torch.manual_seed(cfg.seed)
+    reference = Qwen2_5_VL.from_pretrained(cfg.model, dtype, device, cfg.random_weights)
+    return model, reference.requires_grad_(False)
+
+
+def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
+    """Says what is trained, what was noticed in the data, and shows one example as it is trained on:
+    whether the data is what it was taken for shows here first."""
+    cfg, run, model = job.cfg, job.run, job.ddp.module
+    changed = "".join(f" {name}={getattr(cfg, name)}" for name in PRESETS[cfg.preset])
     size, learning = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), learn(model)))
-    for line in passed_over:
-        job.say(line)
     some = f", {learning / 1e6:.2f} M learn" if learning < size else ""
-    job.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}{some}, {world} rank(s) on "
-            f"{device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n"
-            f"{memory_line(model, world, cfg.offload_optimizer)}")
-    for source in sources:
-        for line in noticed(source):
-            job.say(line)
-    for source in sources[1:]:
-        job.held_out = [e for _, e in read(source, range(min(cfg.eval_examples, len(source))), report=rank == 0)]
-    show_example(job)
-    return job
-
-
-def checkpoint_to_resume(cfg: Config, rank: int, device) -> tuple[Path | None, list[str]]:
-    """Rank 0 reads every file of it, for its digest; the others hear which it is."""
-    found, said = sound_checkpoint(Path(cfg.resume), cfg.from_step) if rank == 0 else (None, [])
-    found, said = gather_json([str(found or ""), said], device)[0]
-    return Path(found) if found else None, said
-
-
-def check_options(cfg: Config, options: dict, before: dict, checkpoint: Path) -> None:
-    """Raises Mistake if a run cannot go on with these options. before: the state of its checkpoint."""
-    if before["step"] > cfg.steps:
-        raise Mistake(f"--steps {cfg.steps}: {checkpoint} has {before['step']} steps already; give more, or go on from "
-                      "an earlier checkpoint by --from-step")
-    for name, value in before["options"].items():
-        if name in options and options[name] != value:
-            raise Mistake(f"{cfg.resume}/config.json says {name} {options[name]!r}, but {checkpoint} was trained "
-                          f"with {value!r}: is it another run's, or was it edited? Bring back the options of this run")
-
-
-def show_example(job: Job) -> None:
-    """One example as it is trained on: whether the data is what it was taken for shows here first."""
-    cfg, (example,) = job.cfg, take(job.source, range(job.state["cursor"], job.state["cursor"] + 1), job.cfg.seed)
+    run.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}{some}, {run.world} rank(s) on "
+            f"{run.device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n"
+            f"{memory_line(model, run.world, cfg.offload_optimizer)}")
+    for line in (line for source in sources for line in noticed(source)):
+        run.say(line)
+    first = run.state["cursor"]
+    [example] = take(job.source, range(first, first + 1), cfg.seed)
     prompt = job.processor.prompt(example)
     style = "compact" if cfg.label_style == "compact" else "spaced"      # auto: either, as the policy finds likelier
     y = label_text(example.task, prompt.answer, style, example.thought)
@@ -503,225 +530,10 @@ def show_example(job: Job) -> None:
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     side = job.processor.config.vision_patch_size
     seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"
-    job.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
+    run.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
             f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
-    for line in unknown_to(job.ddp.module, example.question, prompt.original_size):
-        job.say(line)
-
-
-def train_step(job: Job) -> dict:
-    """Samples, updates, measures: a line of metrics.jsonl. Advances job.state. Stopped: a signal has come, and nothing
-    has changed."""
-    cfg, state, meter, began = job.cfg, job.state, Meter(), time.perf_counter()
-    set_lr(cfg, job.optimizers, state["step"])
-    share = cfg.prompts_per_step // job.world
-    first, bad = state["cursor"] + job.rank * share, len(job.source.bad)
-    prompts = [job.processor.prompt(e) for e in take(job.source, range(first, first + share), cfg.seed)]
-    loaded = time.perf_counter()
-    if len(job.source.bad) > bad:
-        meter.total("left_out", len(job.source.bad) - bad)
-    try:
-        groups = make_groups(cfg, job.ddp.module, job.processor, prompts, first, job.stopped)
-    except Stopped:
-        groups = []
-    ready = time.perf_counter()
-    wait_for_all("sampling")        # before any other collective, which would wait without a name
-    waited = time.perf_counter() - ready
-    if not all(gather_json(bool(groups), job.device)):      # on all ranks, wherever the signal came first
-        raise Stopped
-    measure_groups(groups, meter)
-    if unverified := ended_now():
-        meter.total("errors/math_ended", unverified)
-    sampled = time.perf_counter()
-    loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, meter, job.stopped)
-    ended = time.perf_counter()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    state.update(step=state["step"] + 1, cursor=state["cursor"] + cfg.prompts_per_step,
-                 bad_steps=0 if finite else state["bad_steps"] + 1)
-    line: dict = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite,
-                  "lr": job.optimizers[0].param_groups[0]["lr"], **meter.read(job.device)}
-    if not finite:
-        line["examples"] = sum(gather_json([prompt.example.id for prompt in prompts], job.device), [])
-    drawn, trained, waited = add_over_ranks(
-        [sum(len(o.tokens) for g in groups for o in g.rollouts), tokens, waited / job.world], job.device)
-    for name, count, seconds in (("sampling", drawn, sampled - loaded), ("training", trained, ended - sampled)):
-        if count and seconds > 0:
-            line[f"{name}_tokens_per_s"] = count / seconds
-    return {**line, "peak_memory_gb": peak_memory_gb(job.device),
-            "seconds": ended - began, "seconds_data": loaded - began, "seconds_sampling": sampled - loaded,
-            "seconds_waiting": waited}
-
-
-def run_evaluation(job: Job, history: dict[str, dict]) -> None:
-    """Every rank answers its share; rank 0 draws its first answers, and prints the table of all evaluations so far.
-    Stopped: a signal has come; there is no evaluation then."""
-    cfg, step = job.cfg, job.state["step"]
-    own = job.held_out[job.rank::job.world]
-    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=job.stopped)
-    records: list[Record] = []
-    drawn: list = []     # a prompt holds the patches of its picture, 17 MB of a large one: only these stay
-    stopped = False
-    try:
-        for record, prompt in tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=job.rank > 0):
-            records.append(record)
-            if len(drawn) < 12:
-                drawn.append((record, prompt))
-    except Stopped:
-        stopped = True
-    if any(gather_json(stopped, job.device)):
-        raise Stopped
-    if job.rank == 0:
-        draw_sheet(for_sheet(drawn), job.run / "samples" / f"step_{step}.png")
-    everyone = gather_json([vars(record) for record in records], job.device)
-    history[f"step {step}"] = summarise([Record(**r) for part in everyone for r in part])
-    job.log({"step": step, "eval": history[f"step {step}"]})
-    job.say(f"{cfg.eval_data}, first {len(job.held_out)}:\n" + table(history))
-
-
-def dry_run(job: Job) -> None:
-    """One step and one batch of an evaluation as expensive as any can be: the longest prompt among 256 examples, every
-    response max_new_tokens long. Nothing is written; the learning rate is 0."""
-    cfg, source, model = job.cfg, job.source, job.ddp.module
-    few = sorted({i * len(source) // 256 for i in range(256)})
-    prompts = [job.processor.prompt(example) for _, example in read(source, few, report=job.rank == 0)]
-    if not prompts:
-        raise Mistake(f"--data {cfg.data}: all of the {len(few)} rows read are bad; the last: {source.bad[-1]}")
-    prompt = max(prompts, key=lambda p: len(p.tokens))
-    S = {"sft": 1, "rlvr": cfg.rollouts}.get(cfg.method, cfg.rollouts + 1)
-    share = cfg.prompts_per_step // job.world
-    groups, together = min(share, cfg.micro_rows), min(share, cfg.sampling_batch)
-    fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0) for _ in range(S)])
-    if cfg.label_thought == "rollout":      # y is as long as the longest thought and its answer
-        fake.responses[0].tokens = fake.responses[0].tokens + label_tokens(cfg, model, job.processor, prompt)[1]
-    rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
-    job.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
-            f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")
-    for group in (g for optimizer in job.optimizers for g in optimizer.param_groups):
-        group["lr"] = 0.0
-    model.eos_ids = ()                 # no response ends before max_new_tokens
-    parts: dict[str, tuple] = {"update": (
-        lambda: update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter()), share / groups)}
-    if cfg.G:
-        parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.G, cfg.max_new_tokens,
-                                              cfg.temperature, graphs=cfg.cuda_graphs), share / together)
-    evaluated = -(-len(job.held_out) // job.world)
-    if evaluated:
-        batch = min(evaluated, cfg.sampling_batch)
-        parts["evaluation"] = (lambda: generate(model, [prompt] * batch, 1, cfg.max_new_tokens, 0), evaluated / batch)
-    seconds = {}
-    for name, (call, times) in parts.items():
-        if name == "update":
-            call()                     # to warm up
-        began = time.perf_counter()
-        call()
-        seconds[name] = max(gather_json((time.perf_counter() - began) * times, job.device))
-    gigabytes = max(gather_json(peak_memory_gb(job.device), job.device))
-    step = seconds["update"] + seconds.get("sampling", 0.0)
-    evaluations = bool(evaluated) * (1 + (-(-cfg.steps // cfg.eval_every) if cfg.eval_every else 1))
-    hours = (cfg.steps * step + evaluations * seconds.get("evaluation", 0.0)) / 3600
-    shown = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    job.say(f"peak memory {gigabytes:.1f} GB; at most {shown}; {cfg.steps} steps and {evaluations} evaluations at most "
-            f"{hours:.1f} hours. Shorter responses take less.")
-
-
-def main() -> None:
-    job = set_up()
-    cfg, state = job.cfg, job.state
-    if cfg.dry_run:
-        dry_run(job)
-        return leave_ranks()
-    evaluated = {line["step"] for line in read_log(Path(cfg.resume))[0] if "eval" in line} if cfg.resume else set()
-    if state["step"] >= cfg.steps and not (job.held_out and state["step"] not in evaluated):
-        job.say(f"{cfg.resume} is finished: it has its {cfg.steps} steps. --steps N makes it longer")
-        return leave_ranks()
-    job.run, said = open_run(cfg, {name: t.prompt for name, t in TASKS.items()}, job.rank, job.device, state["step"])
-    try:
-        if job.rank == 0:
-            said += room_for(job.run, job.ddp.module, cfg.keep)
-        for line in [*said, f"writing to {job.run}{short_run(cfg)}"]:
-            job.say(line)
-        job.stopped = stop_signals("" if job.rank else "stopping: the step at work is left, and what is complete is "
-                                   "saved")
-        loop(job)
-    except BaseException:
-        if job.rank == 0 and not state["step"] and not cfg.resume and is_ours(job.run):
-            remove(job.run)             # it holds nothing yet
-        raise
-    leave_ranks()
-
-
-def last_saved(job: Job) -> str:
-    """A sentence, for a person whose run does not go on. The weights are those of the last step that was not skipped: a
-    checkpoint of that step holds them too, and would end in the same way."""
-    before = job.state["step"] - job.state["bad_steps"]
-    earlier = [folder for step, folder in checkpoints(job.run).items() if step < before]
-    return f"Last checkpoint from before that: {earlier[-1] if earlier else 'none'}"
-
-
-def best_step(metric: str, history: dict[str, dict]) -> int | None:
-    """Of the evaluations so far the first that was best by the metric; None without --keep-best."""
-    measured = {title: m[metric] for title, m in history.items() if metric and m.get(metric) is not None}
-    return int(max(measured, key=lambda title: measured[title]).removeprefix("step ")) if measured else None
-
-
-def loop(job: Job) -> None:
-    """Steps, evaluations, checkpoints, until cfg.steps or until a signal has come."""
-    cfg, state = job.cfg, job.state
-    lines, _ = read_log(job.run)
-    history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
-    if before := [line["lr"] for line in lines if "lr" in line][-1:]:
-        now, then = (cfg.lr * share_of_lr(cfg, step) for step in (state["step"], state["step"] - 1))
-        if not 0.5 < then / max(before[0], 1e-30) < 2:
-            job.say(f"the learning rate goes on at {now:.1e}, after {before[0]:.1e}: its schedule is now that of "
-                    f"{cfg.steps} steps")
-    saved = state["step"]
-    with tqdm(total=cfg.steps, initial=state["step"], unit="step", disable=job.rank > 0) as bar:
-        while True:
-            step, done = state["step"], state["step"] >= cfg.steps
-            stopping = any(gather_json(bool(job.stopped), job.device))
-            regular = cfg.save_every and step % cfg.save_every == 0
-            if not step % CHECKED_EVERY or done or regular:
-                check_same_weights(job.ddp.module, job.device)
-            if step > saved and (done or not state["bad_steps"] and (stopping or regular)):
-                if job.rank == 0:
-                    check_ours(job.run)
-                save_checkpoint(job.run, job.ddp.module, job.optimizers, state, job.rank)
-                saved = step
-            try:
-                if job.held_out and not stopping and f"step {step}" not in history and (
-                        not step or done or cfg.eval_every and step % cfg.eval_every == 0):
-                    run_evaluation(job, history)
-                    give_memory_back()
-                if job.rank == 0 and saved == step:
-                    keep_newest(job.run, cfg.keep, best_step(cfg.keep_best, history))
-                if done or stopping:
-                    break
-                line = train_step(job)
-            except Stopped:
-                continue
-            except Mistake as mistake:
-                raise Mistake(f"{mistake}. {last_saved(job)}" if step else str(mistake)) from None
-            give_memory_back()
-            job.log(line)
-            bar.update()
-            if line["step"] % cfg.log_every == 0:
-                job.say(progress_line(line))
-            if line["skipped"]:
-                job.say(f"step {line['step']} skipped: loss {line['loss']}, gradient norm {line['grad_norm']}, "
-                        f"examples {', '.join(line['examples'])}")
-            if state["bad_steps"] >= MAX_BAD_STEPS:
-                raise Mistake(f"{MAX_BAD_STEPS} steps in a row had no finite loss or gradient (see metrics.jsonl): "
-                              f"try a smaller --lr. {last_saved(job)}")
-    if stopping and not done:
-        lost = f"; the last {state['bad_steps']} step(s) were skipped and are not saved" if state["bad_steps"] else ""
-        return job.say(f"stopped at step {saved}{lost}; go on with torchrun train.py --resume {job.run}")
-    if job.rank == 0:
-        draw_curves([job.run], job.run / "curves.png")
-    pictures = f"   pictures: {job.run}/samples/" if history else ""
-    bad = {reason for rank in gather_json(list(job.source.bad), job.device) for reason in rank}
-    left_out = f"   left out: {len(bad)} rows of {cfg.data}" if bad else ""
-    job.say(f"metrics: {job.run}/metrics.jsonl   curves: {job.run}/curves.png{pictures}   model: "
-            f"{checkpoints(job.run)[cfg.steps]}{left_out}")
+    for line in unknown_to(model, example.question, prompt.original_size):
+        run.say(line)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from data import Processor, Prompt, Response, collate, load, pack_group  # noqa:
 from model import Config, Qwen2_5_VL  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import leave_ranks, start_ranks  # noqa: E402
+from support.run import Run  # noqa: E402
 from rewards import TASKS, Reward  # noqa: E402
 from support.sources import Example  # noqa: E402
 
@@ -425,7 +426,7 @@ def parts(table: Table, steps: int) -> None:
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(options, model)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
-    job = train.Job(options, 0, 1, torch.device("cpu"), ddp, None, Processor(TINY), optimizers, state,
+    job = train.Job(options, Run(options, 0, 1, torch.device("cpu"), state), ddp, None, Processor(TINY), optimizers,
                     load(options.data))
     train.train_step(job)
     seconds: dict[str, float] = {}

@@ -25,6 +25,7 @@ from model import Qwen2_5_VL  # noqa: E402
 from support.onednn import use_onednn  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import start_ranks  # noqa: E402
+from support.run import Run  # noqa: E402
 from support.runs import versions  # noqa: E402
 
 
@@ -33,7 +34,7 @@ def job_of(flags: list[str], model: Path, device) -> train.Job:
     cfg = replace(train.parse_config(flags), lr=1e-30)
     ddp = DistributedDataParallel(use_onednn(Qwen2_5_VL.from_pretrained(model)), gradient_as_bucket_view=True)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
-    return train.Job(cfg, 0, 1, device, ddp, None, Processor(model), make_optimizers(cfg, ddp.module), state,
+    return train.Job(cfg, Run(cfg, 0, 1, device, state), ddp, None, Processor(model), make_optimizers(cfg, ddp.module),
                      load(cfg.data))
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     seconds: dict[tuple, list[float]] = {key: [] for key in jobs}
     for _ in range(repeats + 1):                    # the first of each warms up
         for key, job in jobs.items():
-            job.state.update(step=0, cursor=0)
+            job.run.state.update(step=0, cursor=0)
             seconds[key].append(train.train_step(job)["seconds"])
     measured: dict[str, list[dict]] = {}
     for (name, number, moment), values in seconds.items():

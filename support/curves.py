@@ -2,9 +2,8 @@
 import re
 from pathlib import Path
 
-from support.files import as_json, writing
 from support.mistakes import Mistake
-from support.runs import check_ours, read_log
+from support.runs import read_log
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -20,8 +19,6 @@ PANELS = {   # title → names of metrics.jsonl (EVAL: of its evaluations), with
                     "EVAL thinks, present": "thinks, present", "EVAL thinks, absent": "thinks, absent",
                     "EVAL answers": "short answers"},
 }
-
-DRAWN_EVERY = 50     # steps
 
 # What metrics.jsonl holds besides and is not drawn. Any other name is new, of an edit, and gets a panel of its own.
 UNDRAWN = re.compile("step|loss|lr|grad_norm|skipped|seconds.*|.*_per_s|peak_memory_gb|unreadable|truncated|left_out|"
@@ -96,18 +93,6 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         figure.legend(handles=[Line2D([], [], color=COLOURS[r % len(COLOURS)], linewidth=3, label=run)
                                for r, run in enumerate(series)], loc="outside upper center", ncols=min(4, len(runs)))
     figure.savefig(path, dpi=100)
-
-
-def write_line(run: Path, line: dict, tensorboard: bool) -> None:
-    """Adds a line to metrics.jsonl, and to the event files; the curves are drawn anew after an evaluation, and every
-    DRAWN_EVERY steps."""
-    check_ours(run)
-    with writing(run / "metrics.jsonl"), open(run / "metrics.jsonl", "a") as file:
-        file.write(as_json(line))
-    if tensorboard:
-        write_events(run, line)
-    if "eval" in line or line["step"] % DRAWN_EVERY == 0:
-        draw_curves([run], run / "curves.png")
 
 
 def write_events(run: Path, line: dict) -> None:

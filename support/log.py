@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from support.lora import adapters
 from support.optimizers import learn, state_bytes
 from support.ranks import gather_json
+from support.verify_math import ended_now
 
 
 class Meter(defaultdict):
@@ -42,6 +43,8 @@ class Meter(defaultdict):
 
 def measure_groups(groups: list, meter: Meter) -> None:
     """What groups (train.Group) say before any gradient; each name is defined in docs/logged.md."""
+    if unverified := ended_now():
+        meter.total("errors/math_ended", unverified)
     for group in groups:
         rollouts, ys = group.rollouts, [o for o in group.responses if o.is_y and o.reward is not None]
         if not rollouts:        # sft

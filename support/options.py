@@ -21,12 +21,19 @@ FLAGS = {"--batch-size": "--prompts-per-step is the batch, --micro-rows and --sa
          "--wandb": "--tensorboard writes event files; metrics.jsonl holds every number"}
 
 
-def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None):
-    """A field of the options: its default, the group and line of --help that it stands in, what it may be. Numbers must
-    be finite. A default of "" or None, or of a switch, is not shown: the text says what happens without the
-    option."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices or None,
-                                                        "least": least, "most": most, "above": above})
+def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None,
+           resumable: bool = False):
+    """A field of the options: its default, the group and line of --help that it stands in, what it may be, and whether
+    a run that goes on may have another value. Numbers must be finite. A default of "" or None, or of a switch, is not
+    shown: the text says what happens without the option."""
+    return dataclasses.field(default=default, metadata={
+        "group": group, "help": text, "choices": choices or None, "least": least, "most": most, "above": above,
+        "resumable": resumable})
+
+
+def fixed(options) -> dict:
+    """Returns the options of a run, by name, that stay what they are when it goes on."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if not f.metadata["resumable"]}
 
 
 def check_numbers(options) -> None:
@@ -46,11 +53,11 @@ def check_numbers(options) -> None:
 
 
 def parse(kind: type, script: str, description: str, arguments: list[str] | None = None,
-          presets: dict[str, dict] | None = None, resumable: tuple[str, ...] = (), saved_options=None):
+          presets: dict[str, dict] | None = None, saved_options=None):
     """Flags → a `kind`. Unknown flags are errors. --help shows the defaults that hold with the flags beside it.
 
     presets: where `kind` has --preset and --resume. Defaults are then those of --preset or, with --resume RUN,
-    saved_options(RUN); then only the `resumable` ones can be given another value."""
+    saved_options(RUN); then only options that are `resumable` can be given another value."""
     arguments = sys.argv[1:] if arguments is None else arguments
     defaults, resume = {f.name: f.default for f in dataclasses.fields(kind)}, None
     if presets is not None:
@@ -82,7 +89,8 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
             raise Mistake(f"{resume}: its config.json holds what is no option here: {mistake}") from None
     parser.arguments = arguments
     given = vars(parser.parse_args(arguments))
-    changed = [name for name in given if resume and name not in resumable and given[name] != defaults[name]]
+    may_change = {f.name for f in dataclasses.fields(kind) if f.metadata["resumable"]}
+    changed = [name for name in given if resume and name not in may_change and given[name] != defaults[name]]
     if changed:
         flags = " ".join(as_flag(name, given[name]).replace("=", " ", 1) for name in changed)
         raise Mistake(f"--resume goes on with the run as it was; {flags} would make another run of it. To start that "

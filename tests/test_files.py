@@ -15,7 +15,7 @@ from test_train import ROOT, SMALL, lines, run_train
 
 import train
 from model import Qwen2_5_VL
-from support import files, screen
+from support import files, run, screen
 from support.files import as_json, read_lines, read_record, remove, replace_file, writing
 from support.mistakes import Mistake, sentence_of
 from support.runs import read_log
@@ -152,8 +152,8 @@ def test_a_folder_that_changes_in_mid_run(tmp_path, monkeypatch, one_rank, distu
     step = train.train_step
 
     def disturbed(job):
-        if job.state["step"] == 0:
-            disturb(job.run)
+        if job.run.step == 0:
+            disturb(job.run.folder)
         return step(job)
     monkeypatch.setattr(train, "train_step", disturbed)
     if not sentence:
@@ -167,7 +167,7 @@ def test_a_folder_that_changes_in_mid_run(tmp_path, monkeypatch, one_rank, distu
 def test_a_clock_that_stands_still(tmp_path, monkeypatch, one_rank):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "1", "--name", "a"])
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 7.0)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: 7.0)
     train.main()
     [line] = [json.loads(text) for text in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert line["seconds"] == 0 and "sampling_tokens_per_s" not in line     # a rate that nobody measured

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from processes import run_script
 
+import train
 from data import Processor
 from eval import for_sheet, judge
-from support.curves import DRAWN_EVERY, read_metrics, smooth_line, write_line
+from support.checkpoints import FIRST
+from support.curves import read_metrics, smooth_line
 from support.log import progress_line
 from support.mistakes import Mistake
 from support.pictures import PREDICTED, TRUTH, WRONG, cut, draw_answer, draw_sheet
+from support.run import DRAWN_EVERY, Run
 from support.sources import Example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +66,12 @@ def test_an_answer_is_drawn_in_the_photo(tmp_path):
     assert drawn.getpixel((30, 30)) == (255, 255, 255) == photo.getpixel((50, 40)) and count(drawn, TRUTH) == 0
 
 
+def book(folder: Path) -> Run:
+    run = Run(train.Config(), 0, 1, torch.device("cpu"), dict(FIRST))
+    run.folder = folder
+    return run
+
+
 @pytest.mark.parametrize("lines", [
     [{"step": 1, "loss": 2.0, "logp_y": -9.0}], [{"step": 0, "eval": {"N-acc strict": 0.5, "gIoU": None}}],
     [{"step": s, "loss": 0.1, "r_rollouts": s, "advantage_y": 1.0, "seconds": 2.0} for s in (1, 2)]
@@ -70,7 +80,7 @@ def test_curves_of_any_run(tmp_path, lines):
     run = tmp_path / "a"
     run.mkdir()
     for line in [*lines, {"step": 3, "eval": {"T-acc": 0.75}}]:
-        write_line(run, line, False)
+        book(run).log(line)
     assert Image.open(run / "curves.png").width > 300
     assert read_metrics(run)["EVAL T-acc"][1][-1] == 0.75
     code, output = run_script(ROOT / "experiments/compare.py", "a", str(run), folder=tmp_path)
@@ -94,7 +104,7 @@ def test_a_step_is_one_line_of_a_terminal():
 def test_a_run_without_evaluations_has_curves_too(tmp_path):
     for step in range(1, DRAWN_EVERY + 1):
         assert not (tmp_path / "curves.png").exists()
-        write_line(tmp_path, {"step": step, "loss": 0.1, "entropy": 1.0 / step}, False)
+        book(tmp_path).log({"step": step, "loss": 0.1, "entropy": 1.0 / step})
     assert Image.open(tmp_path / "curves.png").width > 300
 
 

@@ -33,10 +33,11 @@ import train
 from data import Processor, collate, pack_group
 from eval import judge
 from model import Qwen2_5_VL
-from support.checkpoints import read_state
+from support.checkpoints import FIRST, read_state
 from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
+from support.run import Run
 from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -472,13 +473,11 @@ def test_an_evaluation_keeps_the_prompts_of_its_picture_alone(alone, monkeypatch
             yield judge(prompt, "<answer>[]</answer>", 5), prompt
             most.append(sum(prompt_of() is not None for prompt_of in made))
     monkeypatch.setattr(train, "evaluate", answered)
-    lines = []
-    job = SimpleNamespace(cfg=train.Config(), state={"step": 7}, held_out=range(40), rank=0, world=1, run=tmp_path,
-                          ddp=SimpleNamespace(module=None), processor=processor, stopped=(), device=torch.device("cpu"),
-                          log=lines.append, say=print)
-    (tmp_path / "samples").mkdir()
-    train.run_evaluation(job, {})
-    assert lines[0]["eval"]["N-acc strict"] == 1 and (tmp_path / "samples/step_7.png").exists()
+    run = Run(train.Config(), 0, 1, torch.device("cpu"), {**FIRST, "step": 7})
+    run.folder = tmp_path
+    job = train.Job(run.cfg, run, SimpleNamespace(module=None), None, processor, [], [], range(40))
+    train.run_evaluation(job)
+    assert run.history["step 7"]["N-acc strict"] == 1 and (tmp_path / "samples/step_7.png").exists()
     assert len(most) == 40 and max(most) <= 14
 
 
