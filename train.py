@@ -44,7 +44,7 @@ from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
 from support.run import Run, begin_or_resume, check_same
-from support.runs import run_and_step, saved_options
+from support.runs import saved_options
 from support.screen import CONTROL
 from support.sources import Source, noticed, read, take
 
@@ -146,10 +146,8 @@ class Config:
                           resumable=True)
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
-    resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and its saved "
-                         "options", resumable=True)
-    from_step: int = option(0, "output", "with --resume: go on from that checkpoint (0: the newest sound one)", least=0,
-                            resumable=True)
+    resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and by its saved "
+                         "options; or one of its checkpoints, RUN/checkpoints/step_N", resumable=True)
     accept_changed_data: bool = option(False, "output", "go on although the data is not what it was",
                                        resumable=True)
     tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too",
@@ -206,7 +204,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
                           "found then")
         if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and (Path("runs") / cfg.name / "config.json").exists():
             cfg = read_flags(["--resume", f"runs/{cfg.name}"])
-    return replace(cfg, resume=str(run_and_step(Path(cfg.resume))[0]) if cfg.resume else "")
+    return cfg
 
 
 # ---------------------------------------------------------------------------------------------------------------------

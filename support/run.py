@@ -20,7 +20,7 @@ from support.onednn import give_memory_back
 from support.options import fixed
 from support.optimizers import share_of_lr, short_run
 from support.ranks import add_over_ranks, check_same_weights, gather_json, wait_for_all
-from support.runs import check_ours, is_ours, open_run, read_log
+from support.runs import check_ours, is_ours, open_run, read_log, run_and_step
 from support.screen import say
 from support.weights import local_folder, model_digest
 
@@ -37,14 +37,14 @@ def begin_or_resume(cfg, rank: int, device) -> tuple[Path | None, dict, list[str
     if not cfg.resume:
         return None, {**FIRST, "options": options}, []
     # Rank 0 reads every file of it, for its digest; the others hear which it is.
-    found, said = sound_checkpoint(Path(cfg.resume), cfg.from_step) if rank == 0 else (None, [])
+    found, said = sound_checkpoint(*run_and_step(Path(cfg.resume))) if rank == 0 else (None, [])
     found, said = gather_json([str(found or ""), said], device)[0]
     if not found:
         return None, {**FIRST, "options": options}, said
     state = read_state(Path(found))
     if state["step"] > cfg.steps:
         raise Mistake(f"--steps {cfg.steps}: {found} has {state['step']} steps already; give more, or go on from an "
-                      "earlier checkpoint by --from-step")
+                      "earlier one: --resume RUN/checkpoints/step_N")
     for name, value in state["options"].items():
         if name in options and options[name] != value:
             raise Mistake(f"{cfg.resume}/config.json says {name} {options[name]!r}, but {found} was trained with "
@@ -118,7 +118,7 @@ class Run:
 
     def is_finished(self, evaluates: bool) -> bool:
         """Whether a run that goes on has all its steps, and the last evaluation too."""
-        lines = read_log(Path(self.cfg.resume))[0] if self.cfg.resume else []
+        lines = read_log(run_and_step(Path(self.cfg.resume))[0])[0] if self.cfg.resume else []
         evaluated = any("eval" in line and line["step"] == self.step for line in lines)
         if self.is_done() and (evaluated or not evaluates):
             self.say(f"{self.cfg.resume} is finished: it has its {self.cfg.steps} steps. --steps N makes it longer")

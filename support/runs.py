@@ -40,7 +40,8 @@ def versions() -> dict[str, str]:
 def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tuple[Path, list[str]]:
     """Creates runs/NAME with config.json; with cfg.resume re-opens it, cuts metrics.jsonl after step `start` and sets
     later checkpoints aside. The same path on all ranks, and what to say. A run that exists is not overwritten."""
-    run = Path(cfg.resume or Path("runs") / (cfg.name or time.strftime(f"{cfg.method}-%Y%m%d-%H%M%S")))
+    named = Path("runs") / (cfg.name or time.strftime(f"{cfg.method}-%Y%m%d-%H%M%S"))
+    run = run_and_step(Path(cfg.resume))[0] if cfg.resume else named
     taken = run.exists() and not (run.is_dir() and {p.name for p in run.iterdir()} <= NO_RUN_YET)
     run, taken = gather_json([str(run), taken], device)[0]
     run, said = Path(run), []
@@ -52,7 +53,7 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
         except OSError as error:
             raise Mistake(f"{run} cannot be made: {error.strerror}; start in a folder that can be written to") from None
         lock(run)
-        record: dict = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="", from_step=0)),
+        record: dict = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
                         "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
         if cfg.resume:
             old = read_config(run)
@@ -153,14 +154,14 @@ def did_you_mean(name) -> str:
 def saved_options(run: Path) -> dict:
     """Returns the options of the run that --resume names, under today's names: runs/NAME or, for the checkpoint that it
     is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it names something else."""
-    run, step = run_and_step(run)
-    saved = read_config(run)["config"]
-    saved.pop("image_cache", None)      # it changed no number
+    saved = read_config(run_and_step(run)[0])["config"]
+    for name in ("image_cache", "from_step"):       # of earlier versions; they changed no number
+        saved.pop(name, None)
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if "cooldown_steps" in saved:
         saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / max(1, saved["steps"]))
-    return {**saved, "from_step": step}
+    return saved
 
 
 def run_and_step(path: Path) -> tuple[Path, int]:

@@ -20,7 +20,7 @@ from support import checkpoints, files, runs
 from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_later_aside, sound_checkpoint
 from support.mistakes import Mistake
 from support.run import best_of
-from support.runs import lock, read_log
+from support.runs import lock, read_log, run_and_step
 from support.weights import local_folder
 from test_train import ROOT, SMALL, lines, run_train, start_train
 
@@ -132,7 +132,7 @@ def test_fewer_steps_than_a_run_has(run):
     code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "2")
     assert code == 1 and "--steps 2: runs/a/checkpoints/step_3 has 3 steps already" in output, output
     assert sorted(run.rglob("*")) == before and "Traceback" not in output
-    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "2", "--from-step", "1")
+    code, output = run_train(run.parent.parent, "--resume", "runs/a/checkpoints/step_1", "--steps", "2")
     assert code == 0 and [line["step"] for line in lines(run)] == [1, 2], output
 
 
@@ -193,13 +193,11 @@ def test_a_run_goes_on_from_its_newest_sound_checkpoint(run, finished):
 
 
 def test_a_checkpoint_can_be_chosen(run):
-    by_step = train.parse_config(["--resume", str(run), "--from-step", "2"])
     by_path = train.parse_config(["--resume", str(run / "checkpoints/step_2")])
-    assert by_step == by_path and (by_path.resume, by_path.from_step) == (str(run), 2)
+    assert run_and_step(Path(by_path.resume)) == (run, 2) and by_path.rollouts == 3       # the run's options
     code, output = run_train(run.parent.parent, "--resume", "runs/a/checkpoints/step_1", "--steps", "2")
     assert code == 0 and "step_2 is later than step 1" in output, output
     assert [line["step"] for line in lines(run)] == [1, 2]
-    assert train.parse_config(["--resume", str(run)]).from_step == 0           # the next one goes on from the newest
 
 
 def test_a_restart_by_torchrun_goes_on(run, monkeypatch):

@@ -288,7 +288,7 @@ def test_a_run_with_lora(tmp_path, monkeypatch):
     whole, two = ([line["entropy"] for line in lines(tmp_path / f"runs/{name}")[:2]] for name in ("whole", "two"))
     assert two == pytest.approx(whole, rel=1e-3) and abs(whole[1] / whole[0] - 1) > 0.02
     shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/half")
-    code, output = run_train(tmp_path, "--resume", "runs/half", "--from-step", "2", small=[])
+    code, output = run_train(tmp_path, "--resume", "runs/half/checkpoints/step_2", small=[])
     assert code == 0, output
     a, b = (load_file(tmp_path / f"runs/{name}/checkpoints/step_4" / WEIGHTS) for name in ("whole", "half"))
     assert all(torch.equal(a[name], b[name]) for name in a) and any("visual" in name for name in a)
