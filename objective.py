@@ -10,22 +10,8 @@ Glossary
     ratio                 ρ = π_θ / π_old, per token
     loss                  Eq. 8: −min(ρÂ, clip(ρ)Â), for rollouts and y alike, and every other term: edit it there
 
-The methods are settings of one loss. A token of y, of probability p, has this weight on its ∇log π:
-    sft      y alone                1             (cross-entropy)
-    rlvr     o_1 … o_G              –             Â over G (GRPO)
-    visurf   y, o_1 … o_G           Â_y           Â over G+1, after reward control (rewards.py)
-    luffy    y, o_1 … o_G           Â_y γp/(p+γ)² γ = 0.1, Â = r − mean R over G+1. arXiv 2504.14945;
-                                                  ElliottYan/LUFFY, luffy/verl/verl/mix_src/mix_core_alg.py
-    hpt      y or o_1 … o_G         1             y where the group fails, else Â = r − mean R over G:
-                                                  TsinghuaC3I/Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py
-    chord    y, o_1 … o_G           μ p(1−p)      (1−μ) Â over G: CHORD-φ, arXiv 2508.11408; modelscope/Trinity-RFT,
-                                                  trinity/algorithm/policy_loss_fn/chord_policy_loss.py
-    sgrpo    y, o_1 … o_G           Â_y           over G+1 where the group fails, else over G: S-GRPO, arXiv 2604.16557
-    sum      y, o_1 … o_G           λ             Â over G: SFT and RLVR added up
-    two-stage: sft, then rlvr from its weights
-A group fails if no rollout is as good as y, max r(o) < r(y): the test of control 3. μ and λ are --label-weight. Control
-3 itself is ViSurf's alone. Learning rate, entropy bonus and length normalisation are the same for all methods, and
-y and the rollouts share one denominator; CHORD takes a mean over each of the two.
+The methods are settings of one loss, the records of METHODS. Learning rate, entropy bonus and length normalisation are
+the same for all of them, and y and the rollouts share one denominator; CHORD takes a mean over each of the two.
 
 Departures
     1. Probabilities are per token (as in every GRPO trainer); the paper writes them per sequence. With one update per
@@ -36,12 +22,12 @@ Departures
 import argparse
 import math
 import types
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-METHODS = ("visurf", "rlvr", "sft", "luffy", "hpt", "chord", "sgrpo", "sum")
-LUFFY_GAMMA = 0.1
 TIED = 1e-6  # a group with a smaller std says nothing about which response is better
 
 
@@ -63,9 +49,10 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of all elements is
     taken. A name that is new here reaches metrics.jsonl and curves.png by itself.
     """
+    method, weight_y = METHODS[cfg.method], advantage
     gain, cut = clipped_surrogate(logp, old_logp, advantage, cfg.clip, cfg.clip_high or cfg.clip)
-    gain_y, weight_y = label_term(cfg.method, logp, advantage)
-    if gain_y is not None:
+    if method.token_of_y:
+        gain_y, weight_y = method.token_of_y(logp, advantage)
         gain, cut = torch.where(is_y, gain_y, gain), cut & ~is_y
     if cfg.kl:
         gain = gain - cfg.kl * kl_k3(logp, ref_logp)
@@ -74,7 +61,7 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     with torch.no_grad():
         y, rollouts = (weight > 0) & is_y, (weight > 0) & ~is_y
         logged = {"logp_y": (logp * y).sum(1)[y.any(1)]}
-        if cfg.method == "sft":
+        if not method.rollouts:
             logged["entropy"] = entropy[y]
         else:
             size = (weight * torch.where(is_y, weight_y, advantage).abs()).double() / denominator   # of Eq. 9's terms
@@ -105,24 +92,6 @@ def trained_on(cfg, advantage: Tensor, reward: Tensor, is_y: Tensor) -> tuple[Te
     return ((by_logp != 0) | (by_entropy != 0)).any(0), bool((by_entropy != 0).any())
 
 
-def advantages(cfg, r: Tensor) -> Tensor:
-    """The advantages of a group by --method; for y of chord, hpt and sum the constant weight of its term. r [S], r(y)
-    first unless the method is rlvr."""
-    y, o = r[:1], r[1:]
-    fails = bool(o.max() < y) if cfg.method in ("hpt", "sgrpo") else None
-    if cfg.method == "luffy":
-        return group_advantages(r, "none")
-    if cfg.method == "hpt":
-        return torch.cat((torch.full_like(y, fails), torch.zeros_like(o) if fails else group_advantages(o, "none")))
-    if cfg.method == "chord":
-        return torch.cat((torch.full_like(y, cfg.label_weight), (1 - cfg.label_weight) * group_advantages(o, cfg.std)))
-    if cfg.method == "sum":
-        return torch.cat((torch.full_like(y, cfg.label_weight), group_advantages(o, cfg.std)))
-    if cfg.method == "sgrpo" and not fails:
-        return torch.cat((torch.zeros_like(y), group_advantages(o, cfg.std)))
-    return group_advantages(r, cfg.std)         # visurf, rlvr
-
-
 def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
     """Eq. 6 and 7 (and GRPO's, over rollouts only): Â = (r − mean R) / std R over the last dimension.
 
@@ -137,24 +106,6 @@ def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
     deviation = r.std(-1, correction=1 if std == "sample" else 0, keepdim=True)
     scaled = centred if std == "none" else centred / deviation.clamp(min=TIED)
     return torch.where(deviation < TIED, torch.zeros_like(r), scaled)
-
-
-def label_term(method: str, logp: Tensor, advantage: Tensor) -> tuple[Tensor | None, Tensor]:
-    """What a token of y of probability p = exp(logp) adds to the gain where that is not the surrogate (then None), and
-    the weight that ∇log π has in it; elementwise. See the table at the top.
-
-    >>> label_term("luffy", torch.tensor([0.1]).log(), torch.tensor([2.]))[1]
-    tensor([0.5000])
-    """
-    p = logp.exp()
-    if method == "luffy":
-        return advantage * p / (p + LUFFY_GAMMA), advantage * LUFFY_GAMMA * p / (p + LUFFY_GAMMA) ** 2
-    if method == "chord":
-        weight = (advantage * p * (1 - p)).detach()
-        return weight * logp, weight
-    if method in ("sft", "hpt", "sum"):
-        return advantage * logp, advantage
-    return None, advantage
 
 
 def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float
@@ -202,32 +153,109 @@ def divisor(tokens: int, responses: int, normaliser: str) -> int:
     return tokens if normaliser == "token-mean" else responses
 
 
+# --------------------------------------------------------------------------------------------------
+# The methods
+
+LUFFY_GAMMA = 0.1
+
+
+@dataclass(frozen=True)
+class Method:
+    """Holds all in which one method differs from another."""
+    text: str            # what it is, and where it is from
+    advantages: Callable[..., Tensor]   # (options, r [S]) → Â [S], of the responses trained on, y first
+    y: bool = True       # whether y is trained on
+    rollouts: bool = True               # whether o_1 … o_G are
+    token_of_y: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    #   (log p, Â) of a token of y → its gain and the weight of its ∇log π; None: as a rollout's token
+    smooths: bool = False               # whether control 3 (rewards.py) applies
+
+
+def failed(r: Tensor) -> bool:
+    """Returns whether no rollout is as good as y: the test of control 3."""
+    return bool(r[1:].max() < r[0])
+
+
+def beside(a_y: float, a_o: Tensor) -> Tensor:
+    """Returns the advantages of rollouts with that of y before them."""
+    return torch.cat((a_o.new_full((1,), a_y), a_o))
+
+
+def cross_entropy(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    return advantage * logp, advantage
+
+
+def luffy_token(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns Â p/(p+γ) and its derivative by log p, Â γp/(p+γ)².
+
+    >>> luffy_token(torch.tensor([0.1]).log(), torch.tensor([2.]))[1]
+    tensor([0.5000])
+    """
+    p = logp.exp()
+    return advantage * p / (p + LUFFY_GAMMA), advantage * LUFFY_GAMMA * p / (p + LUFFY_GAMMA) ** 2
+
+
+def chord_token(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gain of weight Â p(1−p), and that weight. It is held fixed while differentiating."""
+    p = logp.exp()
+    weight = (advantage * p * (1 - p)).detach()
+    return weight * logp, weight
+
+
+# λ and μ are --label-weight. Where y's term has a constant weight, that weight is y's advantage.
+METHODS = {
+    "visurf": Method("Eq. 8: Â over G+1 rewards, after control 3",
+                     lambda cfg, r: group_advantages(r, cfg.std), smooths=True),
+    "rlvr": Method("GRPO: Â over the G rollouts, without y",
+                   lambda cfg, r: group_advantages(r, cfg.std), y=False),
+    "sft": Method("cross-entropy of y; before rlvr, the two-stage recipe",
+                  lambda cfg, r: torch.ones_like(r), rollouts=False, token_of_y=cross_entropy),
+    "luffy": Method("Â = r − mean R over G+1; y weighs Â γp/(p+γ)², γ = 0.1: arXiv 2504.14945; "
+                    "ElliottYan/LUFFY, luffy/verl/verl/mix_src/mix_core_alg.py",
+                    lambda cfg, r: group_advantages(r, "none"), token_of_y=luffy_token),
+    "hpt": Method("cross-entropy of y where the group fails, else Â = r − mean R over G: "
+                  "TsinghuaC3I/Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py",
+                  lambda cfg, r: beside(1, torch.zeros_like(r[1:])) if failed(r) else
+                  beside(0, group_advantages(r[1:], "none")), token_of_y=cross_entropy),
+    "chord": Method("μ p(1−p) for y, (1−μ) Â over G: CHORD-φ, arXiv 2508.11408; modelscope/Trinity-RFT, "
+                    "trinity/algorithm/policy_loss_fn/chord_policy_loss.py",
+                    lambda cfg, r: beside(cfg.label_weight, (1 - cfg.label_weight)
+                                          * group_advantages(r[1:], cfg.std)), token_of_y=chord_token),
+    "sgrpo": Method("Â over G+1 where the group fails, else over G: S-GRPO, arXiv 2604.16557",
+                    lambda cfg, r: group_advantages(r, cfg.std) if failed(r) else
+                    beside(0, group_advantages(r[1:], cfg.std))),
+    "sum": Method("λ times the cross-entropy of y, and GRPO: SFT and RLVR added up",
+                  lambda cfg, r: beside(cfg.label_weight, group_advantages(r[1:], cfg.std)),
+                  token_of_y=cross_entropy),
+}
+
+
 def worked_example(groups: dict[str, tuple[float, list[float]]]) -> str:
     """Of each group (r(y), r(o_1) … r(o_G)) and method: r(y) after control 3, the advantages, and the weight that
     ∇log π has for a token of y, at three probabilities of it."""
     from rewards import smooth
+    cfg = types.SimpleNamespace(std="sample", label_weight=0.1)
+    log_p = torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64).log()
     lines = []
     for title, (r_y, r_o) in groups.items():
         lines += [f"{title}: r(y) = {r_y:g}, r(o) = {', '.join(f'{r:g}' for r in r_o)}",
                   f"  {'':8}{'r(y)':>6}{'Â_y':>8}   {'Â_o':<{7 * len(r_o)}}   weight of y at p = 0.01, 0.5, 0.99"]
-        for method in METHODS:
-            cfg = types.SimpleNamespace(method=method, std="sample", label_weight=0.1)
-            r = torch.tensor([smooth(r_y, r_o)[0] if method == "visurf" else r_y, *r_o], dtype=torch.float64)
-            if method == "sft":
-                a = torch.ones(1)
-            elif method == "rlvr":
-                a = torch.cat((torch.zeros(1), advantages(cfg, r[1:])))
-            else:
-                a = advantages(cfg, r)
-            _, weight = label_term(method, torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64).log(), a[0])
+        for name, method in METHODS.items():
+            r = torch.tensor([smooth(r_y, r_o)[0] if method.smooths else r_y, *r_o], dtype=torch.float64)
+            trained = r[0 if method.y else 1:None if method.rollouts else 1]
+            a = method.advantages(cfg, trained) if method.y else beside(0, method.advantages(cfg, trained))
+            weight = method.token_of_y(log_p, a[0])[1] if method.token_of_y else a[0]
             shown_o = "".join(f"{x:>7.2f}" for x in a[1:].tolist())
-            lines.append(f"  {method:8}{float(r[0]):>6.2f}{float(a[0]):>8.2f}   {shown_o:<{7 * len(r_o)}}   "
+            lines.append(f"  {name:8}{float(r[0]):>6.2f}{float(a[0]):>8.2f}   {shown_o:<{7 * len(r_o)}}   "
                          + "".join(f"{x:>7.3f}" for x in weight.expand(3).tolist()))
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each method makes of a group's rewards.")
+    parser = argparse.ArgumentParser(
+        description="What each method makes of a group's rewards.",
+        epilog="\n".join(f"{name:8}{method.text}" for name, method in METHODS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--r-y", type=float, default=6.0, help="reward of the label")
     parser.add_argument("--r-o", type=float, nargs="+", help="rewards of the rollouts, two or more")
     given = parser.parse_args()

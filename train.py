@@ -74,7 +74,7 @@ class Config:
     """Every option; saved with the run."""
     preset: str = option("laptop", "method", "named set of options, the defaults of all others", tuple(PRESETS))
     method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy); the others: see "
-                         "objective.py", objective.METHODS)
+                         "objective.py", tuple(objective.METHODS))
     label_weight: float = option(0.1, "method", "μ of chord, λ of sum", least=0, most=1)
     model: str = option("assets/tiny", "method", "model folder in the Hugging Face layout, run folder, or hub id")
     random_weights: bool = option(False, "method", "take only config and tokenizer from --model (for pretraining)")
@@ -171,25 +171,27 @@ class Config:
     @property
     def G(self) -> int:
         """Rollouts of a prompt. SFT samples none, unless its label borrows a thought of them."""
-        return 0 if self.method == "sft" and self.label_thought == "none" else self.rollouts
+        needed = objective.METHODS[self.method].rollouts or self.label_thought != "none"
+        return self.rollouts if needed else 0
 
     def check(self, world: int) -> None:
-        """Mistake: an option that cannot be, by its flag."""
+        """Raises Mistake if an option cannot be, by its flag."""
+        method = objective.METHODS[self.method]
         for flag, wrong, rule in (
                 ("name", Path(self.name).name != self.name or self.name == "..", "must be a folder's name, not a path"),
                 ("name", len(self.name.encode(errors="replace")) > 200 or CONTROL.search(self.name),
                  "must be a name of at most 200 bytes, without control characters"),
                 ("prompts_per_step", self.prompts_per_step % world, f"must be a multiple of the {world} ranks"),
-                ("rollouts", self.method != "sft" and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
+                ("rollouts", method.rollouts and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
                 ("data", not self.data, "must name what is trained on"),
-                ("label_thought", self.label_thought != "none" and self.method == "rlvr", "rlvr has no label"),
+                ("label_thought", self.label_thought != "none" and not method.y, f"{self.method} has no label"),
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
                 ("lora_rank", self.lora_rank and self.random_weights,
                  "random weights are saved nowhere, and an adapter is nothing without them"),
-                ("kl", self.kl and self.method == "sft", "has no meaning with --method sft")):
+                ("kl", self.kl and not method.rollouts, f"has no meaning with --method {self.method}")):
             if wrong:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
 
@@ -212,7 +214,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 @dataclass
 class Group:
-    """A prompt and its S responses: y first unless the method is rlvr, then the rollouts unless it is sft."""
+    """A prompt and its S responses: y first, then the rollouts: those that the method trains on."""
     prompt: Prompt
     responses: list[Response]
     smoothed: bool = False
@@ -241,7 +243,8 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
                 stop: Sequence = ()) -> list[Group]:
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
     place of the first prompt in the endless sequence of examples. Stopped: as soon as `stop` is not empty."""
-    controls = cfg if cfg.method == "visurf" else replace(cfg, smoothing=False)     # the rivals have no control 3
+    method = objective.METHODS[cfg.method]
+    controls = cfg if method.smooths else replace(cfg, smoothing=False)
     thinks = cfg.label_thought == "rollout"
     sampled: list[list[Response]] = []
     for i in range(0, len(prompts), cfg.sampling_batch):
@@ -253,17 +256,18 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
     groups = []
     for place, (prompt, responses) in enumerate(zip(prompts, sampled), first):
         y, rollouts = None, [processor.decode(o.tokens) for o in responses]
-        if cfg.method != "rlvr":
+        if method.y:
             before = borrowed_thought(rollouts, cfg.seed, place) if thinks else ""
             y, ids = label_tokens(cfg, model, processor, prompt, before)
             if before and 0 < cfg.max_row_tokens < len(prompt.tokens) + len(ids):
                 y, ids = label_tokens(cfg, model, processor, prompt)    # its thought has more tokens than as sampled
-            responses = [Response(ids, is_y=True, advantage=1.0), *responses]      # of sft; else Eq. 7 comes
-        if cfg.method == "sft":
+            responses = [Response(ids, is_y=True), *responses]
+        if not method.rollouts:         # nothing to compare y with: it is not rewarded
+            responses[0].advantage = float(method.advantages(cfg, torch.zeros(1)))
             groups.append(Group(prompt, responses[:1]))
             continue
         rewards, r, smoothed = reward_group(controls, prompt.example.task, prompt.answer, y, rollouts)
-        advantage = objective.advantages(cfg, torch.tensor(r, dtype=torch.float64)).tolist()
+        advantage = method.advantages(cfg, torch.tensor(r, dtype=torch.float64)).tolist()
         if smoothed:
             advantage[0] = 0.0        # it is the mean: what else comes out is rounding
         for response, *values in zip(responses, rewards, r, advantage, strict=True):

@@ -2,6 +2,7 @@
 import time
 
 from data import Response, pack_group
+from objective import METHODS
 from rollout import generate
 from support.log import Meter, peak_memory_gb
 from support.mistakes import Mistake
@@ -18,7 +19,8 @@ def dry_run(job, Group, label_tokens, update) -> None:
     if not prompts:
         raise Mistake(f"--data {cfg.data}: all of the {len(few)} rows read are bad; the last: {source.bad[-1]}")
     prompt = max(prompts, key=lambda p: len(p.tokens))
-    S = {"sft": 1, "rlvr": cfg.rollouts}.get(cfg.method, cfg.rollouts + 1)
+    method = METHODS[cfg.method]
+    S = method.y + method.rollouts * cfg.rollouts
     share = cfg.prompts_per_step // job.run.world
     groups, together = min(share, cfg.micro_rows), min(share, cfg.sampling_batch)
     fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0) for _ in range(S)])

@@ -142,9 +142,10 @@ def draw_weights(path: Path) -> None:
     for number, (method, label) in enumerate({
             "visurf": "ViSurf, S-GRPO", "sft": "SFT, HPT", "luffy": "LUFFY", "sum": "SFT + RLVR, λ = 0.1",
             "chord": "CHORD-φ, μ = 0.1"}.items()):
-        cfg = types.SimpleNamespace(method=method, std="sample", label_weight=0.1)
-        own = torch.ones(1) if method == "sft" else objective.advantages(cfg, r)[:1]
-        _, weight = objective.label_term(method, torch.nn.functional.logsigmoid(logit), own)
+        cfg, record = types.SimpleNamespace(std="sample", label_weight=0.1), objective.METHODS[method]
+        weight = record.advantages(cfg, r)[:1]
+        if record.token_of_y:
+            _, weight = record.token_of_y(torch.nn.functional.logsigmoid(logit), weight)
         panel.plot(logit, weight.expand_as(logit), label=label, linestyle=STYLES[number], markevery=(5 * number, 28),
                    markersize=5, **look(number))
     panel.set_yscale("log")

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import objective
-from objective import (METHODS, advantages, clipped_surrogate, divisor, group_advantages, kl_k3, label_term,
-                       token_weight, trained_on)
+from objective import METHODS, clipped_surrogate, divisor, group_advantages, kl_k3, token_weight, trained_on
 from rewards import smooth
 
 NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
@@ -441,15 +440,16 @@ FAILED, SOLVED = (torch.tensor(r, dtype=torch.float64) for r in ([6, 4, 2, 0], [
     ("sum", [0.1, 1, 0, -1], [0.1, 1, -1, 0])])
 def test_advantages_of_each_method_by_hand(method, failed, solved):
     for r, expected in ((FAILED, failed), (SOLVED, solved)):
-        close(advantages(cfg(method=method), r), expected)
-    assert advantages(cfg(method="rlvr"), SOLVED[1:]).tolist() == group_advantages(SOLVED[1:]).tolist()
+        close(METHODS[method].advantages(cfg(), r), expected)
+    assert METHODS["rlvr"].advantages(cfg(), SOLVED[1:]).tolist() == group_advantages(SOLVED[1:]).tolist()
+    assert METHODS["sft"].advantages(cfg(), SOLVED[:1]).tolist() == [1]
 
 
 @pytest.mark.parametrize("method", ["sft", "hpt", "sum", "luffy", "chord"])
 def test_the_term_of_y_has_the_weight_of_the_table(method):
     """The gradient of the gain by autograd is the weight that is claimed, at any p, and follows p to its limits."""
     logp = torch.linspace(-12, -1e-6, 50).requires_grad_()
-    gain, weight = label_term(method, logp, torch.full((50,), 2.0))
+    gain, weight = METHODS[method].token_of_y(logp, torch.full((50,), 2.0))
     close(torch.autograd.grad(gain.sum(), logp)[0], weight)
     p = logp.detach().exp()
     expected = {"luffy": 2 * 0.1 * p / (p + 0.1) ** 2, "chord": 2 * p * (1 - p)}.get(method, torch.full((50,), 2.0))
@@ -463,7 +463,7 @@ def test_the_term_of_y_has_the_weight_of_the_table(method):
 def test_the_gradient_of_each_method_is_its_weights_on_separate_gradients(method, r):
     """Σ over tokens of (weight of the table) ∇log π, each token by its own autograd call; ρ = 1."""
     logits, prompt, responses = toy_logits(), [1, 2], [[3, 1], [0, 2, 4], [4], [2, 2]]
-    a = advantages(cfg(method=method), r)
+    a = METHODS[method].advantages(cfg(), r)
     leaf = logits.clone().requires_grad_()
     logp, segment = toy_batch(leaf, [(prompt, responses)])
     loss = loss_of(logp, logp.detach(), per_token(a[None], segment), segment, "seq-sum", 4, method=method)
@@ -485,7 +485,7 @@ def test_the_gradient_of_each_method_is_its_weights_on_separate_gradients(method
     ("luffy", [1, 1, 1, 1], [1, 1, 1, 1])])
 def test_each_method_leaves_out_what_it_does_not_move(method, failed, solved):
     for r, expected in ((FAILED, failed), (SOLVED, solved)):
-        kept, _ = trained_on(cfg(method=method), advantages(cfg(method=method), r), r, torch.arange(4) == 0)
+        kept, _ = trained_on(cfg(method=method), METHODS[method].advantages(cfg(), r), r, torch.arange(4) == 0)
         assert kept.int().tolist() == expected
 
 

@@ -254,12 +254,34 @@ def test_every_method_goes_from_rewards_to_an_update(alone, monkeypatch, method)
     else:
         r = {"visurf": [14 / 3, 6, 1, 7], "rlvr": [6, 1, 7]}.get(method, [6, 6, 1, 7])
         assert [o.r for o in group.responses] == pytest.approx(r) and group.smoothed == (method == "visurf")
-        expected = objective.advantages(cfg, torch.tensor(r, dtype=torch.float64))
+        expected = objective.METHODS[method].advantages(cfg, torch.tensor(r, dtype=torch.float64))
         assert advantages(group) == pytest.approx(expected.tolist(), abs=1e-12)
     loss, norm, tokens, log = run_update(cfg, model, [group])
     assert math.isfinite(loss) and norm > 0 and tokens > 0
     if method != "sft":         # a solved group: y is smoothed, or enters failed groups only, or always
         assert (log["sft_weight"] > 0) == (method in ("luffy", "chord", "sum"))
+
+
+@pytest.mark.parametrize("method", objective.METHODS)
+def test_a_method_is_its_record(alone, monkeypatch, method):
+    """Under another name, which nothing asks for, the same record gives the same groups, update and sentences."""
+    monkeypatch.setitem(objective.METHODS, "unheard of", objective.METHODS[method])
+    found = []
+    for name in (method, "unheard of"):
+        model, processor = small_model()
+        solved = [train.Response(o, [0.0] * len(o)) for o in map(processor.encode, ("<answer>[]</answer>", "no", "?"))]
+        monkeypatch.setattr(train, "generate", lambda *_, solved=solved, **__: [solved])
+        cfg = train.Config(rollouts=3, method=name)
+        group, = train.make_groups(cfg, model, processor, [processor.prompt(Scenes("test")[1])], 0)
+        said = []
+        for options in ({"rollouts": 1}, {"label_thought": "rollout"}, {"kl": 0.1}):
+            try:
+                replace(cfg, **options).check(1)
+            except Mistake as mistake:
+                said.append(str(mistake).replace(name, ""))
+        found.append((cfg.G, advantages(group), said, run_update(cfg, model, [group])[:3]))
+    assert found[0] == found[1] and found[0][0] == (0 if method == "sft" else 3)
+    assert len(found[0][2]) == {"sft": 1, "rlvr": 2}.get(method, 1)
 
 
 def test_the_label_borrows_a_thought(alone, monkeypatch):
