@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import objective
@@ -281,24 +282,27 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
 
 @dataclass
 class MicroBatch:
-    batch: Batch                # what the model reads
-    terms: dict[str, Tensor | None]    # what else `objective.loss` takes by name, [B, T] each
+    batch: Batch                        # what the model reads
+    terms: dict[str, Tensor]            # what `objective.loss` takes besides by name, [B, T] each
+    old_logp: Tensor | None = None      # None with one inner epoch: then it is logp, detached, and ρ ≡ 1
+    ref_logp: Tensor | None = None      # None without --kl
 
 
 def micro_batch(cfg: Config, rows: list[Row], device, idle: bool) -> MicroBatch:
-    """idle: the rows only take part, and weigh nothing."""
+    """Returns the rows as tensors. idle: they only take part, and weigh nothing."""
     batch = collate(rows, device)
+    segment = batch.segment
 
-    def each_token(values) -> Tensor:
-        """values(o): a number for each token of a response; 0 in the prompt and in padding."""
-        flat = torch.tensor([x for row in rows for o in row.responses for x in values(o)], device=device)
-        return flat.new_zeros(batch.segment.shape).masked_scatter(batch.segment > 0, flat)
+    def at_tokens(name: str) -> Tensor:
+        """Returns a number of each response at each of its tokens; 0 in the prompt and in padding."""
+        of_row = [torch.tensor([False, *(getattr(o, name) for o in row.responses)]) for row in rows]
+        return pad_sequence(of_row, batch_first=True).to(device).gather(1, segment.clamp(min=0))
+    recorded = torch.tensor([x for row in rows for o in row.responses
+                             for x in o.logp or [math.nan] * len(o.tokens)], device=device)
     return MicroBatch(batch, {
-        "advantage": each_token(lambda o: [o.advantage] * len(o.tokens)),
-        "reward": each_token(lambda o: [o.r] * len(o.tokens)),
-        "is_y": each_token(lambda o: [o.is_y] * len(o.tokens)),
-        "sampled_logp": each_token(lambda o: o.logp or [math.nan] * len(o.tokens)),
-        "weight": objective.token_weight(batch.segment, cfg.normaliser) * (not idle), "ref_logp": None})
+        "advantage": at_tokens("advantage"), "reward": at_tokens("r"), "is_y": at_tokens("is_y"),
+        "sampled_logp": recorded.new_zeros(segment.shape).masked_scatter(segment > 0, recorded),
+        "weight": objective.token_weight(segment, cfg.normaliser) * (not idle)})
 
 
 def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int, bool]:
@@ -309,9 +313,9 @@ def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], in
     tokens, count = add_over_ranks([sum(len(o.tokens) for o in responses), len(responses)], device)
     kept, by_entropy = objective.trained_on(cfg, *(torch.tensor([getattr(o, name) for o in responses])
                                                    for name in ("advantage", "r", "is_y")))
-    trained, rows = iter(kept.tolist()), []
-    for group in groups:
-        left = [o for o in group.responses if next(trained)]
+    rows: list[Row] = []
+    for group, keep in zip(groups, kept.split([len(g.responses) for g in groups])):
+        left = [o for o, moves in zip(group.responses, keep.tolist()) if moves]
         rows += pack_group(group.prompt, left, cfg.max_row_tokens)
     rows.sort(key=lambda row: len(row.tokens), reverse=True)
     parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
@@ -333,9 +337,9 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     for mb in batches:
         with torch.no_grad():
             if cfg.inner_epochs > 1:
-                mb.terms["old_logp"], _ = ddp.module(**vars(mb.batch), **settings)
+                mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
             if reference is not None:
-                mb.terms["ref_logp"], _ = reference(**vars(mb.batch), **settings)
+                mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
     for epoch in range(cfg.inner_epochs):
         loss_sum = 0.0
         for i, mb in enumerate(batches):
@@ -345,9 +349,10 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the average a sum.
             with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
                 logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
-                terms = {"old_logp": logp.detach()} | mb.terms      # with one inner epoch ρ ≡ 1 by construction
-                loss, logged = objective.loss(cfg, logp=logp, entropy=entropy, segment=mb.batch.segment,
-                                              denominator=denominator, **terms)
+                loss, logged = objective.loss(
+                    cfg, logp=logp, old_logp=logp.detach() if mb.old_logp is None else mb.old_logp,
+                    ref_logp=mb.ref_logp, entropy=entropy, segment=mb.batch.segment,
+                    denominator=denominator, **mb.terms)
                 (loss * dist.get_world_size()).backward()
             loss_sum += float(loss.detach())
             if epoch == cfg.inner_epochs - 1:

@@ -217,6 +217,25 @@ def test_a_smoothed_y_has_advantage_exactly_0(alone, monkeypatch):
     assert not mb.terms["is_y"].any() and int(mb.batch.segment.max()) == 8
 
 
+def test_a_micro_batch_by_hand():
+    """Each response's numbers at each of its tokens; nothing in the prompt and in padding, and no log-prob of y."""
+    _, processor = small_model()
+    prompt = processor.prompt(example(3))
+    P, nan = len(prompt.tokens), math.nan
+    y, *o = (train.Response([9] * n, logp, advantage=a, r=r, is_y=not logp) for n, logp, a, r in (
+        (2, [], 0.5, 6.0), (1, [-1.0], -1.5, 1.0), (3, [-2.0, -3.0, -4.0], 0.25, 5.0)))
+    rows = [*pack_group(prompt, [y, *o]), *pack_group(prompt, o[:1])]
+    terms = train.micro_batch(train.Config(normaliser="seq-mean"), rows, "cpu", False).terms
+    expected = {"advantage": ([0.5, 0.5, -1.5, 0.25, 0.25, 0.25], [-1.5] + [0] * 5),
+                "reward": ([6, 6, 1, 5, 5, 5], [1] + [0] * 5), "is_y": ([1, 1, 0, 0, 0, 0], [0] * 6),
+                "sampled_logp": ([nan, nan, -1, -2, -3, -4], [-1] + [0] * 5),
+                "weight": ([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3], [1] + [0] * 5)}
+    for name, of_rows in expected.items():
+        rows_of = torch.tensor([[0] * P + list(row) for row in of_rows])
+        torch.testing.assert_close(terms[name], rows_of.to(terms[name].dtype), equal_nan=True, rtol=0, atol=0)
+    assert terms["is_y"].dtype == torch.bool
+
+
 def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
     """y first, then the rollouts in order: each with its own reward, from its own text, in its own segment."""
     model, processor = small_model()
