@@ -8,8 +8,8 @@ Glossary (the letters of every shape comment)
     B  rows, T  tokens of a row, P  prompt tokens, S  responses of a row, G  rollouts of a prompt, R  response tokens
     N  image patches (14×14 pixels), N/4 image tokens, D  width, H  query heads, K  key-value heads, d  head size
     V  vocabulary, M  scored tokens
-    attend     attend(layer, q, k, v) → output: which tokens see each other. `RowLayout.attend` while training,
-               `KVCache.attend_prompt` and `KVCache.attend_token` while sampling
+    attend     attend(layer, q, k, v) → output: which tokens see each other. `RowLayout.attend` while
+               training, `KVCache.attend_prompt` and `KVCache.attend_token` of rollout.py while sampling
 
 The published implementation: transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py. Each class names its own there.
 
@@ -254,63 +254,6 @@ def for_each_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """k, v [B, K, T, d], each head for H/K of q's → [B, H, T, d]."""
     j = q.shape[1] // k.shape[1]
     return repeat(k, "b h t d -> b (h j) t d", j=j), repeat(v, "b h t d -> b (h j) t d", j=j)
-
-
-class KVCache:
-    """Keys and values while sampling. A prompt's are stored once and shared by its G rollouts (never copied); every
-    rollout owns those of its suffix only.
-
-    prompt[layer] = (k, v) [B, K, P, d] (k is already rotated), suffix[layer] = (k, v) [B, K, G, R, d],
-    padding [B, 1, 1, 1, P] True where a prompt has ended. Keys are kept in float32, so that scores are float32, as they
-    are inside scaled_dot_product_attention: real keys carry large common offsets, which the softmax cancels, but not
-    what bfloat16 would round off the scores. A step writes to `slot` of the suffix, a tensor [1] that it
-    then counts up, and reads the first `window` slots, of which `unwritten` [window] are hidden. So a step's shapes
-    depend on window alone, and a CUDA graph of it can be replayed (rollout.GraphedStep).
-    """
-    def __init__(self, layers: int, G: int, max_new_tokens: int, prompt_mask: Tensor):
-        """prompt_mask: bool [B, P], False at padding."""
-        self.prompt: list = [None] * layers
-        self.suffix: list = [None] * layers
-        self.padding = ~prompt_mask[:, None, None, None]
-        self.G, self.max_new_tokens, self.window = G, max_new_tokens, 0
-        self.slot = torch.zeros(1, dtype=torch.long, device=prompt_mask.device)
-        self.unwritten: Tensor | None = None
-
-    def attend_prompt(self, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The prompts: mask bool [B, 1, P, P], q [B, H, P, d], k, v [B, K, P, d] → [B, H, P, d]. Stores k and v."""
-        B, K, _, d = k.shape
-        wide = k.to(torch.promote_types(k.dtype, torch.float32))
-        self.prompt[layer] = (wide, v)
-        self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d) for x in (wide, v))
-        return F.scaled_dot_product_attention(q, *for_each_query_head(q, k, v), mask)
-
-    def attend_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One new token for each rollout: q [B·G, H, 1, d], k, v [B·G, K, 1, d] → [B·G, H, 1, d].
-
-        The G·H/K queries that read one key head of one prompt are one matrix, so the prompt is read once per prompt.
-        """
-        (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
-        suffix_k.index_copy_(3, self.slot, rearrange(k.to(prompt_k.dtype), "(b g) k 1 d -> b k g 1 d", g=self.G))
-        suffix_v.index_copy_(3, self.slot, rearrange(v, "(b g) k 1 d -> b k g 1 d", g=self.G))
-        own_k, own_v = suffix_k[:, :, :, :self.window], suffix_v[:, :, :, :self.window]     # [B, K, G, r, d]
-        q = q.to(prompt_k.dtype) * q.shape[-1] ** -0.5
-        q = rearrange(q, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
-        shared = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, q.shape[2:4])                 # [B, K, G, H/K, P]
-        scores = torch.cat((shared.masked_fill(self.padding, -torch.inf),
-                            (q @ own_k.mT).masked_fill(self.unwritten, -torch.inf)), -1)    # [B, K, G, H/K, P+r]
-        weight = scores.softmax(-1).to(prompt_v.dtype)
-        shared, own = weight.split((prompt_k.shape[2], self.window), -1)
-        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
-        return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
-
-    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
-        """Drops every prompt that is not in `prompts` [B'], and of each of these every suffix that is not in its line
-        of `rollouts` [B', G']."""
-        self.padding, self.G = self.padding[prompts], rollouts.shape[1]
-        self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
-        index = rollouts[:, None, :, None, None]
-        self.suffix = [(k[prompts].take_along_dim(index, 2), v[prompts].take_along_dim(index, 2))
-                       for k, v in self.suffix]
 
 
 class Attention(nn.Module):

@@ -17,15 +17,83 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
 from data import Prompt, Response, collate_images
-from model import KVCache, Qwen2_5_VL, row_mask
+from model import Qwen2_5_VL, for_each_query_head, row_mask
 from support.mistakes import Mistake, Stopped
 from support.onednn import packed_weights
 
 WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
+
+
+class KVCache:
+    """Holds keys and values while sampling. A prompt's are stored once and shared by its G rollouts,
+    never copied. Each rollout owns only those of its suffix.
+
+    prompt[layer]   (k, v) [B, K, P, d]; k is already rotated
+    suffix[layer]   (k, v) [B, K, G, R, d]
+    padding         [B, 1, 1, 1, P], True where a prompt has ended
+
+    A step writes to `slot` of the suffix, a tensor [1] that it then counts up. It reads the first
+    `window` slots, of which `unwritten` [window] are hidden. A step's shapes therefore depend on
+    window alone, and a CUDA graph of it can be replayed (GraphedStep).
+
+    Keys are kept in float32, so that scores are float32 as in scaled_dot_product_attention. Real
+    keys share a large offset. The softmax cancels it, but not the rounding error that bfloat16
+    makes at that size.
+    """
+    def __init__(self, layers: int, G: int, max_new_tokens: int, prompt_mask: Tensor):
+        """prompt_mask: bool [B, P], False at padding."""
+        self.prompt: list = [None] * layers
+        self.suffix: list = [None] * layers
+        self.padding = ~prompt_mask[:, None, None, None]
+        self.G, self.max_new_tokens, self.window = G, max_new_tokens, 0
+        self.slot = torch.zeros(1, dtype=torch.long, device=prompt_mask.device)
+        self.unwritten: Tensor | None = None
+
+    def attend_prompt(self, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attends within the prompts, and stores k and v: mask bool [B, 1, P, P], q [B, H, P, d],
+        k, v [B, K, P, d] → [B, H, P, d]."""
+        B, K, _, d = k.shape
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        self.prompt[layer] = (wide, v)
+        self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d)
+                                   for x in (wide, v))
+        return F.scaled_dot_product_attention(q, *for_each_query_head(q, k, v), mask)
+
+    def attend_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attends from one new token of each rollout: q [B·G, H, 1, d], k, v [B·G, K, 1, d]
+        → [B·G, H, 1, d]. The G·H/K queries that read one key head of one prompt are one matrix, so
+        that the prompt's keys are read once.
+        """
+        (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
+        for suffix, new in ((suffix_k, k), (suffix_v, v)):
+            new = rearrange(new.to(suffix.dtype), "(b g) k 1 d -> b k g 1 d", g=self.G)
+            suffix.index_copy_(3, self.slot, new)
+        own_k = suffix_k[:, :, :, :self.window]                                 # [B, K, G, r, d]
+        own_v = suffix_v[:, :, :, :self.window]
+        q = q.to(prompt_k.dtype) * q.shape[-1] ** -0.5
+        q = rearrange(q, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
+        shared = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, q.shape[2:4])     # [B, K, G, H/K, P]
+        shared = shared.masked_fill(self.padding, -torch.inf)
+        own = (q @ own_k.mT).masked_fill(self.unwritten, -torch.inf)            # [B, K, G, H/K, r]
+        scores = torch.cat((shared, own), -1)
+        weight = scores.softmax(-1).to(prompt_v.dtype)
+        shared, own = weight.split((prompt_k.shape[2], self.window), -1)
+        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
+        return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
+
+    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
+        """Drops every prompt that is not in `prompts` [B'], and each suffix of those that is not in
+        its line of `rollouts` [B', G']."""
+        self.padding, self.G = self.padding[prompts], rollouts.shape[1]
+        self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
+        index = rollouts[:, None, :, None, None]
+        self.suffix = [(k[prompts].take_along_dim(index, 2), v[prompts].take_along_dim(index, 2))
+                       for k, v in self.suffix]
 
 
 def uniforms(seed: int, place: int, G: int, R: int) -> Tensor:
@@ -41,7 +109,7 @@ def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: in
     lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
     P = int(lengths.max())
     tokens = torch.tensor([p.tokens + [0] * (P - len(p.tokens)) for p in prompts], device=device)
-    position = torch.stack([torch.nn.functional.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
+    position = torch.stack([F.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
     valid = torch.arange(P, device=device) < lengths[:, None]                                   # [B, P]
     cache = KVCache(len(model.model.layers), G, max_new_tokens, valid)
     x = model.embed(tokens, *collate_images(prompts, device))

@@ -8,8 +8,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 import rollout
 from data import Processor, Response, collate, pack_group
-from model import KVCache, Qwen2_5_VL, row_mask
-from rollout import generate, sample, uniforms
+from model import Qwen2_5_VL, row_mask
+from rollout import KVCache, generate, sample, uniforms
 from support.mistakes import Mistake
 from support.sources import Scenes
 
