@@ -43,6 +43,7 @@ from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
 from support.onednn import use_onednn
 from support.options import option, parse
+from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
 from support.runs import lock
@@ -307,8 +308,8 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
     Stopped: as soon as `stop` is not empty."""
     examples = iter(examples)
     while chunk := [processor.prompt(e) for e in itertools.islice(examples, batch)]:
-        answers = generate(model, chunk, 1, max_new_tokens, temperature=0, repetition_penalty=repetition_penalty,
-                           stop=stop)
+        penalty = RepetitionPenalty(repetition_penalty, [prompt.tokens for prompt in chunk])
+        answers = generate(model, chunk, 1, max_new_tokens, temperature=0, adjust=penalty, stop=stop)
         records = [judge(p, processor.decode(o.tokens), len(o.tokens)) for p, (o,) in zip(chunk, answers)]
         boxed = [(r, p) for r, p in zip(records, chunk) if TASKS[p.example.task].boxes]
         # As the authors' scripts: no masks where an item lacks its point.
@@ -408,7 +409,8 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
         for line in unknown_to(model, question, image.size) if asked == 1 else ():
             say(line)
         prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
-        [[answer]] = generate(model, [prompt], 1, limit, temperature=0, repetition_penalty=cfg.repetition_penalty)
+        penalty = RepetitionPenalty(cfg.repetition_penalty, [prompt.tokens])
+        [[answer]] = generate(model, [prompt], 1, limit, temperature=0, adjust=penalty)
         response = processor.decode(answer.tokens)
         say(response)
         if answer.truncated:

@@ -1,20 +1,26 @@
 """Sampling with a KV cache: G rollouts of each prompt from one prefill.
 
-    prefill           the prompts once, images included; their keys and values are shared by the G rollouts
-    sample            one token for each rollout from softmax(logits / T), or the likeliest at T = 0
+    prefill           the prompts once, with their images; G rollouts share their keys and values
+    sample            one token a rollout from softmax(logits / T), or the likeliest at T = 0
     decode_one_token  one step of all rollouts
+    generate          the three in turn, until every rollout has ended
 
-Glossary: B prompts, G rollouts of each, P prompt tokens, R response tokens, D width, V vocabulary, M = B·G rollouts;
-place: the number of a prompt in the endless sequence of examples; suffix: the tokens that a rollout has so far.
+Glossary
+    B  prompts, G  rollouts of each, P  prompt tokens, R  response tokens, D  width, V  vocabulary
+    B', G'     prompts in the batch, and rollouts of each, once others have left; M = B'·G'
+    place      the number of a prompt in the endless sequence of examples
+    suffix     the tokens that a rollout has so far
 
-Each prompt has its own stream of uniform numbers, seeded by (seed, its place in the endless sequence of examples): its
-rollouts are the same in any batch, on any rank, and other ones when it comes again, in the same step too. Only a
-temperature shapes the distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.
-Prompts whose rollouts have all ended leave the batch, and of the others so many rollouts as have ended of each.
+A prompt gets the same rollouts in any batch and on any rank, and new ones each time it recurs, even
+within a step: its uniform numbers are seeded by (seed, place). Only a temperature shapes the
+distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.
+
+A prompt leaves the batch when all its rollouts have ended. The others shrink together, to the
+largest number still running in any of them.
 """
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +32,9 @@ from model import Qwen2_5_VL, for_each_query_head, row_mask
 from support.mistakes import Mistake, Stopped
 from support.onednn import packed_weights
 
-WINDOW = 128   # a CUDA graph reads as many slots of the suffix as are written, rounded up to a multiple of this
-
 
 class KVCache:
-    """Holds keys and values while sampling. A prompt's are stored once and shared by its G rollouts,
+    """Holds keys and values while sampling. A prompt's are stored once and shared by its rollouts,
     never copied. Each rollout owns only those of its suffix.
 
     prompt[layer]   (k, v) [B, K, P, d]; k is already rotated
@@ -39,7 +43,7 @@ class KVCache:
 
     A step writes to `slot` of the suffix, a tensor [1] that it then counts up. It reads the first
     `window` slots, of which `unwritten` [window] are hidden. A step's shapes therefore depend on
-    window alone, and a CUDA graph of it can be replayed (GraphedStep).
+    window alone, and a CUDA graph of it can be replayed (support/graphs.py).
 
     Keys are kept in float32, so that scores are float32 as in scaled_dot_product_attention. Real
     keys share a large offset. The softmax cancels it, but not the rounding error that bfloat16
@@ -97,32 +101,36 @@ class KVCache:
 
 
 def uniforms(seed: int, place: int, G: int, R: int) -> Tensor:
-    """The numbers in [0, 1) that drive a prompt's rollouts, [G, R], float64. One per token."""
+    """Returns the numbers in [0, 1) that drive a prompt's rollouts, [G, R], float64."""
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(G, R, dtype=torch.float64, generator=generator)
 
 
-def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: int) -> tuple[Tensor, KVCache]:
-    """Returns the hidden state after each prompt, [B, D], and the cache. Prompts are padded on the right."""
+def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: int
+            ) -> tuple[Tensor, KVCache]:
+    """Returns the hidden state after each prompt, [B, D], and the cache. Prompts are padded on the
+    right."""
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
     P = int(lengths.max())
     tokens = torch.tensor([p.tokens + [0] * (P - len(p.tokens)) for p in prompts], device=device)
     position = torch.stack([F.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
-    valid = torch.arange(P, device=device) < lengths[:, None]                                   # [B, P]
+    valid = torch.arange(P, device=device) < lengths[:, None]                   # [B, P]
     cache = KVCache(len(model.model.layers), G, max_new_tokens, valid)
     x = model.embed(tokens, *collate_images(prompts, device))
     attend = functools.partial(cache.attend_prompt, row_mask(valid.long() - 1))
-    hidden = model.decode(x, position.to(device), attend)                                       # [B, P, D]
+    hidden = model.decode(x, position.to(device), attend)                       # [B, P, D]
     return hidden[torch.arange(len(prompts), device=device), lengths - 1], cache
 
 
 def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [M, V] (already divided by T), u [M] uniform in [0, 1), or None for the likeliest → tokens, log-probs and
-    entropies −Σ_v π(v) log π(v), [M].
-    Inverse transform: the first token whose cumulative probability exceeds u; in float64, so that a token of
-    probability 0 is never taken."""
+    """Returns tokens, log-probs and entropies −Σ_v π(v) log π(v), [M]. logits [M, V]: already
+    divided by T. u [M]: uniform in [0, 1), or None for the likeliest.
+
+    Inverse transform: the first token whose cumulative probability exceeds u. In float64, so that
+    a token of probability 0 is never taken.
+    """
     logp = logits.log_softmax(-1)
     entropy = torch.special.entr(logp.exp()).sum(-1)
     if u is None:
@@ -130,12 +138,12 @@ def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     else:
         cumulative = logp.double().exp().cumsum(-1)
         token = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)       # past the end where the logits are NaN (`generate`)
+        token = token.clamp(max=logits.shape[-1] - 1)   # past the end if logits are NaN (`collect`)
     return token, logp.gather(-1, token[:, None])[:, 0], entropy
 
 
 def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-    """token, position [B·G] → hidden states [B·G, D]; the cache grows by one."""
+    """Returns hidden states [M, D] after token [M] at position [M]; the cache grows by one."""
     cache.unwritten = torch.arange(cache.window, device=token.device) > cache.slot
     x = model.model.embed_tokens(token[:, None])
     hidden = model.decode(x, repeat(position, "m -> three m 1", three=3), cache.attend_token)
@@ -143,123 +151,85 @@ def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: 
     return hidden[:, 0]
 
 
-class GraphedStep:
-    """decode_one_token by CUDA graph: one launch instead of a large model's thousand, which take longer to launch than
-    to run. Captured anew when prompts have left or the window has grown. On a CPU the same buffers, uncaptured."""
-    def __init__(self):
-        self.shape = self.graph = None
-
-    def __call__(self, model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        if self.shape != (len(token), cache.window):
-            self.shape, self.graph = (len(token), cache.window), None     # frees the old graph's memory first
-            self.token, self.position = token.clone(), position.clone()
-            if token.is_cuda:
-                self.capture(model, cache)
-        self.token.copy_(token)
-        self.position.copy_(position)
-        if self.graph is None:
-            return decode_one_token(model, self.token, self.position, cache)
-        self.graph.replay()
-        return self.hidden
-
-    def capture(self, model: Qwen2_5_VL, cache: KVCache) -> None:
-        """Libraries must have run once before a capture, on another stream than the default; capturing runs nothing."""
-        slot, stream = cache.slot.clone(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            decode_one_token(model, self.token, self.position, cache)
-            cache.slot.copy_(slot)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.hidden = decode_one_token(model, self.token, self.position, cache)
-
-
 @torch.no_grad()
-def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-             seed: int = 0, places: Sequence[int] | None = None, repetition_penalty: float = 1.0, graphs: bool = False,
-             stop: Sequence = ()) -> list[list[Response]]:
-    """G responses to each prompt. temperature 0 is greedy decoding (then use G = 1). Runs the raw module, never a
-    DDP wrapper. places: of the prompts in the endless sequence of examples (None: 0, 1, 2 …). repetition_penalty, of
-    evaluations only: training does not score with it. graphs: GraphedStep. Stopped: as soon as `stop` is not empty."""
+def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256,
+             temperature: float = 1.0, seed: int = 0, places: Sequence[int] | None = None,
+             step: Callable[..., Tensor] = decode_one_token,
+             adjust: Callable[..., Tensor] | None = None, stop: Sequence = ()
+             ) -> list[list[Response]]:
+    """Returns G responses to each prompt. Runs the raw module, never a DDP wrapper.
+
+    temperature   0 is greedy decoding (then use G = 1)
+    places        of the prompts in the endless sequence of examples (None: 0, 1, 2 …)
+    step          decodes one token: decode_one_token or, on a GPU, support/graphs.py's
+    adjust        changes the logits; for evaluations only (support/penalty.py)
+    stop          raises Stopped as soon as it is not empty
+    """
     if not prompts:
         raise ValueError("generate: the list of prompts is empty")
-    take_step = GraphedStep() if graphs else decode_one_token
-    greedy = temperature == 0
     device = model.lm_head.weight.device
     eos = torch.tensor(model.eos_ids, device=device)
+    start = torch.tensor([p.next_position for p in prompts], device=device)     # [B]
     places = range(len(prompts)) if places is None else places
-    u = None if greedy else torch.stack(
-        [uniforms(seed, place, G, max_new_tokens) for place in places]).to(device)              # [B, G, R]
-    start = torch.tensor([p.next_position for p in prompts], device=device)                     # [B]
-    alive = torch.arange(len(prompts), device=device)      # prompts still in the batch, [B']
-    numbers = repeat(torch.arange(G, device=device), "g -> b g", b=len(prompts))       # and their rollouts, [B', G']
+    u = None if temperature == 0 else torch.stack(
+        [uniforms(seed, place, G, max_new_tokens) for place in places]).to(device)      # [B, G, R]
+    alive = torch.arange(len(prompts), device=device)                           # [B'], of B
+    numbers = torch.arange(G, device=device).repeat(len(prompts), 1)            # [B', G'], of G
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
-    seen = None if repetition_penalty == 1 else seen_tokens(prompts, G, len(model.model.embed_tokens.weight), device)
-    # Per step: which prompts [B'] and rollouts took part, and their tokens, log-probs and entropies [B', G'].
-    history: list[tuple[Tensor, ...]] = []
+    token, history = None, []
     with packed_weights(model):
+        # 1. The prompts, once. Every rollout begins with the state after its prompt.
         hidden, cache = prefill(model, prompts, G, max_new_tokens)
         hidden = repeat(hidden, "b d -> (b g) d", g=G)
         for r in range(max_new_tokens):
             if stop:
                 raise Stopped
-            logits = model.logits(hidden, 1.0 if greedy else temperature)
-            if seen is not None:
-                logits = penalise(logits, seen, repetition_penalty)
-            drawn = sample(logits, None if greedy else u[alive[:, None], numbers, r].flatten())
-            token, logp, entropy = (x.view(numbers.shape) for x in drawn)
+            # 2. One token for each rollout.
+            logits = model.logits(hidden, temperature or 1.0)                   # [M, V]
+            if adjust is not None:
+                logits = adjust(logits, alive, numbers, token)
+            now = alive[:, None], numbers
+            drawn = sample(logits, None if u is None else u[(*now, r)].flatten())
+            token, logp, entropy = (x.view(numbers.shape) for x in drawn)       # [B', G']
             history.append((alive, numbers, token, logp, entropy))
-            if seen is not None:
-                seen.scatter_(1, drawn[0][:, None], True)
-            ended[alive[:, None], numbers] |= torch.isin(token, eos)
-            going = ~ended[alive[:, None], numbers]                                             # [B', G']
+            # 3. What has ended leaves the batch. Most steps wait for a GPU only here.
+            ended[now] |= torch.isin(token, eos)
+            going = ~ended[now]
             count = going.sum(1)
-            most, least = torch.stack((count.max(), count.min())).tolist()      # a GPU is waited for here alone
+            most, least = torch.stack((count.max(), count.min())).tolist()
             if not most or r + 1 == max_new_tokens:
                 break
             if most < numbers.shape[1] or not least:
                 stay = torch.nonzero(count)[:, 0]
-                first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]    # going on
-                alive, numbers, token = alive[stay], numbers[stay].gather(1, first), token[stay].gather(1, first)
+                first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+                alive, numbers, token = alive[stay], *(
+                    x[stay].gather(1, first) for x in (numbers, token))
                 cache.keep(stay, first)
-                if seen is not None:
-                    of_rollout = rearrange(seen, "(b g) v -> b g v", b=len(going))[stay]
-                    seen = of_rollout.take_along_dim(first[:, :, None], 1).flatten(0, 1)
-            # The slots written by the end of this step; a graph reads more, so that it serves the next steps as well.
-            cache.window = min(-(-(r + 1) // WINDOW) * WINDOW, max_new_tokens) if graphs else r + 1
-            hidden = take_step(model, token.flatten(), repeat(start[alive] + r, "b -> (b g)", g=token.shape[1]), cache)
+            # 4. The token decoded: the next hidden state, over the slots that are then written.
+            cache.window = r + 1
+            position = repeat(start[alive] + r, "b -> (b g)", g=token.shape[1])
+            hidden = step(model, token.flatten(), position, cache)
+    return collect(history, len(prompts), G, set(model.eos_ids))        # 5. Steps → responses.
+
+
+def collect(history: list[tuple[Tensor, ...]], prompts: int, G: int, eos: set[int]
+            ) -> list[list[Response]]:
+    """Returns the responses of each prompt. history: for each step which prompts [B'] and rollouts
+    took part, and their tokens, log-probs and entropies [B', G']. A rollout that has ended may idle
+    along while another prompt has more that go on, so each is cut after its first EOS.
+    Raises Mistake if a log-prob is not finite."""
     if not torch.cat([logp.flatten() for *_, logp, _ in history]).isfinite().all():
-        raise Mistake("the model's log-probs are not finite: its weights hold NaN or Inf, or have become too large; "
-                      "begin from a sound model or checkpoint, with a smaller --lr if this was a training")
-    return collect(history, len(prompts), G, set(model.eos_ids))
-
-
-def seen_tokens(prompts: list[Prompt], G: int, vocabulary: int, device) -> Tensor:
-    """Which tokens each prompt holds, [B·G, V] bool."""
-    seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)
-    for line, prompt in zip(seen, prompts):
-        line[torch.tensor(prompt.tokens, device=device)] = True
-    return repeat(seen, "b v -> (b g) v", g=G).clone()
-
-
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """The repetition penalty of CTRL (arXiv 1909.05858), as transformers applies it: the logit of a token that prompt
-    or response already hold is divided by the penalty if positive, else multiplied."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def collect(history: list[tuple[Tensor, ...]], prompts: int, G: int, eos: set[int]) -> list[list[Response]]:
-    """Steps → responses, each cut after its first EOS (a finished rollout idles along while another prompt has more
-    that go on)."""
-    responses = [[Response([], [], True) for _ in range(G)] for _ in range(prompts)]
+        raise Mistake("the model's log-probs are not finite: its weights hold NaN or Inf, or have "
+                      "become too large; begin from a sound model or checkpoint, with a smaller "
+                      "--lr if this was a training")
+    drawn: list = [[[] for _ in range(G)] for _ in range(prompts)]
     for step in history:
         for prompt, *rows in zip(*(x.tolist() for x in step)):
-            for number, token, logp, entropy in zip(*rows):
-                response = responses[prompt][number]
-                if response.truncated:
-                    response.tokens.append(token)
-                    response.logp.append(logp)
-                    response.entropy.append(entropy)
-                    response.truncated = token not in eos
-    return responses
+            for number, *values in zip(*rows):
+                drawn[prompt][number].append(values)
+
+    def response(steps: list) -> Response:
+        length = next((n for n, (token, *_) in enumerate(steps, 1) if token in eos), None)
+        tokens, logp, entropy = map(list, zip(*steps[:length]))
+        return Response(tokens, logp, truncated=length is None, entropy=entropy)
+    return [[response(steps) for steps in group] for group in drawn]

@@ -34,8 +34,9 @@ from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_gr
 from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
 from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
-from rollout import generate
+from rollout import decode_one_token, generate
 from support.checkpoints import load_optimizer, newest_checkpoint
+from support.graphs import GraphedStep
 from support.log import Meter, measure_groups, memory_line
 from support.lora import PARTS, add_lora, freeze, load_adapter, merge_after
 from support.mistakes import Mistake, Stopped, run_main
@@ -252,8 +253,8 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         part = prompts[i:i + cfg.sampling_batch]
         places = range(first + i, first + i + len(part))
         sampled += [[] for _ in part] if not cfg.G else generate(
-            model, part, cfg.G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places, graphs=cfg.cuda_graphs,
-            stop=stop)
+            model, part, cfg.G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places,
+            GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token, stop=stop)
     groups = []
     for place, (prompt, responses) in enumerate(zip(prompts, sampled), first):
         y, rollouts = None, [processor.decode(o.tokens) for o in responses]

@@ -44,6 +44,7 @@ import train  # noqa: E402
 from train import PRESETS, Config as Options  # noqa: E402
 from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
 from model import Config, Qwen2_5_VL  # noqa: E402
+from support.graphs import GraphedStep  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import leave_ranks, start_ranks  # noqa: E402
 from support.run import Run  # noqa: E402
@@ -204,6 +205,10 @@ def transformers_inputs(prompts: list[Prompt], responses: list[list[int]], image
             "image_grid_thw": torch.tensor([(1, *grid) for p in prompts for grid in p.grids], device=device)}
 
 
+def token_step(graphs: bool):
+    return GraphedStep(rollout.decode_one_token) if graphs else rollout.decode_one_token
+
+
 def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: int, R: int, repeats: int,
              graphs: bool = False) -> None:
     device, image = model.lm_head.weight.device, model.config.image_token_id
@@ -215,7 +220,7 @@ def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: i
         assert made.shape == (len(prompts) * G, inputs["input_ids"].shape[1] + R), made.shape
 
     def run_ours():
-        made = rollout.generate(model, prompts, G, R, graphs=graphs)
+        made = rollout.generate(model, prompts, G, R, step=token_step(graphs))
         assert all(len(o.tokens) == R for group in made for o in group)
     times = compare({"ours": run_ours, "theirs": run_theirs}, repeats)
     table.against("sampling / transformers generate", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G {G}, "
@@ -486,7 +491,8 @@ def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int
     """Seconds a token step takes, against those of reading all weights and caches once."""
     c, B, P = model.config, len(prompts), len(prompts[0].tokens)
     few, many = R // 4, R
-    made = {(n, graphs): lambda n=n, graphs=graphs: rollout.generate(model, prompts, G, n, graphs=graphs)
+    made = {(n, graphs): lambda n=n, graphs=graphs: rollout.generate(
+                model, prompts, G, n, step=token_step(graphs))
             for n in (few, many) for graphs in (False, True)}
     times = compare(made, 3)
     width = model.lm_head.weight.element_size()

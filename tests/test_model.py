@@ -22,6 +22,7 @@ from model import VISION_TOKENS, Config, Qwen2_5_VL, RowLayout, for_each_query_h
 from rewards import user_text
 from rollout import generate
 from support.mistakes import Mistake
+from support.penalty import RepetitionPenalty
 from support.sources import Example, Scenes
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -249,7 +250,8 @@ def test_greedy_tokens(pair, monkeypatch, penalty, products):
     products(model)
     monkeypatch.setattr(model, "eos_ids", ())
     monkeypatch.setattr(reference.generation_config, "eos_token_id", None)
-    sampled = generate(model, PROMPTS, G=1, max_new_tokens=64, temperature=0, repetition_penalty=penalty)
+    adjust = RepetitionPenalty(penalty, [prompt.tokens for prompt in PROMPTS])
+    sampled = generate(model, PROMPTS, 1, max_new_tokens=64, temperature=0, adjust=adjust)
     for prompt, [response] in zip(PROMPTS, sampled):
         expected = reference.generate(**reference_inputs([prompt], [[]]), do_sample=False, max_new_tokens=64,
                                       min_new_tokens=64, suppress_tokens=[START, END, IMAGE, VIDEO],

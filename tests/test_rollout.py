@@ -6,11 +6,12 @@ from scipy import stats
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import RepetitionPenaltyLogitsProcessor
 
-import rollout
 from data import Processor, Response, collate, pack_group
 from model import Qwen2_5_VL, row_mask
-from rollout import KVCache, generate, sample, uniforms
+from rollout import KVCache, collect, decode_one_token, generate, sample, uniforms
+from support import graphs
 from support.mistakes import Mistake
+from support.penalty import RepetitionPenalty
 from support.sources import Scenes
 
 FOLDER = "assets/tiny"
@@ -205,18 +206,21 @@ def test_sample_takes_no_token_of_probability_zero():
     torch.testing.assert_close(logp, torch.full((4,), 0.5).log())
 
 
-def test_rollouts_leave_the_batch_and_change_nothing(model, prompts, monkeypatch):
+def test_rollouts_leave_the_batch_and_change_nothing(model, prompts):
     """Whatever the others of the group do, a rollout is the one that it would be without an end, cut at its own. Of the
     prompts that go on as many rollouts are decoded as the one has that has the most."""
-    rows, original = [], rollout.decode_one_token
-    monkeypatch.setattr(rollout, "decode_one_token", lambda m, t, p, c: rows.append(len(t)) or original(m, t, p, c))
+    rows = []
+
+    def step(m, token, *others):
+        rows.append(len(token))
+        return decode_one_token(m, token, *others)
     model.eos_ids = (-1,)
     endless = generate(model, prompts, 4, 16, 1.0, seed=2)
     counts = torch.tensor([o.tokens for group in endless for o in group]).flatten().bincount()
     model.eos_ids = tuple(counts.topk(6).indices.tolist())
     lengths = []
     rows.clear()
-    for whole, group in zip(endless, generate(model, prompts, 4, 16, 1.0, seed=2)):
+    for whole, group in zip(endless, generate(model, prompts, 4, 16, 1.0, seed=2, step=step)):
         for before, after in zip(whole, group):
             cut = next((i + 1 for i, token in enumerate(before.tokens) if token in model.eos_ids), 16)
             assert after.tokens == before.tokens[:cut] and after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
@@ -234,7 +238,8 @@ def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
     penalise = RepetitionPenaltyLogitsProcessor(1.7)
     plain = generate(model, prompts, 1, 12, temperature=0)
     model.eos_ids = tuple({group[0].tokens[k] for group, k in zip(plain, (3, 6))})
-    found = generate(model, prompts, 1, 12, temperature=0, repetition_penalty=1.7)
+    adjust = RepetitionPenalty(1.7, [prompt.tokens for prompt in prompts])
+    found = generate(model, prompts, 1, 12, temperature=0, adjust=adjust)
     for prompt, [answer] in zip(prompts, found):
         for r, token in enumerate(answer.tokens):
             batch = collate(pack_group(prompt, [Response([*answer.tokens[:r], 0])]))
@@ -245,13 +250,16 @@ def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
     assert [o.tokens for [o] in found] != [o.tokens for [o] in plain] and len({len(o.tokens) for [o] in found}) > 1
 
 
-def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts, monkeypatch):
+def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts):
     plain = generate(model, prompts, 1, 16, temperature=0)
     ends = {plain[0][0].tokens[2], plain[1][0].tokens[5]}    # two ids that do come up, at different places
     model.eos_ids = tuple(ends)
-    sizes, original = [], rollout.decode_one_token
-    monkeypatch.setattr(rollout, "decode_one_token", lambda m, t, p, c: sizes.append(len(t)) or original(m, t, p, c))
-    for (before,), (after,) in zip(plain, generate(model, prompts, 1, 16, temperature=0)):
+    sizes = []
+
+    def step(m, token, *others):
+        sizes.append(len(token))
+        return decode_one_token(m, token, *others)
+    for (before,), (after,) in zip(plain, generate(model, prompts, 1, 16, temperature=0, step=step)):
         cut = next((i + 1 for i, token in enumerate(before.tokens) if token in ends), 16)
         assert after.tokens == before.tokens[:cut]
         assert after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
@@ -259,16 +267,33 @@ def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts,
     assert sizes[0] == len(prompts) and sizes[-1] < len(prompts) and sizes == sorted(sizes, reverse=True)
 
 
+def test_steps_become_responses():
+    """Two prompts of two rollouts, EOS 9. Rollout 0 of prompt 0 ends at once and idles along, as
+    rollout 1 of prompt 1 does not end; then prompt 0 has left, with nothing after its EOS."""
+    def step(alive, numbers, tokens):
+        values = torch.tensor(tokens) / 10
+        return tuple(map(torch.tensor, (alive, numbers, tokens))) + (-values, values)
+    (a, b), (c, d) = collect([step([0, 1], [[0, 1], [0, 1]], [[9, 5], [6, 7]]),
+                              step([0, 1], [[0, 1], [1, 0]], [[4, 9], [3, 8]]),
+                              step([1], [[1]], [[2]])], 2, 2, {8, 9})
+    assert [(o.tokens, o.truncated) for o in (a, b, c, d)] == [
+        ([9], False), ([5, 9], False), ([6, 8], False), ([7, 3, 2], True)]
+    for o in (a, b, c, d):
+        assert o.logp == pytest.approx([-t / 10 for t in o.tokens])
+        assert o.entropy == pytest.approx([t / 10 for t in o.tokens])
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
 def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
     """GraphedStep: windows of 5 slots, of which some are not written yet, while prompts leave the batch."""
-    monkeypatch.setattr(rollout, "WINDOW", 5)
+    monkeypatch.setattr(graphs, "WINDOW", 5)
     model.to(device)
     model.eos_ids = (-1,)
     often = torch.tensor([r.tokens for group in generate(model, prompts, 8, 16, 1.0) for r in group]).flatten()
     model.eos_ids = tuple(often.bincount().topk(8).indices.tolist())
-    plain, static = (generate(model, prompts, 3, 16, 1.0, seed=2, graphs=graphs) for graphs in (False, True))
+    plain, static = (generate(model, prompts, 3, 16, 1.0, seed=2, step=step)
+                     for step in (decode_one_token, graphs.GraphedStep(decode_one_token)))
     lengths = {max(len(r.tokens) for r in group) for group in plain}
     assert len(lengths) > 1 and max(lengths) > 10
     for group, same in zip(plain, static):

@@ -1,0 +1,49 @@
+"""Decoding by CUDA graph: one launch a token instead of a large model's thousand, which take longer
+to launch than to run."""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WINDOW = 128   # a graph reads as many slots of the suffix as are written, rounded up to this
+
+
+class GraphedStep:
+    """Does what `step(model, token, position, cache)` does (rollout.decode_one_token), for the
+    calls of one `generate`. Captures anew when prompts have left or the window has grown. On a CPU
+    it uses the same buffers without a capture."""
+    def __init__(self, step: Callable[..., Tensor]):
+        self.step = step
+        self.cache: Any = None
+        self.graph: Any = None
+        self.shape = 0, 0
+
+    def __call__(self, model, token: Tensor, position: Tensor, cache) -> Tensor:
+        # More slots than are written, so that the graph serves the next steps as well.
+        cache.window = min(-(-cache.window // WINDOW) * WINDOW, cache.max_new_tokens)
+        if self.cache is not cache or self.shape != (len(token), cache.window):
+            self.graph = None                           # frees the old graph's memory first
+            self.cache, self.shape = cache, (len(token), cache.window)
+            self.token, self.position = token.clone(), position.clone()
+            if token.is_cuda:
+                self.capture(model)
+        self.token.copy_(token)
+        self.position.copy_(position)
+        if self.graph is None:
+            return self.step(model, self.token, self.position, cache)
+        self.graph.replay()
+        return self.hidden
+
+    def capture(self, model) -> None:
+        """Records the step. Libraries must have run once before, on another stream than the
+        default. The recording itself runs nothing."""
+        slot, stream = self.cache.slot.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(model, self.token, self.position, self.cache)
+            self.cache.slot.copy_(slot)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.hidden = self.step(model, self.token, self.position, self.cache)
