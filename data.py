@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import (MAX_CHARACTERS, SPECIAL, TASKS, Reward, count_boxes_in, earned, label_text, read_label, score,
+from rewards import (MAX_CHARACTERS, SPECIAL, TASKS, Reward, earned, label_text, read_label, score,
                      user_text)
 from support import sources
 from support.files import read_record
@@ -145,6 +145,7 @@ class Prompt:
     size: tuple[int, int] = (0, 0)           # (width, height) of the frame
     original_size: tuple[int, int] = (0, 0)  # and before
     image: Image.Image | None = field(default=None, repr=False)  # of the frame's size, for the pictures
+    side: int | None = None   # of the frame, where the model has one of its own (Qwen3-VL: 1000)
 
     @property
     def next_position(self) -> int:
@@ -255,8 +256,6 @@ class Processor:
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
         self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
         self.end_of_turn = end_of_turn(folder, self.tokenizer, self.eos_ids)
-        if self.config.boxes_in:
-            count_boxes_in(self.config.boxes_in)
 
     def patches(self, image: Image.Image, frame: tuple[int, int] | None = None
                 ) -> tuple[Tensor, tuple[int, int], Image.Image]:
@@ -297,7 +296,8 @@ class Processor:
             tokens += self.tokenizer(piece, add_special_tokens=False).input_ids + [self.config.image_token_id] * count
         position = mrope_positions(tokens, grids, self.config.image_token_id, merge)
         sizes = (image.size, original.size) if image else ((0, 0), (0, 0))
-        return Prompt(example, tokens, position, patches, grids, answer, *sizes, image)
+        return Prompt(example, tokens, position, patches, grids, answer, *sizes, image,
+                      self.config.boxes_in)
 
     def check_label(self, example: Example, size: tuple[int, int] | None, styles: tuple[str, ...], longest: int,
                     max_row_tokens: int = 0, sampled: bool = True, thought: bool = False) -> list[tuple[str, str]]:
@@ -319,7 +319,8 @@ class Processor:
             tokens = self.encode(y)
             label = max(label, len(tokens))
             if (back := self.decode(tokens)) != y:
-                points, most = (score(example.task, text, answer).total for text in (back, y))
+                points, most = (score(example.task, text, answer, self.config.boxes_in).total
+                                for text in (back, y))
                 if points < most:
                     raise ValueError("no rollout can equal the label: its text comes back from its own tokens as "
                                      f"{back[:99]!a}, which earns {points:g} and not {most:g}; it was {y[:99]!a}")

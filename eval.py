@@ -358,7 +358,8 @@ def for_sheet(pairs: list[tuple[Record, Prompt]]) -> list[tuple]:
             right = record.error is None and box_hit(record.predicted, record.truth)
         else:
             right = record.score >= 0.5
-        shown.append((record, prompt, score(record.task, record.response, prompt.answer).terms, right))
+        reward = score(record.task, record.response, prompt.answer, prompt.side)
+        shown.append((record, prompt, reward.terms, right))
     return shown
 
 

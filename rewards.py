@@ -29,7 +29,7 @@ import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -628,7 +628,7 @@ class Task:
     """All that a task is."""
     prompt: str                                   # the user's turn; {question} stands for the question
     render: Callable[[str, str], str]             # (answer, style) → the text of y
-    reward: Callable[[str, str], Reward]          # (response, answer) → named terms
+    reward: Callable[..., Reward]                 # (response, answer) → named terms; of boxes also side=…
     metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: the box metrics of eval.py
     boxes: bool = False                           # answers are JSON boxes, converted when the image is resized
     frame: tuple[int, int] | None = None          # (width, height) that every image is resized to, aspect ignored
@@ -688,12 +688,11 @@ TASKS = {
 }
 
 
-def count_boxes_in(parts: int) -> None:
-    """From now on boxes are in parts of this many of either side, not in pixels; the limits of the grounding reward,
-    which are shares of a side, stay what they are."""
-    for name, task in TASKS.items():
-        if getattr(task.reward, "func", task.reward) is grounding_reward:
-            TASKS[name] = replace(task, reward=functools.partial(grounding_reward, side=parts))
+def reward_in(task: str, side: int | None) -> Callable[[str, str], Reward]:
+    """Returns the task's reward for boxes in a frame of this side, or of the task's own if it is None
+    (`Prompt.side`). Answers without boxes have no frame."""
+    reward = TASKS[task].reward
+    return functools.partial(reward, side=side) if side and TASKS[task].boxes else reward
 
 
 def user_text(task: str, question: str) -> str:
@@ -722,9 +721,10 @@ def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
         return None, name
 
 
-def score(task: str, response: str, answer: str) -> Reward:
-    """The task's reward of a response; no terms, 0 points, and a named error if it cannot be computed."""
-    reward, failure = guarded(TASKS[task].reward, task, response, answer)
+def score(task: str, response: str, answer: str, side: int | None = None) -> Reward:
+    """Returns the task's reward of a response, or 0 points and a named error if it cannot be computed.
+    side: as in reward_in."""
+    reward, failure = guarded(reward_in(task, side), task, response, answer)
     if reward and not math.isfinite(reward.total):
         return Reward({}, "reward_not_finite")
     return reward or Reward({}, failure)
@@ -765,25 +765,25 @@ def borrowed_thought(rollouts: list[str], seed: int, place: int) -> str:
     return random.Random(f"{seed}/{place}/thought").choice(thoughts) if thoughts else ""
 
 
-def label_reward(task: str, y: str, answer: str, no_thinking_reward: bool = True) -> Reward:
+def label_reward(task: str, y: str, answer: str, no_thinking_reward: bool = True, side: int | None = None) -> Reward:
     """Control 2, no thinking reward: y has no reasoning trace, so its thinking term is 0; format and accuracy stay.
     Off (the ablation): y is paid for thinking as a complete response is, r(y) = 7 where it is 6 with the control."""
-    reward = TASKS[task].reward(y, answer)
+    reward = reward_in(task, side)(y, answer)
     if "thinking" not in reward.terms:
         return reward
     return Reward({**reward.terms, "thinking": 0.0 if no_thinking_reward else 1.0}, reward.error)
 
 
-def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str]
+def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str], side: int | None = None
                  ) -> tuple[list[Reward], list[float], bool]:
     """Section 3.4, of one group: the reward of each response, as terms and as the number r that is normalised, y first
-    unless it is None; and whether y was smoothed. cfg: the options of train.py."""
-    rewards = [score(task, o, answer) for o in rollouts]
+    unless it is None; and whether y was smoothed. cfg: the options of train.py. side: as in reward_in."""
+    rewards = [score(task, o, answer, side) for o in rollouts]
     r = [reward.total for reward in rewards]
     if y is None:
         return rewards, r, False
     complete = cfg.label_thought == "rollout" and has_thinking_format(y)                       # departure 4
-    y_reward = label_reward(task, y, answer, not (complete or cfg.reward_label_thinking))      # control 2
+    y_reward = label_reward(task, y, answer, not (complete or cfg.reward_label_thinking), side)  # control 2
     r_y, smoothed = smooth(y_reward.total, r) if cfg.smoothing else (y_reward.total, False)    # control 3
     return [y_reward, *rewards], [r_y, *r], smoothed
 

@@ -15,7 +15,6 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from processes import free_port  # noqa: E402
-from rewards import TASKS  # noqa: E402
 from support import onednn  # noqa: E402
 from support.verify_math import ended_now  # noqa: E402
 
@@ -57,14 +56,6 @@ def qwen3_folder(tmp_path_factory) -> Path:
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2,
         "size": {"shortest_edge": 4096, "longest_edge": 16777216}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def tasks_as_they_were():
-    """A processor of Qwen3-VL counts boxes otherwise, for the rest of its process."""
-    before = dict(TASKS)
-    yield
-    TASKS.update(before)
 
 
 @pytest.fixture

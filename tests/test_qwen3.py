@@ -1,20 +1,21 @@
 """Qwen3-VL from a picture to a trained model; tests/test_model.py and tests/test_rollout.py have its layers and its
 sampling."""
-import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import TINY
 from test_train import SMALL, lines, run_train
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
 import rewards
 from data import Processor, Response, collate, pack_group
-from eval import judge, original_frame
+from eval import for_sheet, judge, original_frame
 from model import Qwen2_5_VL, Qwen3_VL
 from support.sources import Example, Scenes
+from train import Config
 
 BOX = {"bbox_2d": [60, 30, 241, 90], "point_2d": [150, 61]}
 
@@ -50,22 +51,32 @@ def test_boxes_are_in_thousandths_of_the_picture(qwen3_folder, size, grid):
     assert record.official_boxes[0] == pytest.approx(BOX["bbox_2d"], abs=1)
 
 
+@pytest.mark.parametrize("order", [("tiny", "qwen3"), ("qwen3", "tiny")])
 @pytest.mark.parametrize("task, side", [("grounding", 840), ("scene_grounding", 112)])
-def test_the_limits_of_the_reward_are_the_same_shares_of_a_side(qwen3_folder, task, side):
-    """Off by 9 and by 11 of 840 on each side of a box: within the limit of 10 of 840, and beyond it."""
-    def points(parts: int) -> list[float]:
-        box = [parts // 4, parts // 4, parts // 4 * 3, parts // 4 * 3]
-        truth = json.dumps([{"bbox_2d": box, "point_2d": [parts // 2] * 2}])
-        found = []
-        for off in (9, 11):
-            moved = [c + off * parts / 840 for c in box]
-            answer = json.dumps([{"bbox_2d": moved, "point_2d": [parts // 2] * 2}])
-            found.append(rewards.score(task, f"<answer>{answer}</answer>", truth).terms["accuracy"])
-        return found
-    assert points(side) == [3, 2]
-    Processor(qwen3_folder)
-    assert points(1000) == [3, 2] and isinstance(rewards.TASKS[task].reward, functools.partial)
-    assert rewards.TASKS["vqa"].reward is rewards.vqa_reward
+def test_the_limits_of_the_reward_are_the_same_shares_of_a_side(qwen3_folder, order, task, side):
+    """Off by 9 and by 11 of 840 on each side of a box: within the limit of 10 of 840, and beyond it. So for both
+    families in one process, whichever tokenizer was opened last."""
+    tasks = dict(rewards.TASKS)
+    box, cfg = [side // 4, side // 4, side // 4 * 3, side // 4 * 3], Config()
+    label = json.dumps([{"bbox_2d": box, "point_2d": [side // 2] * 2}])
+    processors = {name: Processor({"tiny": TINY, "qwen3": qwen3_folder}[name]) for name in order}
+    for name, processor in processors.items():
+        prompt, frame = processor.prompt(Example("1", picture(side, side), "the cup", label, task)), side
+        if name == "qwen3":
+            frame = 1000
+        [true] = json.loads(prompt.answer)
+        moved = [json.dumps([true | {"bbox_2d": [c + off * frame / 840 for c in true["bbox_2d"]]}]) for off in (9, 11)]
+        y, *rollouts = (f"<answer>{text}</answer>" for text in (prompt.answer, *moved))
+        found, r, _ = rewards.reward_group(cfg, task, prompt.answer, y, rollouts, prompt.side)
+        assert [reward.terms["accuracy"] for reward in found] == [3, 3, 2] and r[1:] == [6, 5]
+        assert found[0] == rewards.label_reward(task, y, prompt.answer, side=prompt.side)
+        pairs = [(judge(prompt, text, 1), prompt) for text in (y, *rollouts)]
+        assert [terms["accuracy"] for _, _, terms, _ in for_sheet(pairs)] == [3, 3, 2]
+    assert rewards.TASKS == tasks
+
+
+def test_only_boxes_have_a_frame():
+    assert rewards.score("vqa", "a cup", "A cup.", 1000).total == 1
 
 
 def test_a_run(qwen3_folder, tmp_path):

@@ -386,7 +386,7 @@ EDITS = {
     "a length penalty": ('''--- a/rewards.py
 +++ b/rewards.py
 @@ -0,0 +0,0 @@
-     rewards = [score(task, o, answer) for o in rollouts]
+     rewards = [score(task, o, answer, side) for o in rollouts]
 +    rewards = [Reward({**x.terms, "length": -cfg.length_penalty * len(o)}, x.error) for x, o in zip(rewards, rollouts)]
      r = [reward.total for reward in rewards]
 --- a/train.py
