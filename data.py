@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from model import Config, mrope_positions
-from rewards import (MAX_CHARACTERS, SPECIAL, TASKS, Reward, earned, label_text, read_label, score,
-                     user_text)
+from rewards import TASKS, Reward, earned, label_text, read_label, score, user_text
 from support import sources
+from support.answers import MAX_CHARACTERS, SPECIAL
 from support.files import read_record
 from support.mistakes import Mistake
 from support.sources import Example

@@ -33,10 +33,12 @@ from tqdm import tqdm
 
 from data import Processor, Prompt, check_aspect, check_text, convert_boxes, load
 from model import Qwen2_5_VL
-from rewards import (MAX_CHARACTERS, TASKS, answer_text, guarded, has_thinking_format, iou_matrix, parse_boxes,
-                     parse_json, parse_points, score, trailing_text)
+from rewards import TASKS, guarded, score
 from rollout import generate
 from support import scenes
+from support.answers import (MAX_CHARACTERS, answer_text, has_thinking_format, parse_boxes, parse_json,
+                             parse_points, trailing_text)
+from support.boxes import iou_matrix
 from support.files import as_json, read_lines, read_record, replace_file, writing
 from support.images import open_image, picture_file
 from support.masks import Segmenter
@@ -55,7 +57,8 @@ from support.sources import Example, noticed, read, stat_of
 SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc", "bbox accuracy", "targets IoU>0.5",
          "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent", "length", "examples")
-JUDGES = ("rewards.py", "data.py", "eval.py", "support/verify_math.py", "support/masks.py")     # what makes a score
+JUDGES = ("rewards.py", "data.py", "eval.py", *(f"support/{name}.py" for name in (     # what makes a score
+    "answers", "boxes", "cells", "masks", "math_answers", "verify_math")))
 BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
 BENCHMARKS = {
     "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc strict", "unreadable", "T-acc",

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 PLACE = ROOT / "runs/faults"
 SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "24", "--eval-data",
          "scenes:val", "--eval-examples", "4", "--eval-every", "5", "--warmup-steps", "3"]
-LONG = 20_000           # characters of an answer that are read (rewards.MAX_CHARACTERS)
+LONG = 20_000           # characters of an answer that are read (support.answers.MAX_CHARACTERS)
 
 
 def start(*flags: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
@@ -303,7 +303,7 @@ def text(count: int) -> None:
 
 def guided(minutes: float) -> None:
     import atheris
-    with atheris.instrument_imports(include=["rewards"]):
+    with atheris.instrument_imports(include=["rewards", "support.answers", "support.math_answers"]):
         import rewards  # noqa: F401
     texts, truths = seeds_of_text()
     corpus = PLACE / "corpus"

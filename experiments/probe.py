@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Processor, load  # noqa: E402
 from experiments.reproduce import BASES, ROOT, base_of, colour_is_there  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
-from rewards import TASKS, parse_boxes  # noqa: E402
+from rewards import TASKS  # noqa: E402
 from rollout import generate, prefill  # noqa: E402
+from support.answers import parse_boxes  # noqa: E402
 from support.runs import versions  # noqa: E402
 
 QUESTIONS = {"train": 8192, "test": 1536}          # split → the first so many of its examples

@@ -32,9 +32,10 @@ TESTS = {        # file → the tests that look at it, as pytest is told, the qu
     "support/runs.py": ("test_mistakes.py", "test_checkpoints.py", "test_train.py -k 'resume or leaves_all'"),
     "support/sources.py": ("test_sources.py", "test_data.py"), "support/images.py": ("test_sources.py",),
     "support/ranks.py": ("test_train.py",), "support/log.py": ("test_train.py", "test_pictures.py"),
-    "support/optimizers.py": ("test_optimizers.py",), "support/verify_math.py": ("test_rewards.py",),
-    "support/scenes.py": ("test_data.py",), "support/graphs.py": ("test_rollout.py",),
-    "support/penalty.py": ("test_rollout.py",),
+    "support/optimizers.py": ("test_optimizers.py",), "support/boxes.py": ("test_metrics.py", "test_rewards.py", "test_data.py"),
+    **{f"support/{name}.py": ("test_rewards.py",) for name in ("answers", "cells", "math_answers", "verify_math")},
+    **{f"support/{name}.py": ("test_rollout.py",) for name in ("graphs", "penalty")},
+    "support/run.py": ("test_train.py", "test_checkpoints.py"), "support/scenes.py": ("test_data.py",),
 }
 SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
            ast.Mod: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,

@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 
 import rewards
-from support import verify_math
+from rewards import (TASKS, Reward, accuracy, anls, chart_reward, document_reward, edit_distance, grounding_reward,
+                     label_reward, label_text, math_reward, non_repeat, read_label, relaxed_match, score, smooth,
+                     user_text, vqa_reward)
+from support import answers, cells, files, math_answers, verify_math
+from support.answers import answer_text, boxed, has_thinking_format, parse_boxes, parse_points, trailing_text
+from support.boxes import iou_matrix
+from support.math_answers import math_equal
 from support.mistakes import Mistake
-from rewards import (TASKS, Reward, accuracy, anls, answer_text, boxed, chart_reward, document_reward, edit_distance,
-                     grounding_reward, has_thinking_format, iou_matrix, label_reward, label_text,
-                     math_equal, math_reward, non_repeat, parse_boxes, parse_points, read_label, relaxed_match, score,
-                     smooth, trailing_text, user_text, vqa_reward)
 
 ERRORS = {"no_answer", "too_long", "too_deep", "bad_json", "not_a_list", "not_an_object", "no_bbox_2d", "no_point_2d",
           "bad_bbox_2d", "bad_point_2d"}
@@ -562,7 +564,7 @@ def test_brackets_in_a_text_are_no_nesting():
     assert parse_boxes("<answer>" + "[" * 30 + json.dumps([item]) + "</answer>")[1] == "too_deep"
     began = time.process_time()
     for text in ('"' * 20_000, '"\\' * 10_000, '\\"' * 10_000, '"[' * 10_000):
-        rewards.nesting_depth(text)
+        files.nesting_depth(text)
     assert time.process_time() - began < 0.2
 
 
@@ -817,7 +819,7 @@ def test_a_verifier_that_died_while_idle_is_started_again():
 def test_rewards_are_total_over_all_characters(monkeypatch):
     """Upper-casing ß makes two characters of one; 102 characters are of that kind. Every character that has another
     form, alone in the box, where it could be taken for a letter; and many anywhere in the answers of all tasks."""
-    monkeypatch.setattr(rewards, "same_value", lambda *_: False)
+    monkeypatch.setattr(math_answers, "same_value", lambda *_: False)
     choices = ["1", "2", "3"]
     changed = [c for c in map(chr, range(0x110000)) if c < "\u3000" or {c.casefold(), unicodedata.normalize("NFKC", c)} != {c}]
     taken = [c for c in changed if math_equal(c, "3", choices)]
@@ -1018,5 +1020,6 @@ def test_braces_in_a_prompt_and_in_a_question_stay(monkeypatch):
 
 
 def test_doctests():
-    result = doctest.testmod(rewards)
-    assert result.failed == 0 and result.attempted >= 3
+    for module in (rewards, answers, math_answers, cells):
+        result = doctest.testmod(module)
+        assert result.failed == 0 and result.attempted >= 1, module

@@ -26,6 +26,7 @@ import rewards
 import train
 from data import Processor, Response, load, pack_group
 from support import sources
+from support.cells import read_plain
 from support.images import open_image
 from support.sources import BadRow, Example, noticed, order, read, take
 
@@ -832,7 +833,7 @@ def test_parts_of_a_message_that_are_no_text_and_no_picture(tmp_path, kind):
     ({"task": "mine", "solution": "x" * 20_001}, "solution")])
 def test_texts_have_a_limit(tmp_path, monkeypatch, row, column):
     """A question of 2 MB asks for 194 GB of memory."""
-    monkeypatch.setitem(rewards.TASKS, "mine", replace(rewards.TASKS["vqa"], read=rewards.read_plain))
+    monkeypatch.setitem(rewards.TASKS, "mine", replace(rewards.TASKS["vqa"], read=read_plain))
     path = lines_of(tmp_path, {"task": "math", "solution": "5", "problem": "1+4"} | row)
     if not column:
         assert len(load(path)) == 1
