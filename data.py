@@ -13,7 +13,6 @@ Glossary
     grid       (gh, gw), the patches of a picture per column and row; an image token stands for 2×2 of them
     B rows, T tokens of a row, P prompt tokens, S = G+1 responses, R tokens of a response, N patches
 """
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from model import Config, mrope_positions
 from rewards import TASKS, Reward, earned, label_text, read_label, score, user_text
 from support import sources
 from support.answers import MAX_CHARACTERS, SPECIAL
+from support.boxes import convert_boxes
 from support.files import read_record
 from support.mistakes import Mistake
 from support.sources import Example
@@ -119,18 +119,6 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         grow = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return h, w
-
-
-def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, int]) -> str:
-    """Boxes and points (JSON text) from a picture of from_size to one of to_size, (width, height) pixels. Every number
-    becomes ⌊c·to/from + 0.5⌋, at equal sizes too: so the text of y does not depend on the picture's size.
-
-    >>> convert_boxes('[{"bbox_2d": [10, 20.5, 50, 25], "point_2d": [30, 22.4]}]', (100, 50), (112, 50))
-    '[{"bbox_2d": [11, 21, 56, 25], "point_2d": [34, 22]}]'
-    """
-    scale = [to / before if before else 1.0 for before, to in zip(from_size, to_size)]      # 0: there is no picture
-    return json.dumps([{**item, **{key: [math.floor(c * scale[i % 2] + 0.5) for i, c in enumerate(item[key])]
-                                   for key in ("bbox_2d", "point_2d")}} for item in json.loads(answer)])
 
 
 @dataclass

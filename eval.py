@@ -31,14 +31,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Processor, Prompt, check_aspect, check_text, convert_boxes, load
+from data import Processor, Prompt, check_aspect, check_text, load
 from model import Qwen2_5_VL
 from rewards import TASKS, guarded, score
 from rollout import generate
 from support import scenes
 from support.answers import (MAX_CHARACTERS, answer_text, has_thinking_format, parse_boxes, parse_json,
                              parse_points, trailing_text)
-from support.boxes import iou_matrix
+from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
+                           targets_found)
 from support.files import as_json, read_lines, read_record, replace_file, writing
 from support.images import open_image, picture_file
 from support.masks import Segmenter
@@ -186,15 +187,6 @@ def official_reading(response: str, scale: tuple[float, float]) -> tuple[list, l
     return boxes, points
 
 
-def box_mask(items: list[dict], size: tuple[int, int]) -> np.ndarray:
-    """The union of the filled boxes, bool [height, width], cut at the picture's border."""
-    mask = np.zeros((size[1], size[0]), bool)
-    for x1, y1, x2, y2 in (item["bbox_2d"] for item in items):
-        x1, y1 = max(0, round(x1)), max(0, round(y1))
-        mask[y1:max(y1, round(y2) + 1), x1:max(x1, round(x2) + 1)] = True
-    return mask
-
-
 def intersection_union(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     """Pixels in both masks, pixels in either."""
     return int((a & b).sum()), int((a | b).sum())
@@ -205,45 +197,6 @@ def mask_iou(record: Record) -> float:
     if not record.truth and not record.official_boxes:
         return 1.0
     return record.intersection / record.union if record.union else 0.0
-
-
-def hull(items: list[dict]) -> list[float]:
-    """The box around all boxes."""
-    boxes = np.array([item["bbox_2d"] for item in items], float)
-    return [*boxes[:, :2].min(0), *boxes[:, 2:].max(0)]
-
-
-def box_hit(predicted: list[dict], truth: list[dict]) -> bool:
-    """Whether any predicted box, or the union of all, has IoU > 0.5 with the truth box (the box around all true boxes).
-    Empty truth: whether nothing was predicted."""
-    if not truth or not predicted:
-        return not truth and not predicted
-    candidates = np.array([item["bbox_2d"] for item in predicted] + [hull(predicted)], float)
-    return bool((iou_matrix(candidates, np.array([hull(truth)])) > 0.5).any())
-
-
-def official_box_hit(boxes: list, true_box: list | None) -> bool:
-    """box_hit as the authors compute it: in the picture's own pixels, and a box is x2 − x1 wide."""
-    if not boxes or true_box is None:
-        return not boxes and true_box is None
-    corners = np.array(boxes, float)
-    a, b = np.vstack((corners, [*corners[:, :2].min(0), *corners[:, 2:].max(0)])), np.array(true_box, float)
-    overlap = np.clip(np.minimum(a[:, 2:], b[2:]) - np.maximum(a[:, :2], b[:2]), 0, None).prod(1)
-    union = (a[:, 2:] - a[:, :2]).prod(1) + (b[2:] - b[:2]).prod() - overlap
-    return bool((np.divide(overlap, union, out=np.zeros_like(overlap), where=union != 0) > 0.5).any())
-
-
-def targets_found(predicted: list[dict], truth: list[dict]) -> int:
-    """How many true boxes have a predicted box with IoU > 0.5."""
-    if not predicted or not truth:
-        return 0
-    boxes, true_boxes = (np.array([item["bbox_2d"] for item in items], float) for items in (predicted, truth))
-    return int((iou_matrix(boxes, true_boxes) > 0.5).any(0).sum())
-
-
-def point_hit(points: list, truth: list[dict]) -> bool:
-    """Whether any of the points [x, y] lies in any true box, borders included."""
-    return any(x1 <= x <= x2 and y1 <= y <= y2 for x, y in points for x1, y1, x2, y2 in (t["bbox_2d"] for t in truth))
 
 
 def roc_auc(scores: list[float], labels: list[bool]) -> float | None:

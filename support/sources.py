@@ -32,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support import scenes
+from support.boxes import check_boxes
 from support.files import parse_json, read_record
 from support.images import open_image, picture_in, picture_size
 from support.mistakes import Mistake
@@ -403,13 +404,6 @@ def read_mask(value) -> np.ndarray | None:
     if (grid := np.array(value)).ndim != 2 or grid.dtype.kind not in "biuf":        # "0" as text would be true
         raise ValueError("the mask must have rows, of true and false or of numbers")
     return grid.astype(bool)
-
-
-def check_boxes(answer: str, size: tuple[int, int]) -> None:
-    """ValueError: a box of a label leaves its picture of (width, height) pixels."""
-    for box in (item["bbox_2d"] for item in json.loads(answer)):
-        if min(box) < 0 or max(box[::2]) > size[0] or max(box[1::2]) > size[1]:
-            raise ValueError(f"the box {box} leaves the picture of {size[0]}×{size[1]} pixels")
 
 
 class StoredExamples:

@@ -18,9 +18,10 @@ from scipy import ndimage
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import data
-from support import scenes
-from data import Processor, Prompt, Response, Row, collate, convert_boxes, load, pack_group, smart_resize
+from data import Processor, Prompt, Response, Row, collate, load, pack_group, smart_resize
 from rewards import TASKS, user_text
+from support import boxes, scenes
+from support.boxes import convert_boxes
 from support.sources import Example, open_image
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -683,5 +684,5 @@ def test_names():
 
 
 def test_docstring_examples():
-    results = [doctest.testmod(module) for module in (data, scenes)]
+    results = [doctest.testmod(module) for module in (data, boxes, scenes)]
     assert sum(r.attempted for r in results) >= 1 and not any(r.failed for r in results)

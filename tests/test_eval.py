@@ -17,9 +17,10 @@ from processes import free_port
 
 import eval as evaluation
 from data import Processor
-from eval import Record, box_hit, summarise, table, unknown_to
+from eval import Record, summarise, table, unknown_to
 from model import Qwen2_5_VL
 from support import runs
+from support.boxes import box_hit
 from support.mistakes import Mistake
 from support.sources import BadRow, Example
 

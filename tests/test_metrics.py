@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from eval import (Record, box_hit, box_mask, hull, intersection_union, judge, mask_iou, official_box_hit,
-                  official_reading, point_hit, roc_auc, summarise, targets_found)
 from data import Prompt
+from eval import Record, intersection_union, judge, mask_iou, official_reading, roc_auc, summarise
+from support.boxes import box_hit, box_mask, hull, official_box_hit, point_hit, targets_found
 from support.sources import Example
 
 SIZE = (20, 10)
