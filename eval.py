@@ -31,13 +31,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Processor, Prompt, check_aspect, check_text, load
+from data import Processor, Prompt, check_aspect, load
 from model import Qwen2_5_VL
 from rewards import TASKS, guarded, score
 from rollout import generate
 from support import scenes
-from support.answers import (MAX_CHARACTERS, answer_text, has_thinking_format, parse_boxes, parse_json,
-                             parse_points, trailing_text)
+from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinking_format, parse_boxes,
+                             parse_json, parse_points, trailing_text)
 from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
                            targets_found)
 from support.files import as_json, read_lines, read_record, replace_file, writing
@@ -59,7 +59,7 @@ SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc"
          "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent", "length", "examples")
 JUDGES = ("rewards.py", "data.py", "eval.py", *(f"support/{name}.py" for name in (     # what makes a score
-    "answers", "boxes", "cells", "masks", "math_answers", "verify_math")))
+    "answers", "boxes", "cells", "folders", "masks", "math_answers", "verify_math")))
 BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
 BENCHMARKS = {
     "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc strict", "unreadable", "T-acc",

@@ -9,7 +9,8 @@ import os
 import torch
 from transformers import ProcessorMixin, Qwen2VLImageProcessorPil, TrainerCallback
 
-from data import IMAGE_PLACEHOLDER, Processor
+from data import Processor
+from support.folders import IMAGE_PLACEHOLDER
 
 
 class StandIn(ProcessorMixin):

@@ -10,6 +10,17 @@ MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
 SPECIAL = re.compile(r"<\|\w+\|>")
 
 
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError if no tokenizer may be given this text. name: what it is, for the sentence."""
+    if found := SPECIAL.search(text):
+        raise ValueError(f"the {name} holds a special token of the model, {found[0]}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"the {name} cannot be encoded: {half!a} is half a character") from None
+
+
 def answer_text(response: str) -> str | None:
     """Returns the text between the first <answer> and the </answer> after it, or None."""
     start = response.find("<answer>")

@@ -36,6 +36,7 @@ TESTS = {        # file → the tests that look at it, as pytest is told, the qu
     **{f"support/{name}.py": ("test_rewards.py",) for name in ("answers", "cells", "math_answers", "verify_math")},
     **{f"support/{name}.py": ("test_rollout.py",) for name in ("graphs", "penalty")},
     "support/run.py": ("test_train.py", "test_checkpoints.py"), "support/scenes.py": ("test_data.py",),
+    "support/folders.py": ("test_data.py",),
 }
 SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
            ast.Mod: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
