@@ -31,14 +31,15 @@ import re
 import traceback
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from support import scenes
-from support.answers import (MAX_CHARACTERS, MAX_OBJECTS, SPECIAL, answer_text, boxed, final_text,
-                             has_thinking_format, parse_boxes, parse_json)
+from support.answers import (MAX_CHARACTERS, MAX_OBJECTS, SPECIAL, anls, answer_text, boxed,
+                             final_text, has_thinking_format, parse_boxes, parse_json,
+                             relaxed_match)
 from support.boxes import iou_matrix
 from support.cells import accepted, read_accepted, read_boxes, read_choices, read_math, read_plain
 from support.math_answers import math_equal
@@ -64,32 +65,34 @@ class Reward:
 @dataclass(frozen=True)
 class Task:
     """Holds all that a task is."""
-    prompt: str                             # the user's turn; {question} stands for the question
-    render: Callable[[str, str], str]       # (answer, style) → the text of y
-    reward: Callable[..., Reward]           # (response, answer) → named terms; with boxes also side=…
-    metric: Callable[[str, str], float] | None      # (response, answer) → 0 … 1; None: eval.py's of boxes
-    boxes: bool = False                     # answers are JSON boxes, converted when the image is resized
-    frame: tuple[int, int] | None = None    # (width, height) of every image, whatever its aspect was
-    strip: str | None = None                # cut off the lower-cased question; None: it stays as it is
-    read: Callable[[object, object], str] = read_plain  # (cell of a data set, its choices) → the answer
+    prompt: str                            # the user's turn; {question} stands for the question
+    render: Callable[[str, str], str]      # (answer, style) → the text of y
+    reward: Callable[..., Reward]          # (response, answer) → named terms; of boxes also side=…
+    metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: eval.py's
+    boxes: bool = False                    # answers are JSON boxes, converted with the image
+    frame: tuple[int, int] | None = None   # (width, height) of every image, whatever its aspect was
+    strip: str | None = None               # cut off the lower-cased question; None: it stays
+    read: Callable[[object, object], str] = read_plain      # (cell, its choices) → the answer
 
 
 # --------------------------------------------------------------------------------------------------
 # The three reward controls (section 3.4). All of them act on the label y only.
 
 def label_text(task: str, answer: str, style: str, thought: str = "", before: str = "") -> str:
-    """Control 1, align: returns y in the style that the model itself writes ("spaced" for Qwen2.5-VL), so
-    that tokenisation alone does not make y unlikely. thought: comes first where the data has one
-    (pretraining). before: the thought of a rollout with its tags (`borrowed_thought`), instead."""
+    """Control 1, align: returns y in the style that the model itself writes ("spaced" for
+    Qwen2.5-VL), so that tokenisation alone does not make y unlikely. thought: comes first where the
+    data has one (pretraining). before: the thought of a rollout with its tags (`borrowed_thought`),
+    instead."""
     before = before or (f"<think>{thought}</think>" if thought else "")
     return before + TASKS[task].render(answer, style)
 
 
 def borrowed_thought(rollouts: list[str], seed: int, place: int) -> str:
-    """Departure 4: returns a rollout's "<think>…</think>" and the blanks behind it, or "" if no rollout
-    thinks. The rollout is drawn by (seed, place) among those that do. Behind the thought it has
-    <answer>…</answer> or, as the math prompt asks for, \\boxed{…}. A thought that holds such a mark or a
-    special token is not borrowed. place: of the prompt in the endless sequence of examples."""
+    """Departure 4: returns a rollout's "<think>…</think>" and the blanks behind it, or "" if no
+    rollout thinks. The rollout is drawn by (seed, place) among those that do. Behind the thought it
+    has <answer>…</answer> or, as the math prompt asks for, \\boxed{…}. A thought that holds such a
+    mark or a special token is not borrowed. place: of the prompt in the endless sequence of
+    examples."""
     thoughts = []
     for o in rollouts:
         if not (found := re.match(r"<think>.*?</think>\s*", o, re.DOTALL)):
@@ -101,20 +104,20 @@ def borrowed_thought(rollouts: list[str], seed: int, place: int) -> str:
     return random.Random(f"{seed}/{place}/thought").choice(thoughts) if thoughts else ""
 
 
-def label_reward(task: str, y: str, answer: str, no_thinking_reward: bool = True,
+def label_reward(task: str, y: str, answer: str, pays_thinking: bool = False,
                  side: int | None = None) -> Reward:
-    """Control 2, no thinking reward: y has no reasoning, so its thinking term is 0; format and accuracy
-    stay. Off (the ablation): y is paid for thinking as a complete response is, r(y) = 7 where it is 6
-    with the control."""
+    """Control 2, no thinking reward: y has no reasoning, so its thinking term is 0; format and
+    accuracy stay. pays_thinking (the ablation): y is paid for thinking as a complete response is,
+    and r(y) is 7 where it is 6 with the control. side: as in reward_in."""
     reward = reward_in(task, side)(y, answer)
     if "thinking" not in reward.terms:
         return reward
-    return Reward({**reward.terms, "thinking": 0.0 if no_thinking_reward else 1.0}, reward.error)
+    return Reward({**reward.terms, "thinking": float(pays_thinking)}, reward.error)
 
 
 def smooth(r_y: float, r_o: list[float]) -> tuple[float, bool]:
-    """Control 3, smooth: once a rollout is as good as y, y is no better than the group. Returns (r(y),
-    smoothed?): r(y) := mean_j r(o_j) if max_j r(o_j) ≥ r(y). Applied after control 2.
+    """Control 3, smooth: once a rollout is as good as y, y is no better than the group. Returns
+    (r(y), smoothed?): r(y) := mean_j r(o_j) if max_j r(o_j) ≥ r(y). Applied after control 2.
 
     >>> smooth(6.0, [7.0, 1.0]), smooth(6.0, [5.0, 1.0])
     ((4.0, True), (6.0, False))
@@ -124,15 +127,16 @@ def smooth(r_y: float, r_o: list[float]) -> tuple[float, bool]:
 
 def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str],
                  side: int | None = None) -> tuple[list[Reward], list[float], bool]:
-    """Section 3.4 on one group: returns the reward of each response, as terms and as the number r that is
-    normalised, y first unless it is None; and whether y was smoothed. cfg: the options of train.py.
-    side: as in reward_in."""
+    """Section 3.4 on one group: returns the reward of each response, as terms and as the number r
+    that is normalised, y first unless it is None; and whether y was smoothed. cfg: the options of
+    train.py. side: as in reward_in."""
     rewards = [score(task, o, answer, side) for o in rollouts]
     r = [reward.total for reward in rewards]
     if y is None:
         return rewards, r, False
-    complete = cfg.label_thought == "rollout" and has_thinking_format(y)                       # departure 4
-    y_reward = label_reward(task, y, answer, not (complete or cfg.reward_label_thinking), side)  # control 2
+    complete = cfg.label_thought == "rollout" and has_thinking_format(y)  # departure 4
+    pays = complete or cfg.reward_label_thinking
+    y_reward = label_reward(task, y, answer, pays, side)                 # control 2
     r_y, smoothed = smooth(y_reward.total, r) if cfg.smoothing else (y_reward.total, False)    # control 3
     return [y_reward, *rewards], [r_y, *r], smoothed
 
@@ -162,8 +166,8 @@ reported: set[tuple[str, str]] = set()   # failures of rewards whose traceback h
 
 
 def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
-    """Returns (function(response, answer), None), or (None, "reward_failed_TYPE") if it raises: one odd
-    text must not end a run of days. The first traceback of a kind is printed."""
+    """Returns (function(response, answer), None), or (None, "reward_failed_TYPE") if it raises: one
+    odd text must not end a run of days. The first traceback of a kind is printed."""
     try:
         return function(response, answer), None
     except Mistake:      # of the installation, not of the text
@@ -178,15 +182,15 @@ def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
 
 
 def reward_in(task: str, side: int | None) -> Callable[[str, str], Reward]:
-    """Returns the task's reward for boxes in a frame of this side, or of the task's own if it is None
-    (`Prompt.side`). Answers without boxes have no frame."""
+    """Returns the task's reward for boxes in a frame of this side, or of the task's own if it is
+    None (`Prompt.side`). Answers without boxes have no frame."""
     reward = TASKS[task].reward
     return functools.partial(reward, side=side) if side and TASKS[task].boxes else reward
 
 
 def score(task: str, response: str, answer: str, side: int | None = None) -> Reward:
-    """Returns the task's reward of a response, or 0 points and a named error if it cannot be computed.
-    side: as in reward_in."""
+    """Returns the task's reward of a response, or 0 points and a named error if it cannot be
+    computed. side: as in reward_in."""
     reward, failure = guarded(reward_in(task, side), task, response, answer)
     if reward and not math.isfinite(reward.total):
         return Reward({}, "reward_not_finite")
@@ -194,8 +198,8 @@ def score(task: str, response: str, answer: str, side: int | None = None) -> Rew
 
 
 def earned(task: str, y: str, answer: str) -> tuple[Reward, float]:
-    """Returns the reward of y, after control 2, and its share of full accuracy, 0 … 1. Errors of the
-    reward are not caught: data.check_example tells them of the row."""
+    """Returns the reward of y, after control 2, and its share of full accuracy, 0 … 1. Errors of
+    the reward are not caught: data.check_example tells them of the row."""
     reward = label_reward(task, y, answer)
     metric = TASKS[task].metric
     return reward, metric(y, answer) if metric else reward.terms["accuracy"] / FULL_ACCURACY
@@ -205,31 +209,32 @@ def earned(task: str, y: str, answer: str) -> tuple[Reward, float]:
 # Grounding
 
 def answer_format(response: str, truth: list[dict]) -> float:
-    """Returns the mean over the items of 1[bbox_2d is a list of 4] + 1[point_2d is a list of 2]. An item
-    that is no object counts and has neither. `[]` has no items: 0, as released, but 2 if the truth is
-    empty too (departure 1)."""
+    """Returns the mean over the items of 1[bbox_2d is a list of 4] + 1[point_2d is a list of 2]. An
+    item that is no object counts and has neither. `[]` has no items: 0, as released, but 2 if the
+    truth is empty too (departure 1)."""
     text = answer_text(response)
     items, error = parse_json(text) if text is not None else ([], "no_answer")
     if not items:
         return 2.0 if error is None and not truth else 0.0
 
     def is_list(item, key: str, count: int) -> bool:
-        return isinstance(item, dict) and isinstance(item.get(key), list) and len(item[key]) == count
+        value = item.get(key) if isinstance(item, dict) else None
+        return isinstance(value, list) and len(value) == count
     return sum(is_list(i, "bbox_2d", 4) + is_list(i, "point_2d", 2) for i in items) / len(items)
 
 
 def non_repeat(response: str) -> float:
-    """Returns 0 if at least two sentences repeat earlier ones, else 1. They are split at '.', but not
-    within a number (departure 3)."""
+    """Returns 0 if at least two sentences repeat earlier ones, else 1. They are split at '.', but
+    not within a number (departure 3)."""
     sentences = [s.strip() for s in re.split(r"(?<![0-9])\.|\.(?![0-9])", response) if s.strip()]
     return 0.0 if len(sentences) - len(set(sentences)) >= 2 else 1.0
 
 
 def accuracy(predicted: list[dict], truth: list[dict], side: int = 840) -> float:
-    """Returns 0 … 3: the sum over the best one-to-one matching, divided by the larger of the counts. Each
-    (prediction, truth) pair scores 1[IoU > 0.5] + 1[mean |Δ corner| < 10 px] + 1[points closer than 30 px
-    and the predicted point in its own box]. The pixels are those of an 840×840 picture; in a frame of
-    another side the limits shrink with it."""
+    """Returns 0 … 3: the sum over the best one-to-one matching, divided by the larger of the
+    counts. Each (prediction, truth) pair scores 1[IoU > 0.5] + 1[mean |Δ corner| < 10 px] +
+    1[points closer than 30 px and the predicted point in its own box]. The pixels are those of an
+    840×840 picture; in a frame of another side the limits shrink with it."""
     predicted, truth = predicted[:MAX_OBJECTS], truth[:MAX_OBJECTS]
     if not predicted or not truth:
         return 3.0 if not predicted and not truth else 0.0
@@ -261,7 +266,8 @@ def grounding_reward(response: str, truth: str, side: int = 840) -> Reward:
 
 
 def render_grounding(truth: str, style: str) -> str:
-    """Returns the text of y: <answer>[…]</answer>, its JSON in the style that reward control 1 chooses.
+    """Returns the text of y: <answer>[…]</answer>, its JSON in the style that reward control 1
+    chooses.
 
     >>> render_grounding('[{"bbox_2d":[1,2,3,4],"point_2d":[2,3]}]', "spaced")
     '<answer>[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]</answer>'
@@ -293,45 +299,11 @@ def render_short(answer: str, style: str) -> str:
 
 
 def vqa_reward(response: str, truth: str) -> Reward:
-    """Returns 1 if the response is an accepted answer, up to case, blanks around it and a final full
-    stop; else 0."""
+    """Returns 1 if the response is an accepted answer, up to case, blanks around it and a final
+    full stop; else 0."""
     def plain(text: str) -> str:
         return text.strip().removesuffix(".").strip().lower()
     return Reward({"accuracy": float(plain(final_text(response)) in map(plain, accepted(truth)))})
-
-
-def relaxed_match(answer: str, truth: str) -> bool:
-    """Tells whether ChartQA's relaxed accuracy counts an answer: a number (a final % divides by 100) may
-    be 5 % off a true number other than 0; all else must be equal up to case."""
-    def number(text: str) -> float | None:
-        form = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,2})?)(%?)"
-        found = re.fullmatch(form, text.strip().lower())
-        return float(found[1]) / (100 if found[2] else 1) if found else None
-    a, b = number(answer[:100]), number(truth)
-    if a is not None and b:
-        return abs(a - b) <= 0.05 * abs(b)
-    return answer.strip().lower() == truth.strip().lower()
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Returns Levenshtein's distance: insertions, deletions and substitutions of one character."""
-    line = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        corner, line[0] = line[0], i
-        for j, y in enumerate(b, 1):
-            corner, line[j] = line[j], min(line[j] + 1, line[j - 1] + 1, corner + (x != y))
-    return line[-1]
-
-
-def anls(answer: str, truths: list[str]) -> float:
-    """Returns DocVQA's normalised Levenshtein similarity: the best of 1 − distance / longer length over
-    the accepted answers, or 0 if that is not above 0.5. At exactly 0.5 the formula (arXiv 1907.00490)
-    gives 0, while lmms-eval gives 0.5. Case and runs of blanks do not count."""
-    def similarity(truth: str) -> float:
-        a, b = (" ".join(text.lower().split())[:1000] for text in (answer, truth))
-        s = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
-        return s if s > 0.5 else 0.0
-    return max(map(similarity, truths))
 
 
 def chart_reward(response: str, truth: str) -> Reward:
@@ -362,24 +334,30 @@ GROUNDING_PROMPT = (  # the authors' evaluation prompt, to the letter
 # The prompt that their earlier trainer used: a newline after the image, no blanks inside the lists.
 GROUNDING_TRAIN_PROMPT = "\n" + re.sub(r"(\d), ", r"\1,", GROUNDING_PROMPT)
 MATH_PROMPT = (
-    "{question} First think about the question and then provide the answer. The answer is in latex format "
-    "and wrapped using the \\boxed{} command. The thinking process and answer are enclosed within <think> "
-    "</think> and \\boxed{} tags, respectively. i.e., <think> thinking process here. </think>\\boxed{2}")
+    "{question} First think about the question and then provide the answer. The answer is in latex "
+    "format and wrapped using the \\boxed{} command. The thinking process and answer are enclosed "
+    "within <think> </think> and \\boxed{} tags, respectively. i.e., <think> thinking process "
+    "here. </think>\\boxed{2}")
 # Qwen2.5-VL's own, for charts and documents.
 SHORT_PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
+GROUNDING = Task(prompt=GROUNDING_PROMPT, render=render_grounding, reward=grounding_reward,
+                 metric=None, boxes=True, frame=(840, 840), strip='."?!', read=read_boxes)
+MATH = Task(prompt=MATH_PROMPT, render=render_boxed, reward=math_reward, metric=math_metric,
+            strip='"!', read=read_math)
+VQA = Task(prompt="{question}", render=render_short, reward=vqa_reward,
+           metric=accuracy_of(vqa_reward), read=read_accepted)
 TASKS = {
-    "grounding": Task(GROUNDING_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), '."?!',
-                      read_boxes),
-    "grounding_train": Task(GROUNDING_TRAIN_PROMPT, render_grounding, grounding_reward, None, True, (840, 840), ".",
-                            read_boxes),
-    "math": Task(MATH_PROMPT, render_boxed, math_reward, math_metric, strip='"!', read=read_math),
-    "chartqa": Task(SHORT_PROMPT, render_short, chart_reward, accuracy_of(chart_reward), read=read_accepted),
-    "docvqa": Task(SHORT_PROMPT, render_short, document_reward, accuracy_of(document_reward), read=read_accepted),
-    "vqa": Task("{question}", render_short, vqa_reward, accuracy_of(vqa_reward), read=read_accepted),
-    # The built-in world asks in fewer words, for speed; answers and rewards are the same, in pictures of 112 pixels.
-    "scene_grounding": Task(scenes.PROMPT, render_grounding,
-                            functools.partial(grounding_reward, side=112), None, True, None, '."?!',
-                            read_boxes),
-    "scene_math": Task("{question}", render_boxed, math_reward, math_metric, read=read_math),
+    "grounding": GROUNDING,
+    "grounding_train": replace(GROUNDING, prompt=GROUNDING_TRAIN_PROMPT, strip="."),
+    "math": MATH,
+    "chartqa": replace(VQA, prompt=SHORT_PROMPT, reward=chart_reward,
+                       metric=accuracy_of(chart_reward)),
+    "docvqa": replace(VQA, prompt=SHORT_PROMPT, reward=document_reward,
+                      metric=accuracy_of(document_reward)),
+    "vqa": VQA,
+    # The built-in world asks in fewer words, for speed, about pictures of 112×112.
+    "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None,
+                               reward=functools.partial(grounding_reward, side=scenes.SIZE)),
+    "scene_math": replace(MATH, prompt="{question}", strip=None),
 }

@@ -534,7 +534,7 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     prompt = job.processor.prompt(example)
     style = "compact" if cfg.label_style == "compact" else "spaced"      # auto: either, as the policy finds likelier
     y = label_text(example.task, prompt.answer, style, example.thought)
-    reward = label_reward(example.task, y, prompt.answer, not cfg.reward_label_thinking, prompt.side)
+    reward = label_reward(example.task, y, prompt.answer, cfg.reward_label_thinking, prompt.side)
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     side = job.processor.config.vision_patch_size
     seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"

@@ -1,5 +1,5 @@
-"""What a response says, read out of its text. Model output is never evaluated: `json.loads`, a schema,
-and bounds on length, depth and magnitude."""
+"""Reads what a response says out of its text, and compares short answers. Model output is never
+evaluated: `json.loads`, a schema, and bounds on length, depth and magnitude."""
 import json
 import re
 
@@ -11,7 +11,8 @@ SPECIAL = re.compile(r"<\|\w+\|>")
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises ValueError if no tokenizer may be given this text. name: what it is, for the sentence."""
+    """Raises ValueError if no tokenizer may be given this text. name: what it is, for the
+    sentence."""
     if found := SPECIAL.search(text):
         raise ValueError(f"the {name} holds a special token of the model, {found[0]}")
     try:
@@ -29,9 +30,9 @@ def answer_text(response: str) -> str | None:
 
 
 def trailing_text(response: str) -> str:
-    """Returns what follows the answer that answer_text reads. Accuracy and metrics look at the answer
-    alone, as the authors' scripts do; only the thinking format asks for the end. Text after the answer
-    is therefore free, unless the response has a thought."""
+    """Returns what follows the answer that answer_text reads. Accuracy and metrics look at the
+    answer alone, as the authors' scripts do; only the thinking format asks for the end. Text after
+    the answer is therefore free, unless the response has a thought."""
     return response[response.find("<answer>"):].partition("</answer>")[2].strip()
 
 
@@ -43,17 +44,17 @@ def has_thinking_format(response: str) -> bool:
 
 
 def final_text(response: str) -> str:
-    """Returns the answer of a short task: what follows the thought and, of that, the text in the last
-    <answer> … </answer> if there is one. A thought, or a sentence before the answer, may mention the
-    tags."""
+    """Returns the answer of a short task: what follows the thought and, of that, the text in the
+    last <answer> … </answer> if there is one. A thought, or a sentence before the answer, may
+    mention the tags."""
     text = response[:MAX_CHARACTERS].rpartition("</think>")[2]
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
     return text.strip() if start < 0 else answer_text(text[start:])    # type: ignore[return-value]
 
 
 def boxed(response: str) -> str | None:
-    r"""Returns the text in the last \boxed{…}, or None if that one is cut off or its braces do not match.
-    As in the authors' evaluation, what was boxed while thinking is no answer."""
+    r"""Returns the text in the last \boxed{…}, or None if that one is cut off or its braces do not
+    match. As in the authors' evaluation, what was boxed while thinking is no answer."""
     start = response.rfind("\\boxed{")
     depth = 0
     for at in range(start + 6, len(response)) if start >= 0 else ():
@@ -64,8 +65,8 @@ def boxed(response: str) -> str | None:
 
 
 def parse_json(text: str, list_only: bool = True) -> tuple[list, str | None]:
-    """Returns (items, None) of a JSON list, or ([], the name of the error). list_only=False: of any JSON
-    value (value, None)."""
+    """Returns (items, None) of a JSON list, or ([], the name of the error). list_only=False: of any
+    JSON value (value, None)."""
     if len(text) > MAX_CHARACTERS:
         return [], "too_long"
     if nesting_depth(text) > MAX_DEPTH:
@@ -78,7 +79,8 @@ def parse_json(text: str, list_only: bool = True) -> tuple[list, str | None]:
 
 
 def numbers(value, count: int) -> bool:
-    """Tells whether value is a list of `count` finite numbers of bounded size. True and False are none."""
+    """Tells whether value is a list of `count` finite numbers of bounded size. True and False are
+    none."""
     return isinstance(value, list) and len(value) == count and all(
         type(x) in (int, float) and abs(x) <= MAX_COORDINATE for x in value)
 
@@ -96,8 +98,8 @@ def item_error(item) -> str | None:
 
 
 def parse_boxes(response: str) -> tuple[list[dict], str | None]:
-    """Returns the boxes and points of a response, [{"bbox_2d": [4 numbers], "point_2d": [2 numbers]}, …],
-    and None; or [] and the name of the error.
+    """Returns the boxes and points of a response, [{"bbox_2d": [4 numbers], "point_2d": [2
+    numbers]}, …], and None; or [] and the name of the error.
 
     >>> parse_boxes('<answer>[]</answer>'), parse_boxes('nothing here')
     (([], None), ([], 'no_answer'))
@@ -111,8 +113,8 @@ def parse_boxes(response: str) -> tuple[list[dict], str | None]:
 
 
 def parse_points(response: str) -> list[list[float]]:
-    """Returns the points of a response, as OmniACT counts them: an item without a point stands for the
-    centre of its box, and one without either for nothing."""
+    """Returns the points of a response, as OmniACT counts them: an item without a point stands for
+    the centre of its box, and one without either for nothing."""
     text = answer_text(response)
     points: list = []
     for item in parse_json(text)[0][:MAX_OBJECTS] if text is not None else []:
@@ -123,3 +125,40 @@ def parse_points(response: str) -> list[list[float]]:
         elif numbers(box, 4):
             points.append([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
     return points
+
+
+# --------------------------------------------------------------------------------------------------
+# How like the truth a short answer is
+
+def relaxed_match(answer: str, truth: str) -> bool:
+    """Tells whether ChartQA's relaxed accuracy counts an answer: a number (a final % divides by
+    100) may be 5 % off a true number other than 0; all else must be equal up to case."""
+    def number(text: str) -> float | None:
+        form = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,2})?)(%?)"
+        found = re.fullmatch(form, text.strip().lower())
+        return float(found[1]) / (100 if found[2] else 1) if found else None
+    a, b = number(answer[:100]), number(truth)
+    if a is not None and b:
+        return abs(a - b) <= 0.05 * abs(b)
+    return answer.strip().lower() == truth.strip().lower()
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Returns Levenshtein's distance: insertions, deletions and substitutions of one character."""
+    line = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        corner, line[0] = line[0], i
+        for j, y in enumerate(b, 1):
+            corner, line[j] = line[j], min(line[j] + 1, line[j - 1] + 1, corner + (x != y))
+    return line[-1]
+
+
+def anls(answer: str, truths: list[str]) -> float:
+    """Returns DocVQA's normalised Levenshtein similarity: the best of 1 − distance / longer length
+    over the accepted answers, or 0 if that is not above 0.5. At exactly 0.5 the formula (arXiv
+    1907.00490) gives 0, while lmms-eval gives 0.5. Case and runs of blanks do not count."""
+    def similarity(truth: str) -> float:
+        a, b = (" ".join(text.lower().split())[:1000] for text in (answer, truth))
+        s = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
+        return s if s > 0.5 else 0.0
+    return max(map(similarity, truths))

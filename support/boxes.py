@@ -7,9 +7,9 @@ import numpy as np
 
 
 def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, int]) -> str:
-    """Returns boxes and points (JSON text) for a picture of to_size instead of from_size, (width, height)
-    pixels. Every number becomes ⌊c·to/from + 0.5⌋, at equal sizes too: so the text of y does not depend
-    on the picture's size.
+    """Returns boxes and points (JSON text) for a picture of to_size instead of from_size, (width,
+    height) pixels. Every number becomes ⌊c·to/from + 0.5⌋, at equal sizes too: so the text of y
+    does not depend on the picture's size.
 
     >>> box = '[{"bbox_2d": [10, 20.5, 50, 25], "point_2d": [30, 22.4]}]'
     >>> convert_boxes(box, (100, 50), (112, 50))
@@ -71,8 +71,8 @@ def any_hit(boxes: np.ndarray, truth: np.ndarray, pixel: int) -> bool:
 
 
 def box_hit(predicted: list[dict], truth: list[dict]) -> bool:
-    """Tells whether any predicted box, or the box around all, has IoU > 0.5 with the box around all true
-    boxes. Without a true box: whether nothing was predicted."""
+    """Tells whether any predicted box, or the box around all, has IoU > 0.5 with the box around all
+    true boxes. Without a true box: whether nothing was predicted."""
     if not truth or not predicted:
         return not truth and not predicted
     return any_hit(corners(predicted), around(corners(truth)), pixel=1)

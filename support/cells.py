@@ -1,5 +1,5 @@
-"""Labels: a cell of a data set → the answer, as text that the rewards take; and that text read back.
-Each reader raises ValueError, which says why the cell cannot be a label."""
+"""Labels: a cell of a data set → the answer, as text that the rewards take; and that text read
+back. Each reader raises ValueError, which says why the cell cannot be a label."""
 import ast
 import json
 import math
@@ -62,8 +62,8 @@ def read_plain(value, choices) -> str:
 
 
 def read_boxes(value, choices) -> str:
-    """Reads a list of {"bbox_2d": …, "point_2d": …}, as such or as JSON text; or [x1, y1, x2, y2], or a
-    list of these, whose points are their centres."""
+    """Reads a list of {"bbox_2d": …, "point_2d": …}, as such or as JSON text; or [x1, y1, x2, y2],
+    or a list of these, whose points are their centres."""
     if choices:
         raise ValueError("the answers are boxes; only the task math knows choices")
     if isinstance(value, str):
@@ -71,9 +71,9 @@ def read_boxes(value, choices) -> str:
             raise ValueError("the solution is empty")
         value, error = parse_json(bare(value))
         if error:
-            raise ValueError({"bad_json": "the solution is not JSON",
-                              "not_a_list": "the solution is JSON, but no list of objects",
-                              "too_deep": f"the solution is nested more than {MAX_DEPTH} deep"}[error])
+            raise ValueError("the solution is " + {
+                "bad_json": "not JSON", "not_a_list": "JSON, but no list of objects",
+                "too_deep": f"nested more than {MAX_DEPTH} deep"}[error])
     if not isinstance(value, list):
         raise ValueError(f"the solution is a {type(value).__name__}, no list of objects")
     if len(value) > 1 and not isinstance(value[0], (list, dict)):
@@ -96,12 +96,12 @@ def read_boxes(value, choices) -> str:
                                  f"{item[key]!r:.100}")
         box = item["bbox_2d"]
         if box[0] > box[2] or box[1] > box[3]:
-            raise ValueError(f"the box {box} is inverted; it must be [x1, y1, x2, y2] with x1 ≤ x2 and "
-                             "y1 ≤ y2")
+            raise ValueError(f"the box {box} is inverted; it must be [x1, y1, x2, y2] with "
+                             "x1 ≤ x2 and y1 ≤ y2")
         items.append(item)
     if items and all(0 <= c <= 1 for item in items for c in item["bbox_2d"]):
-        raise ValueError(f"relative coordinates: all lie in 0 … 1, as in {items[0]['bbox_2d']}; boxes must "
-                         "be in the picture's own pixels")
+        raise ValueError(f"relative coordinates: all lie in 0 … 1, as in {items[0]['bbox_2d']}; "
+                         "boxes must be in the picture's own pixels")
     return json.dumps(items)
 
 
@@ -116,8 +116,8 @@ def choice_texts(choices) -> list[str]:
         while choices and list(choices.values())[-1] is None:
             choices.popitem()
         if list(choices) != [chr(ord("A") + i) for i in range(len(choices))]:
-            raise ValueError(f"the choices are a record of {', '.join(map(str, choices))}; it must be of "
-                             "A, B, C, …")
+            raise ValueError(f"the choices are a record of {', '.join(map(str, choices))}; it must "
+                             "be of A, B, C, …")
         choices = list(choices.values())
     if not isinstance(choices, list) or not 1 <= len(choices) <= 26:
         raise ValueError(f"the choices must be a list of at most 26, they are {choices!r:.100}")
@@ -128,17 +128,18 @@ def choice_texts(choices) -> list[str]:
 
 
 def choice_of(value, texts: list[str], are_text: bool) -> str:
-    """Returns the text of the choice that an answer means by its text, or by its letter with or without
-    the text. A whole number that is none of the choices counts them from 0, as ClassLabel does."""
+    """Returns the text of the choice that an answer means by its text, or by its letter with or
+    without the text. A whole number that is none of the choices counts them from 0, as ClassLabel
+    does."""
     answer = scalar_text(value)
     if isinstance(value, (int, float)) and answer.lstrip("-").isdecimal():
         index = int(answer)
         if answer in texts and are_text and 0 <= index < len(texts) and texts[index] != answer:
-            raise ValueError(f"the answer {answer} is one of the choices, and the number of another, "
-                             f"{texts[index]!r}; write it as text")
+            raise ValueError(f"the answer {answer} is one of the choices, and the number of "
+                             f"another, {texts[index]!r}; write it as text")
         if answer not in texts and not 0 <= index < len(texts):
-            raise ValueError(f"the answer {answer} is none of the {len(texts)} choices, counted from 0: "
-                             f"{texts}")
+            raise ValueError(f"the answer {answer} is none of the {len(texts)} choices, counted "
+                             f"from 0: {texts}")
         return answer if answer in texts else texts[index]
     answer = unboxed(bare(answer))
     same = [text for text in texts if text == answer]
@@ -150,13 +151,14 @@ def choice_of(value, texts: list[str], are_text: bool) -> str:
         if not rest or rest.casefold() == texts[at].casefold() or wrapped:
             same = [texts[at]]
     if not same:
-        raise ValueError(f"the answer {answer!r:.100} is none of the choices {texts!r:.200}, nor the letter "
-                         "of one")
+        raise ValueError(f"the answer {answer!r:.100} is none of the choices {texts!r:.200}, nor "
+                         "the letter of one")
     return same[0]
 
 
 def unboxed(text: str) -> str:
-    r"""Returns a math label without \boxed{…} or $…$ around it; of a worked solution what it boxes last.
+    r"""Returns a math label without \boxed{…} or $…$ around it; of a worked solution what it boxes
+    last.
 
     >>> unboxed(r"so \boxed{\frac12}"), unboxed("$x$")
     ('\\frac12', 'x')
@@ -167,7 +169,8 @@ def unboxed(text: str) -> str:
 
 
 def read_math(value, choices) -> str:
-    """Reads text or a number. With choices the answer is JSON, {"answer": text, "choices": [text, …]}."""
+    """Reads text or a number. With choices the answer is JSON, {"answer": text, "choices": [text,
+    …]}."""
     while isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, str) and value.startswith('{"answer"'):
@@ -186,8 +189,8 @@ def read_math(value, choices) -> str:
 
 
 def read_accepted(value, choices) -> str:
-    """Reads text or a number. A list of accepted ones (also as text, also of {"answer": …}) becomes a
-    JSON list, the most frequent first: that one is y."""
+    """Reads text or a number. A list of accepted ones (also as text, also of {"answer": …}) becomes
+    a JSON list, the most frequent first: that one is y."""
     if choices:
         raise ValueError("the task knows no choices; the task math does")
     if isinstance(value, str):

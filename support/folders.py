@@ -1,5 +1,6 @@
-"""Checks of a model folder's tokenizer, chat template and image settings: whether they belong to its model,
-and whether this code makes of them what transformers does. config: the model's own (model.Config)."""
+"""Checks of a model folder's tokenizer, chat template and image settings: whether they belong to
+its model, and whether this code makes of them what transformers does. config: the model's own
+(model.Config)."""
 import math
 from pathlib import Path
 
@@ -11,14 +12,15 @@ IMAGE_PLACEHOLDER = "<|image_pad|>"
 
 def image_settings(folder: Path, config) -> dict:
     """Returns the settings of the image processor: `image_processor` in processor_config.json, as
-    transformers 5 writes it, else preprocessor_config.json, as the hub has it. What is missing there is
-    as in transformers. Raises Mistake if it makes other patches than the tower of `config` takes, or
-    than this code makes."""
+    transformers 5 writes it, else preprocessor_config.json, as the hub has it. What is missing
+    there is as in transformers. Raises Mistake if it makes other patches than the tower of `config`
+    takes, or than this code makes."""
     settings = None
     for name in ("processor_config.json", "preprocessor_config.json"):
         if settings is None and (path := folder / name).exists():
             settings = read_record(path)
-            settings = settings.get("image_processor") if name == "processor_config.json" else settings
+            if name == "processor_config.json":
+                settings = settings.get("image_processor")
     if settings is None:
         raise Mistake(f"{folder} has neither preprocessor_config.json nor an image_processor in "
                       "processor_config.json; copy them from the model it was made of")
@@ -43,7 +45,8 @@ def image_settings(folder: Path, config) -> dict:
         if value is None:
             where, value = f"size.{edge}", size.get(edge)
         if type(value) is not int or value < 1:
-            raise Mistake(f"{path}: {where} is {str(value)[:100]!r}; it must be a whole number above 0")
+            raise Mistake(f"{path}: {where} is {str(value)[:100]!r}; it must be a whole number "
+                          "above 0")
         read[name] = value
     for name, least in (("image_mean", -math.inf), ("image_std", 0)):
         if not isinstance(read[name], list) or len(read[name]) != 3 or not all(
@@ -55,7 +58,8 @@ def image_settings(folder: Path, config) -> dict:
 
 def load_tokenizer(folder: Path, config, eos_ids: tuple[int, ...]):
     """Returns the tokenizer of a model folder. Raises Mistake if there is none, or another model's:
-    transformers makes up an empty one, and the model would go on with tokens that mean nothing to it."""
+    transformers makes up an empty one, and the model would go on with tokens that mean nothing to
+    it."""
     from transformers import AutoTokenizer
     if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         raise Mistake(f"{folder} has no tokenizer.json; copy it from the model it was made of")
@@ -64,8 +68,8 @@ def load_tokenizer(folder: Path, config, eos_ids: tuple[int, ...]):
         tokenizer("x")   # a wrong model_max_length is met only here
     except Exception as error:
         raise Mistake(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: "
-                      f"{str(error)[:200]}). Are tokenizer.json and tokenizer_config.json damaged? Copy them "
-                      "anew from where they came") from None
+                      f"{str(error)[:200]}). Are tokenizer.json and tokenizer_config.json damaged? "
+                      "Copy them anew from where they came") from None
     other = f"{folder}: the tokenizer belongs to another model:"
     for token, wanted in ((IMAGE_PLACEHOLDER, config.image_token_id),
                           ("<|video_pad|>", config.video_token_id),
@@ -74,38 +78,44 @@ def load_tokenizer(folder: Path, config, eos_ids: tuple[int, ...]):
         if (found := tokenizer.get_vocab().get(token)) != wanted:
             raise Mistake(f"{other} {token} is {found} in it, {wanted} in config.json")
     if tokenizer.eos_token_id not in eos_ids or len(tokenizer) > config.vocab_size:
-        raise Mistake(f"{other} it has {len(tokenizer)} tokens and ends by {tokenizer.eos_token_id}; the "
-                      f"model has {config.vocab_size} and ends by {eos_ids}")
+        raise Mistake(f"{other} it has {len(tokenizer)} tokens and ends by "
+                      f"{tokenizer.eos_token_id}; the model has {config.vocab_size} and ends by "
+                      f"{eos_ids}")
     if not tokenizer.chat_template:
-        raise Mistake(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+        raise Mistake(f"{folder} has no chat template (chat_template.jinja, or in "
+                      "tokenizer_config.json)")
     return tokenizer
 
 
 def end_of_turn(folder: Path, tokenizer, eos_ids: tuple[int, ...]) -> int:
-    """Returns the token that ends a turn of the model, and so ends y: what the chat template writes behind
-    an answer, whatever the order of eos_ids. Raises Mistake if the template leaves out the picture, the
-    question or the answer, ends by a token that does not end sampling, or begins the thought for the
-    model."""
+    """Returns the token that ends a turn of the model, and so ends y: what the chat template writes
+    behind an answer, whatever the order of eos_ids. Raises Mistake if the template leaves out the
+    picture, the question or the answer, ends by a token that does not end sampling, or begins the
+    thought for the model."""
     question = {"role": "user",
                 "content": [{"type": "image"}, {"type": "text", "text": "A question"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "An answer"}]}
-    template = f"{folder}: its chat template"
+    template, write = f"{folder}: its chat template", tokenizer.apply_chat_template
     try:
-        asked = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+        asked = write([question], tokenize=False, add_generation_prompt=True)
+        answered = write([question, answer], tokenize=False)
     except Exception as error:
-        raise Mistake(f"{template} cannot write a question about a picture ({type(error).__name__}: "
-                      f"{str(error)[:200]}); take the one of Qwen2.5-VL") from None
+        raise Mistake(f"{template} cannot write a question about a picture "
+                      f"({type(error).__name__}: {str(error)[:200]}); take the one of Qwen2.5-VL"
+                      ) from None
     image = f"<|vision_start|>{IMAGE_PLACEHOLDER}<|vision_end|>"
     if asked.count(image) != 1 or asked.count("A question") != 1 or "'type'" in asked:
-        raise Mistake(f"{template} makes {asked[:200]!r} of a question about a picture, without one {image} "
-                      "and the question; is it for text only? Take the one of Qwen2.5-VL")
+        raise Mistake(f"{template} makes {asked[:200]!r} of a question about a picture, without "
+                      f"one {image} and the question; is it for text only? Take the one of "
+                      "Qwen2.5-VL")
     if "<think>" in (behind := asked.partition("A question")[2]):
-        raise Mistake(f"{template} opens the thought itself, by {behind[-60:]!r} behind the question: the "
-                      "thinking reward would be 0 for every answer, and y trained inside a thought; take the "
-                      "Instruct model, or remove <think> from the template")
+        raise Mistake(f"{template} opens the thought itself, by {behind[-60:]!r} behind the "
+                      "question: the thinking reward would be 0 for every answer, and y trained "
+                      "inside a thought; take the Instruct model, or remove <think> from the "
+                      "template")
     ends = tokenizer(answered.rpartition("An answer")[2], add_special_tokens=False).input_ids
     if not ends or ends[0] not in eos_ids:
-        raise Mistake(f"{template} ends an answer by {tokenizer.decode(ends[:1])!r}, which is not among the "
-                      f"tokens {eos_ids} that end a response (eos_token_id in generation_config.json)")
+        raise Mistake(f"{template} ends an answer by {tokenizer.decode(ends[:1])!r}, which is not "
+                      f"among the tokens {eos_ids} that end a response (eos_token_id in "
+                      "generation_config.json)")
     return ends[0]

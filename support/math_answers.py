@@ -1,5 +1,5 @@
-"""Whether two answers to a question of mathematics say the same: letters of choices, words, numbers with
-units; all else by value (support/verify_math.py)."""
+"""Whether two answers to a question of mathematics say the same: letters of choices, words, numbers
+with units; all else by value (support/verify_math.py)."""
 import functools
 import re
 import unicodedata
@@ -12,9 +12,9 @@ RAISED, LOWERED, PARTS = "[⁰¹²³⁴-⁹⁺⁻]+", "[₀-₉]+", "[¼-¾⅐-�
 
 
 def plain_value(text: str) -> str:
-    r"""Returns a math answer without what says nothing of its value: blanks, a final full stop, a leading
-    \approx, a degree sign at the end, \text{…} around it. Raised, full-width and other alphabets' digits
-    become 0 … 9.
+    r"""Returns a math answer without what says nothing of its value: blanks, a final full stop, a
+    leading \approx, a degree sign at the end, \text{…} around it. Raised, full-width and other
+    alphabets' digits become 0 … 9.
 
     >>> tuple(map(plain_value, ("41.2.", "8.4°", r"\approx 4.81", r"\text{ Yes }")))
     ('41.2', '8.4', '4.81', 'Yes')
@@ -33,8 +33,8 @@ def plain_value(text: str) -> str:
 
 
 def letter_of(text: str) -> int | None:
-    r"""Returns the number, from 0, of the choice whose letter a text names, or None: B, (B), B., B: or
-    "B. 4 cm", in LaTeX too (\text{B}, \textbf{(B)}, $B$).
+    r"""Returns the number, from 0, of the choice whose letter a text names, or None: B, (B), B., B:
+    or "B. 4 cm", in LaTeX too (\text{B}, \textbf{(B)}, $B$).
 
     >>> letter_of("B"), letter_of(r"\textbf{(c)} 4 cm"), letter_of("Bees")
     (1, 2, None)
@@ -58,15 +58,16 @@ UNITS = {name: names.split()[0] for names in (
 
 
 def unit_name(word: str) -> str:
-    """Returns one name for all spellings of a unit. A single letter keeps its case, as a variable does."""
+    """Returns one name for all spellings of a unit. A single letter keeps its case, as a variable
+    does."""
     name = word.casefold() if len(word) > 2 or word.casefold() in UNITS and len(word) == 2 else word
     one = name.removesuffix("s") if len(name) > 2 else name
     return UNITS.get(name) or UNITS.get(one, one)
 
 
 def quantity(text: str) -> tuple[str, str] | None:
-    """Returns the value and the unit of a number with letters behind it, or None. Letters that may be a
-    product of variables are sorted.
+    """Returns the value and the unit of a number with letters behind it, or None. Letters that may
+    be a product of variables are sorted.
 
     >>> quantity("7:30 p.m."), quantity("2 cm^2"), quantity("3yx"), quantity("2+3i")
     (('7:30', 'pm'), ('2', 'sqcm'), ('3', 'xy'), None)
@@ -108,7 +109,8 @@ def is_words(text: str) -> bool:
 
 
 def in_line(text: str) -> str:
-    r"""Returns a text without LaTeX's wrappings, the digits of chemistry in line: \text{H}_2O is H2O."""
+    r"""Returns a text without LaTeX's wrappings, the digits of chemistry in line: \text{H}_2O is
+    H2O."""
     text = re.sub(r"\\([$&%#])", r"\1", re.sub(r"\^\{?\\circ\}?", "°", text))
     text = re.sub(r"([A-Z][a-z]?\}?)_(?:(\d+)|\{(\d+)\})", r"\1\2\3", text)
     text = re.sub(r"\\[ ,;:!]|\\q?quad|~", " ", re.sub(WRAPPED, r"\1", text))
@@ -116,8 +118,8 @@ def in_line(text: str) -> str:
 
 
 def math_equal(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
-    """Tells whether two answers are the same text or the same value. With choices, a letter stands for
-    its text (`letter_of`). Words are compared as words (`is_words`), up to case; numbers with
+    """Tells whether two answers are the same text or the same value. With choices, a letter stands
+    for its text (`letter_of`). Words are compared as words (`is_words`), up to case; numbers with
     something behind them by the number and by what that is (`quantity`; if only one answer has a
     unit, it does not count); all else by value, as LaTeX. To LaTeX words are products of their
     letters, which commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here). Lists

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 
 import rewards
-from rewards import (TASKS, Reward, accuracy, anls, chart_reward, document_reward, edit_distance, grounding_reward,
-                     label_reward, label_text, math_reward, non_repeat, read_label, relaxed_match, score, smooth,
-                     user_text, vqa_reward)
+from rewards import (TASKS, Reward, accuracy, chart_reward, document_reward, grounding_reward, label_reward, label_text,
+                     math_reward, non_repeat, read_label, score, smooth, user_text, vqa_reward)
 from support import answers, cells, files, math_answers, verify_math
-from support.answers import answer_text, boxed, has_thinking_format, parse_boxes, parse_points, trailing_text
+from support.answers import (anls, answer_text, boxed, edit_distance, has_thinking_format, parse_boxes, parse_points,
+                             relaxed_match, trailing_text)
 from support.boxes import iou_matrix
 from support.math_answers import math_equal
 from support.mistakes import Mistake
@@ -898,7 +898,7 @@ def test_control_1_leaves_short_answers_alone():
 def test_control_2_pays_y_no_thinking(task, style, stored):
     for thought in ("", "Hm"):  # even a label that does think
         y = label_text(task, stored, style, thought)
-        on, off = label_reward(task, y, stored), label_reward(task, y, stored, no_thinking_reward=False)
+        on, off = label_reward(task, y, stored), label_reward(task, y, stored, pays_thinking=True)
         assert (on.total, on.terms["thinking"], off.total, off.terms["thinking"]) == (6, 0, 7, 1)
         rest = {"answer_format": 2, "accuracy": 3, "non_repeat": 1}
         assert rest.items() <= on.terms.items() and rest.items() <= off.terms.items() and on.error is off.error is None
@@ -907,12 +907,12 @@ def test_control_2_pays_y_no_thinking(task, style, stored):
 def test_control_2_does_not_concern_tasks_without_thinking():
     for task, stored in (("vqa", "Paris"), ("math", r"\frac{1}{2}"), ("math", "12")):
         y = label_text(task, stored, "spaced")
-        assert label_reward(task, y, stored) == label_reward(task, y, stored, False) == TASKS[task].reward(y, stored)
+        assert label_reward(task, y, stored) == label_reward(task, y, stored, True) == TASKS[task].reward(y, stored)
         assert label_reward(task, y, stored).terms == {"accuracy": 1.0}
 
 
 def test_control_2_keeps_the_error():
-    reward = label_reward("grounding", "<answer>?</answer>", "[]", no_thinking_reward=False)
+    reward = label_reward("grounding", "<answer>?</answer>", "[]", pays_thinking=True)
     assert (reward.error, reward.total) == ("bad_json", 2)
 
 
