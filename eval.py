@@ -40,11 +40,11 @@ from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinki
                              parse_json, parse_points, trailing_text)
 from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
                            targets_found)
+from support.equip import equip
 from support.files import as_json, read_lines, read_record, replace_file, writing
 from support.images import open_image, picture_file
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
-from support.onednn import use_onednn
 from support.options import option, parse
 from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
@@ -551,8 +551,7 @@ def main() -> None:
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
     model = Qwen2_5_VL.from_pretrained(cfg.model, getattr(torch, cfg.precision), device)
-    if cfg.onednn:
-        use_onednn(model)
+    equip(model, cfg.onednn)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)
     elif rank == 0:

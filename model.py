@@ -20,6 +20,7 @@ Departures from it. In float32 none changes a number by more than rounding.
     4. Image and video placeholder tokens have probability 0, in sampling and in scoring alike (`banned`).
     5. The decoder's rotary embedding stays float32 where weights are bfloat16; there cos and sin are rounded first. So
        bfloat16 log-probs are not the published ones, but as near to float32's as those are.
+Put on a loaded model from outside, by support/equip.py: faster products on a CPU, frozen parts, LoRA's adapters.
 Does not include: video, sliding-window attention, dropout, quantisation.
 """
 import functools

@@ -36,11 +36,11 @@ from model import Qwen2_5_VL
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
 from rollout import decode_one_token, generate
 from support.checkpoints import load_optimizer, newest_checkpoint
+from support.equip import equip
 from support.graphs import GraphedStep
 from support.log import Meter, measure_groups, memory_line
-from support.lora import PARTS, add_lora, freeze, load_adapter, merge_after
+from support.lora import PARTS, merge_after
 from support.mistakes import Mistake, Stopped, run_main
-from support.onednn import use_onednn
 from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
@@ -500,14 +500,7 @@ def make_models(cfg: Config, checkpoint: Path | None, base: str, device
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
     model = Qwen2_5_VL.from_pretrained(begins, dtype, device, cfg.random_weights and not checkpoint)
-    if cfg.onednn:
-        use_onednn(model)
-    freeze(model, cfg.freeze)
-    if cfg.lora_rank:
-        of = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
-        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, of, base)
-        if checkpoint:
-            load_adapter(model, checkpoint)
+    equip(model, cfg.onednn, cfg, base, checkpoint)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     if not cfg.kl:

@@ -44,6 +44,7 @@ import train  # noqa: E402
 from train import PRESETS, Config as Options  # noqa: E402
 from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
 from model import Config, Qwen2_5_VL  # noqa: E402
+from support.equip import equip  # noqa: E402
 from support.graphs import GraphedStep  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import leave_ranks, start_ranks  # noqa: E402
@@ -170,7 +171,7 @@ def make_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype
         torch.set_default_dtype(torch.float32)
         model.to(device).folder = folder
     model.eos_ids = (-1,)
-    return onednn.use_onednn(model)
+    return equip(model, onednn=True)
 
 
 def make_prompts(folder: Path, count: int, pixels: int, words: int) -> list[Prompt]:
@@ -427,7 +428,7 @@ def clocked(seconds: dict, places: list[tuple[object, str, str]]):
 def parts(table: Table, steps: int) -> None:
     """The default job's step. Model code: what runs inside Qwen2_5_VL, its backward, and the optimizer."""
     options = Options()
-    model = onednn.use_onednn(Qwen2_5_VL.from_pretrained(TINY))
+    model = equip(Qwen2_5_VL.from_pretrained(TINY), onednn=True)
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(options, model)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}

@@ -1,13 +1,15 @@
-"""LoRA (arXiv 2106.09685): W + (α/r)·B·A in the place of W, where only A and B learn. It is put on a loaded model from
-outside.
+"""LoRA (arXiv 2106.09685): W + (α/r)·B·A instead of W, where only A and B learn. It is put on a
+loaded model from outside (support/equip.py).
 
-A layer holds the sum, in the type of the weights. So what samples, what is scored and what a merged folder holds are
-the same numbers, and the gap between the log-probs of sampling and of training is what it is without LoRA. The base
-waits in the host's memory, and the sum is made anew after every optimizer step. With y = x·Wᵀ, s = α/r and g = ∂L/∂y
-the gradients are ∂L/∂B = s·gᵀ·(x·Aᵀ) and ∂L/∂A = s·(g·B)ᵀ·x: no matrix of the size of W is needed. A and B are float32.
+A layer holds the sum, in the type of the weights. So sampling, scoring and a merged folder use the
+same numbers, and the log-probs of sampling and of training are no further apart than without LoRA.
+The base waits in the host's memory, and the sum is made anew after every optimizer step.
 
-A checkpoint is an adapter in the layout of PEFT, which `peft` opens, with the tokenizer and the config of its base.
-experiments/merge.py makes a whole model of it.
+With y = x·Wᵀ, s = α/r and g = ∂L/∂y the gradients are ∂L/∂B = s·gᵀ·(x·Aᵀ) and ∂L/∂A = s·(g·B)ᵀ·x:
+no matrix of the size of W is needed. A and B are float32.
+
+A checkpoint is an adapter in the layout of PEFT, which `peft` opens, with the tokenizer and the
+config of its base. experiments/merge.py makes a whole model of it.
 """
 import math
 import re
@@ -30,8 +32,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Gradient(torch.autograd.Function):
-    """y, which was made with the sum W + s·B·A, goes through as it is; on its way back its gradient goes to A and B.
-    y [..., N], x [..., K], A [r, K], B [N, r]."""
+    """Returns y, which was made with the sum W + s·B·A. In backward its gradient goes to A and B
+    as well. y [..., N], x [..., K], A [r, K], B [N, r]."""
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         ctx.save_for_backward(x, A, B)
@@ -48,7 +50,8 @@ class Gradient(torch.autograd.Function):
 
 
 class LowRank(nn.Module):
-    """What a Linear becomes, before the class that it is. weight: the sum; base: W, in the host's memory."""
+    """Mix-in for a Linear with an adapter; comes before the layer's own class. weight: the sum;
+    base: W, in the host's memory."""
     weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -73,8 +76,8 @@ def merged(base: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
 
 
 def freeze(model: nn.Module, parts: str) -> None:
-    """parts: names of PARTS, with commas between. Their parameters learn nothing, and the optimizer does not see them.
-    Mistake: no such part, or nothing is left that learns."""
+    """Lets the parameters of `parts` learn nothing; the optimizer does not see them. parts: names
+    of PARTS, with commas between. Raises Mistake if there is no such part, or nothing learns."""
     wanted = [part for part in parts.split(",") if part]
     if unknown := [part for part in wanted if part not in PARTS]:
         raise Mistake(f"--freeze {parts}: there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
@@ -86,10 +89,12 @@ def freeze(model: nn.Module, parts: str) -> None:
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str, digest: str = "") -> None:
-    """Freezes the model, and gives an adapter to each of its Linears that was not frozen before and whose name
-    `targets`, a regular expression, matches at its beginning. A is drawn from torch's global generator as PEFT draws
-    it, B is 0. of: the model by its path or hub id; digest: weights.model_digest of it. Raises Mistake if no name
-    matches."""
+    """Freezes the model, and gives an adapter to each Linear that was not frozen before and whose
+    name begins with a match of `targets`, a regular expression. A is drawn from torch's global
+    generator as PEFT draws it; B is 0.
+
+    of: the model by its path or hub id. digest: weights.model_digest of it. Raises Mistake if no
+    name matches."""
     try:
         chosen = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
                   and name != "lm_head" and re.match(targets, name) and layer.weight.requires_grad]
@@ -118,7 +123,7 @@ def adapters(model: nn.Module) -> dict[str, LowRank]:
 
 
 def merge_after(optimizer, model: nn.Module) -> None:
-    """The layers hold the new sums as soon as the optimizer has made a step."""
+    """Makes the layers hold the new sums as soon as the optimizer has made a step."""
     if layers := adapters(model).values():
         optimizer.register_step_post_hook(lambda *_: [layer.merge() for layer in layers])
 
@@ -192,7 +197,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Into the weights of a plain model, its base. Mistake: it is another's."""
+    """Adds the adapter to the weights of a plain model. Raises Mistake if it is another's."""
     layers = dict(model.named_modules())
     for name, (A, B) in adapter.matrices.items():
         weight = layers[name].weight if isinstance(layers.get(name), nn.Linear) else None
@@ -204,7 +209,8 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Into a model that has adapters, to go on learning. Mistake: it has others."""
+    """Loads A and B into a model that has adapters, to go on learning. Raises Mistake if it has
+    other ones."""
     layers, adapter = adapters(model), read_adapter(folder)
     for name in layers.keys() | adapter.matrices.keys():
         shapes = [p.shape for p in (layers[name].lora_A, layers[name].lora_B)] if name in layers else None

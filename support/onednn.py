@@ -1,7 +1,8 @@
-"""Large float32 matrix products on a CPU through oneDNN: the same numbers up to rounding, up to twice as fast.
+"""Large float32 matrix products on a CPU through oneDNN: equal up to rounding, up to twice as fast.
 
-PyTorch computes them by MKL. On AMD's cores MKL reaches about half of the speed of oneDNN, which runs AVX-512 there
-(experiments/bench.py, "oneDNN / MKL"; other makers' cores were not measured). Everything else is nn.Linear.
+PyTorch computes them by MKL. On AMD's cores MKL reaches about half of the speed of oneDNN, which
+runs AVX-512 there (experiments/bench.py, "oneDNN / MKL"; other makers' cores were not measured).
+Everything else is nn.Linear.
 """
 import contextlib
 import ctypes
@@ -22,12 +23,13 @@ def has_onednn(weight: Tensor) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear without gradient, by the operator of torch.compile; the public way, Tensor.to_mkldnn, copies every x."""
+    """Computes F.linear without gradient, by the operator of torch.compile. The public way,
+    Tensor.to_mkldnn, copies every x."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """x [..., K], weight [N, K], bias [N] or None → x·Wᵀ + b [..., N]."""
+    """Returns x·Wᵀ + b [..., N]. x [..., K], weight [N, K], bias [N] or None."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -44,7 +46,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by oneDNN where that is faster. Layers become such by `use_onednn`."""
+    """nn.Linear, by oneDNN where that is faster (`use_onednn`)."""
     packed: Tensor | None = None    # the weights in oneDNN's own order, within `packed_weights`
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,10 +58,10 @@ class Linear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """Every nn.Linear of a loaded model becomes a Linear: the class changes, names and weights stay. To be called
-    before the first product: oneDNN keeps what it built for each of the last 1,024 shapes, and rows have another length
-    every time, so that resident memory climbs by gigabytes. With few kept, and give_memory_back after every step, it
-    stays flat."""
+    """Makes a Linear of every nn.Linear of a loaded model (support/equip.py). Call it before the
+    first product: oneDNN keeps what it built for each of the last 1,024 shapes. Rows differ in
+    length every time, so resident memory would climb by gigabytes. With few kept, and
+    give_memory_back after every step, it stays flat."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
     for layer in model.modules():
@@ -70,8 +72,9 @@ def use_onednn(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def packed_weights(model: nn.Module):
-    """Within, for sampling: a second copy of the weights, in oneDNN's own order. For the few tokens of a decoding step,
-    bringing them into that order takes as long as the product. Of a model with large matrices all, of others none."""
+    """Holds a second copy of the weights while sampling, in oneDNN's own order. For the few tokens
+    of a decoding step, bringing them into that order takes as long as the product. All layers are
+    packed if the model has large matrices, otherwise none."""
     layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
     if not any(layer.weight.numel() > PACKED_FROM and has_onednn(layer.weight) for layer in layers):
         layers = []
@@ -85,6 +88,6 @@ def packed_weights(model: nn.Module):
 
 
 def give_memory_back() -> None:
-    """Pages that glibc holds for allocations to come; other C libraries have no malloc_trim."""
+    """Frees the pages that glibc keeps for later. Other C libraries have no malloc_trim."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -17,10 +17,11 @@ from experiments import merge
 from model import Qwen2_5_VL
 from rollout import generate, prefill
 from support.checkpoints import digest_of
+from support.equip import equip
 from support.files import digest
-from support.lora import CONFIG, WEIGHTS, add_lora, adapters, freeze, load_adapter, merge_after
+from support.lora import CONFIG, WEIGHTS, LowRank, add_lora, adapters, freeze, load_adapter, merge_after
 from support.mistakes import Mistake
-from support.onednn import use_onednn
+from support.onednn import Linear, use_onednn
 from support.optimizers import learn
 from support.sources import Scenes
 
@@ -260,6 +261,21 @@ def test_what_is_frozen(parts, left):
     for wrong, said in (("towr", "there is no part 'towr'"), ("tower,merger,decoder,embeddings", "leaves nothing")):
         with pytest.raises(Mistake, match=said):
             freeze(frozen, wrong)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_is_put_on_a_model(fast):
+    """Adapters lie over oneDNN's products; an evaluation gets these alone, and all of it learns."""
+    layer = Linear if fast else torch.nn.Linear
+    cfg = train.Config(freeze="tower", lora_rank=2, lora_targets=EVERYTHING)
+    model, evaluated = equip(tiny(), fast, cfg, "abc"), equip(tiny(), fast)
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear):
+            adapted = name.startswith(("model.layers", "visual.merger"))
+            assert type(part).__mro__[:3] == (type(part), LowRank, layer) if adapted else type(part) is layer
+            assert not adapted or (part.digest, len(part.lora_A)) == ("abc", 2)
+            assert type(evaluated.get_submodule(name)) is layer
+    assert all(p.requires_grad for p in evaluated.parameters()) and torch.equal(logp(model), logp(evaluated))
 
 
 def test_targets_that_match_nothing():

@@ -1,0 +1,31 @@
+"""What is put on a loaded model from outside, so that model.py need not know of it."""
+from pathlib import Path
+
+from torch import nn
+
+from support.lora import add_lora, freeze, load_adapter
+from support.onednn import use_onednn
+
+
+def equip(model: nn.Module, onednn: bool, cfg=None, digest: str = "", adapter: Path | None = None
+          ) -> nn.Module:
+    """Returns the model with what was asked for. Its layers change their classes in place; their
+    names and weights stay. In this order:
+
+    onednn    large products on a CPU go by oneDNN (support/onednn.py)
+    cfg       a training's options. --freeze: parts that learn nothing. --lora-rank: adapters, which
+              alone learn then, drawn from torch's global generator (support/lora.py)
+
+    digest: weights.model_digest of the model. adapter: a checkpoint whose adapter goes on learning.
+    Raises Mistake if an option does not fit the model.
+    """
+    if onednn:
+        use_onednn(model)
+    if cfg is not None:
+        freeze(model, cfg.freeze)
+        if cfg.lora_rank:
+            of = str(Path(cfg.model).resolve()) if Path(cfg.model).is_dir() else cfg.model
+            add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, of, digest)
+            if adapter:
+                load_adapter(model, adapter)
+    return model
