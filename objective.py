@@ -31,23 +31,36 @@ from torch import Tensor
 TIED = 1e-6  # a group with a smaller std says nothing about which response is better
 
 
-def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sampled_logp: Tensor, entropy: Tensor,
-         advantage: Tensor, reward: Tensor, segment: Tensor, is_y: Tensor, weight: Tensor, denominator: int
-         ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What is minimised, summed over the rows given, and what is logged of it. A new term is a line here.
+def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sampled_logp: Tensor,
+         entropy: Tensor, advantage: Tensor, reward: Tensor, length: Tensor, truncated: Tensor, is_y: Tensor,
+         group: Tensor, segment: Tensor, weight: Tensor, denominator: int, tokens: int, responses: int,
+         step: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns what is minimised, summed over the rows given, and what is logged of it. A new term is
+    a line here. No term uses reward, length, truncated, group, tokens, responses, step and steps yet.
 
     cfg            the options of train.py
-    logp, entropy  log π of each token, and the entropy of the distribution it was taken from, both with a gradient
-    old_logp       under the policy that sampled, with y too; with one inner epoch logp itself, detached (ρ ≡ 1)
+    logp, entropy  log π of each token, and the entropy of the distribution it was taken from, both
+                   with a gradient
+    old_logp       under the policy that sampled, with y too; with one inner epoch logp, detached (ρ ≡ 1)
     ref_logp       under the frozen initial model; None without --kl
     sampled_logp   of the rollouts, as recorded while sampling; NaN for y
-    advantage, reward   Â and r (after the controls) of the response that a token belongs to
-    segment        0 prompt, 1, 2, … the responses of a row, −1 padding; is_y: whether the response is y
-    weight, denominator   the length normalisation: a token counts weight / denominator (`token_weight`, `divisor`)
-    All are [B, T], and weigh 0 outside the responses. The losses of all micro-batches and ranks add up to the batch's.
+    advantage, reward, length, truncated, is_y    of the response that a token belongs to: Â; r after
+                   the controls; its number of tokens; whether --max-new-tokens cut it off; whether it is y
+    group          the number of its group, another in every step: the place of the prompt in the
+                   endless sequence of examples. A group may be split over several rows
+    segment        0 prompt, 1, 2, … the responses of a row, −1 padding
+    weight, denominator    the length normalisation: a token counts weight / denominator
+                   (`token_weight`, `divisor`); the weight is 0 outside the responses
+    tokens, responses      how many there are in the batch of this step, of all ranks
+    step, steps    how many steps came before this one; how many there are
+    Tensors are [B, T]. The losses of all micro-batches and ranks add up to the batch's, so no term may
+    mix rows: neither compare tokens of several rows, nor divide by what it finds in them. One that
+    does must say so. The tests find it out (-k split, in tests/test_objective.py).
 
-    Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of all elements is
-    taken. A name that is new here reaches metrics.jsonl and curves.png by itself.
+    Responses without any gradient are left out of the rows; support/probe.py finds them by trying this.
+
+    Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of
+    all elements is taken. A name that is new here reaches metrics.jsonl and curves.png by itself.
     """
     method, weight_y = METHODS[cfg.method], advantage
     gain, cut = clipped_surrogate(logp, old_logp, advantage, cfg.clip, cfg.clip_high or cfg.clip)
@@ -69,27 +82,6 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
                        "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
                        "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
     return -(weight * gain).sum() / denominator, logged
-
-
-def trained_on(cfg, advantage: Tensor, reward: Tensor, is_y: Tensor) -> tuple[Tensor, bool]:
-    """Which responses `loss` trains on, and whether it needs the gradient of the entropy: found out by trying it. Each
-    response stands for one token, at log-probs from near 0 to −30, ratios from e⁻² to e² and entropies from 0 to 10;
-    where the gradient is exactly 0 at all of them the response is left out of the rows. With the surrogate alone that
-    is where Â = 0: y once it is smoothed, and all of a tied group. Any term that moves them keeps them.
-
-    advantage, reward, is_y [N] of N responses → bool [N], bool.
-    """
-    K, N = 5 * 5 * 3, len(advantage)
-    logp, change, entropy = torch.cartesian_prod(
-        torch.tensor([-1e-3, -0.1, -1.0, -5.0, -30.0]), torch.tensor([0.0, 0.1, -0.1, 2.0, -2.0]),
-        torch.tensor([1e-3, 1.0, 10.0])).to(advantage)[:, :, None].expand(K, 3, N).unbind(1)      # [K, N] each
-    logp, entropy = logp.clone().requires_grad_(), entropy.clone().requires_grad_()
-    old_logp = (logp - change).detach()
-    row = {"segment": torch.arange(1, N + 1), "advantage": advantage, "reward": reward, "is_y": is_y}
-    total, _ = loss(cfg, logp=logp, old_logp=old_logp, ref_logp=old_logp, sampled_logp=old_logp, entropy=entropy,
-                    weight=torch.ones_like(logp), denominator=1, **{name: x.expand(K, N) for name, x in row.items()})
-    by_logp, by_entropy = torch.autograd.grad(total, (logp, entropy), allow_unused=True, materialize_grads=True)
-    return ((by_logp != 0) | (by_entropy != 0)).any(0), bool((by_entropy != 0).any())
 
 
 def group_advantages(r: Tensor, std: str = "sample") -> Tensor:

@@ -125,11 +125,16 @@ def smooth(r_y: float, r_o: list[float]) -> tuple[float, bool]:
     return (math.fsum(r_o) / len(r_o), True) if max(r_o) >= r_y else (r_y, False)
 
 
-def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str],
-                 side: int | None = None) -> tuple[list[Reward], list[float], bool]:
+def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str], side: int | None = None,
+                 *, length_y: int, lengths: list[int], truncated: list[bool], group: int, step: int,
+                 steps: int) -> tuple[list[Reward], list[float], bool]:
     """Section 3.4 on one group: returns the reward of each response, as terms and as the number r
     that is normalised, y first unless it is None; and whether y was smoothed. cfg: the options of
-    train.py. side: as in reward_in."""
+    train.py. side: as in reward_in.
+
+    No term uses the rest yet: the tokens of y; the tokens of each rollout, and whether
+    --max-new-tokens cut it off; the number of the group; the step, from 0, and the number of steps
+    (objective.loss)."""
     rewards = [score(task, o, answer, side) for o in rollouts]
     r = [reward.total for reward in rewards]
     if y is None:

@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from support.mistakes import Mistake, Stopped, run_main
 from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
+from support.probe import trained_on
 from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
 from support.run import Run, begin_or_resume, check_same
 from support.runs import saved_options
@@ -220,6 +222,7 @@ class Group:
     prompt: Prompt
     responses: list[Response]
     smoothed: bool = False
+    number: int = 0         # its place in the endless sequence of examples
 
     @property
     def rollouts(self) -> list[Response]:
@@ -242,7 +245,7 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
 
 
 def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int,
-                stop: Sequence = ()) -> list[Group]:
+                stop: Sequence = (), step: int = 0) -> list[Group]:
     """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
     place of the first prompt in the endless sequence of examples. Stopped: as soon as `stop` is not empty."""
     method = objective.METHODS[cfg.method]
@@ -266,20 +269,29 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
             responses = [Response(ids, is_y=True), *responses]
         if not method.rollouts:         # nothing to compare y with: it is not rewarded
             responses[0].advantage = float(method.advantages(cfg, torch.zeros(1)))
-            groups.append(Group(prompt, responses[:1]))
+            groups.append(Group(prompt, responses[:1], number=place))
             continue
-        rewards, r, smoothed = reward_group(controls, prompt.example.task, prompt.answer, y, rollouts)
+        rewards, r, smoothed = reward_group(
+            controls, prompt.example.task, prompt.answer, y, rollouts, prompt.side, group=place,
+            step=step, steps=cfg.steps, length_y=len(responses[0].tokens) if method.y else 0,
+            lengths=[len(o.tokens) for o in responses if not o.is_y],
+            truncated=[o.truncated for o in responses if not o.is_y])
         advantage = method.advantages(cfg, torch.tensor(r, dtype=torch.float64)).tolist()
         if smoothed:
             advantage[0] = 0.0        # it is the mean: what else comes out is rounding
         for response, *values in zip(responses, rewards, r, advantage, strict=True):
             response.reward, response.r, response.advantage = values
-        groups.append(Group(prompt, responses, smoothed))
+        groups.append(Group(prompt, responses, smoothed, place))
     return groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The update
+
+# What `objective.loss` takes by name and is one number of a response.
+OF_RESPONSE = {"advantage": lambda o: o.advantage, "reward": lambda o: o.r, "is_y": lambda o: o.is_y,
+               "length": lambda o: len(o.tokens), "truncated": lambda o: o.truncated}
+
 
 @dataclass
 class MicroBatch:
@@ -289,51 +301,58 @@ class MicroBatch:
     ref_logp: Tensor | None = None      # None without --kl
 
 
-def micro_batch(cfg: Config, rows: list[Row], device, idle: bool) -> MicroBatch:
-    """Returns the rows as tensors. idle: they only take part, and weigh nothing."""
+def micro_batch(cfg: Config, numbered: list[tuple[int, Row]], device, idle: bool) -> MicroBatch:
+    """Returns rows as tensors. numbered: each with the number of its group. idle: they only take
+    part, and weigh nothing."""
+    numbers, rows = zip(*numbered)
     batch = collate(rows, device)
     segment = batch.segment
 
-    def at_tokens(name: str) -> Tensor:
+    def at_tokens(value) -> Tensor:
         """Returns a number of each response at each of its tokens; 0 in the prompt and in padding."""
-        of_row = [torch.tensor([False, *(getattr(o, name) for o in row.responses)]) for row in rows]
+        of_row = [torch.tensor([False, *map(value, row.responses)]) for row in rows]
         return pad_sequence(of_row, batch_first=True).to(device).gather(1, segment.clamp(min=0))
     recorded = torch.tensor([x for row in rows for o in row.responses
                              for x in o.logp or [math.nan] * len(o.tokens)], device=device)
     return MicroBatch(batch, {
-        "advantage": at_tokens("advantage"), "reward": at_tokens("r"), "is_y": at_tokens("is_y"),
+        **{name: at_tokens(value) for name, value in OF_RESPONSE.items()},
+        "group": torch.tensor(numbers, device=device)[:, None].expand_as(segment),
         "sampled_logp": recorded.new_zeros(segment.shape).masked_scatter(segment > 0, recorded),
         "weight": objective.token_weight(segment, cfg.normaliser) * (not idle)})
 
 
-def pack(cfg: Config, groups: list[Group], device) -> tuple[list[MicroBatch], int, bool]:
-    """The responses that are trained on, as micro-batches of rows, as many on every rank and at least one; the
-    denominator of the loss, counted over all responses of all ranks; whether the loss needs the entropy's gradient.
-    Rows are sorted by length, so that little is padded."""
+def pack(cfg: Config, groups: list[Group], device, step: int = 0) -> tuple[list[MicroBatch], dict[str, int], bool]:
+    """Packs the responses that are trained on into micro-batches of rows: the same number on every
+    rank, and at least one. Returns them; what the loss takes of the whole batch, counted over all
+    responses of all ranks; whether the loss needs the entropy's gradient. Rows are sorted by length,
+    so that little is padded."""
     responses = [o for g in groups for o in g.responses]
-    tokens, count = add_over_ranks([sum(len(o.tokens) for o in responses), len(responses)], device)
-    kept, by_entropy = objective.trained_on(cfg, *(torch.tensor([getattr(o, name) for o in responses])
-                                                   for name in ("advantage", "r", "is_y")))
-    rows: list[Row] = []
+    tokens, count = map(int, add_over_ranks([sum(len(o.tokens) for o in responses), len(responses)], device))
+    of_batch = {"denominator": objective.divisor(tokens, count, cfg.normaliser), "tokens": tokens,
+                "responses": count, "step": step, "steps": cfg.steps}
+    known = {name: torch.tensor([value(o) for o in responses]) for name, value in OF_RESPONSE.items()}
+    known["group"] = torch.tensor([g.number for g in groups for _ in g.responses])
+    kept, by_entropy = trained_on(partial(objective.loss, cfg, **of_batch), known)
+    rows: list[tuple[int, Row]] = []
     for group, keep in zip(groups, kept.split([len(g.responses) for g in groups])):
         left = [o for o, moves in zip(group.responses, keep.tolist()) if moves]
-        rows += pack_group(group.prompt, left, cfg.max_row_tokens)
-    rows.sort(key=lambda row: len(row.tokens), reverse=True)
+        rows += [(group.number, row) for row in pack_group(group.prompt, left, cfg.max_row_tokens)]
+    rows.sort(key=lambda numbered: len(numbered[1].tokens), reverse=True)
     parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
-    # A rank with fewer rows than another takes part with one that weighs nothing: also in a step without any gradient.
-    idle = parts[0][:1] if parts else pack_group(groups[0].prompt, responses[:1])
+    # A rank that runs out of rows repeats one with weight 0, so that every rank joins every collective.
+    idle = parts[0][:1] if parts else [(groups[0].number, pack_group(groups[0].prompt, responses[:1])[0])]
     most = max(1, *gather_json(len(parts), device))
     made = [micro_batch(cfg, parts[i] if i < len(parts) else idle, device, i >= len(parts)) for i in range(most)]
-    return made, objective.divisor(int(tokens), int(count), cfg.normaliser), by_entropy
+    return made, of_batch, by_entropy
 
 
 def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
-           groups: list[Group], meter: Meter, stop: Sequence = ()) -> tuple[float, float, int]:
+           groups: list[Group], meter: Meter, stop: Sequence = (), step: int = 0) -> tuple[float, float, int]:
     """cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and row tokens trained on.
     A step whose loss or gradient is not finite changes nothing, on any rank. Stopped: as soon as `stop` is not empty
     on any rank and before the first optimizer step; nothing is changed then."""
     device = ddp.module.lm_head.weight.device
-    batches, denominator, by_entropy = pack(cfg, groups, device)
+    batches, of_batch, by_entropy = pack(cfg, groups, device, step)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
     for mb in batches:
         with torch.no_grad():
@@ -352,8 +371,7 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
                 logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
                 loss, logged = objective.loss(
                     cfg, logp=logp, old_logp=logp.detach() if mb.old_logp is None else mb.old_logp,
-                    ref_logp=mb.ref_logp, entropy=entropy, segment=mb.batch.segment,
-                    denominator=denominator, **mb.terms)
+                    ref_logp=mb.ref_logp, entropy=entropy, segment=mb.batch.segment, **mb.terms, **of_batch)
                 (loss * dist.get_world_size()).backward()
             loss_sum += float(loss.detach())
             if epoch == cfg.inner_epochs - 1:
@@ -421,10 +439,10 @@ def train_step(job: Job) -> dict:
     set_lr(cfg, job.optimizers, run.step)
     prompts = [job.processor.prompt(example) for example in take(job.source, places, cfg.seed)]
     with run.together("sampling"):      # sections 3.2 to 3.4: rollouts, rewards, Eq. 6 and 7
-        groups = make_groups(cfg, job.ddp.module, job.processor, prompts, places.start, run.signals)
+        groups = make_groups(cfg, job.ddp.module, job.processor, prompts, places.start, run.signals, run.step)
         measure_groups(groups, run.meter)
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, run.meter,
-                                run.signals)                # Eq. 8 and 9
+                                run.signals, run.step)      # Eq. 8 and 9
     return run.end_step(loss, norm, job.optimizers[0].param_groups[0]["lr"],
                         sum(len(o.tokens) for group in groups for o in group.rollouts), tokens,
                         [prompt.example.id for prompt in prompts], len(job.source.bad))

@@ -5,14 +5,17 @@ import math
 import random
 import runpy
 import sys
-import types
+from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
 
 import objective
-from objective import METHODS, clipped_surrogate, divisor, group_advantages, kl_k3, token_weight, trained_on
+from objective import METHODS, clipped_surrogate, divisor, group_advantages, kl_k3, token_weight
 from rewards import smooth
+from support.probe import trained_on
+from train import Config
 
 NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
 GROWTH = {"sample": lambda G: math.sqrt(G / (G - 1)), "population": lambda G: math.sqrt((G + 1) / G),
@@ -70,10 +73,18 @@ def toy_batch(logits, groups, T=0, pad_logp=-3.0):
     return torch.stack([logp for logp, _ in rows]), torch.stack([segment for _, segment in rows])
 
 
-def cfg(**options):
-    """The options that the loss reads."""
-    return types.SimpleNamespace(**{"method": "visurf", "label_weight": 0.1, "std": "sample", "clip": 0.2, "clip_high": 0.0,
-                                    "kl": 0.0, "entropy_bonus": 0.0} | options)
+def call_loss(logp, segment, options=None, loss=None, **given):
+    """objective.loss of rows whose response 1 is y, all in one batch at ρ = 1; `given` says what is otherwise."""
+    cfg, scored = Config(**options or {}), segment > 0
+    length = (segment[:, :, None] == segment[:, None, :]).sum(2) * scored
+    weight = token_weight(segment, cfg.normaliser)
+    tokens, responses = int(scored.sum()), int(segment.clamp(min=0).amax(1).sum())
+    zero = torch.zeros_like(logp)
+    return (loss or objective.loss)(cfg, **{
+        "logp": logp, "old_logp": logp.detach(), "ref_logp": logp.detach(), "sampled_logp": logp.detach(), "entropy": zero,
+        "advantage": zero, "reward": zero, "length": length, "truncated": zero > 0, "is_y": segment == 1, "segment": segment,
+        "group": torch.arange(len(logp))[:, None].expand_as(segment), "weight": weight, "tokens": tokens, "responses": responses,
+        "denominator": divisor(tokens, responses, cfg.normaliser), "step": 0, "steps": cfg.steps, **given})
 
 
 def per_token(advantage, segment):
@@ -82,11 +93,7 @@ def per_token(advantage, segment):
 
 
 def loss_of(logp, old_logp, advantage, segment, normaliser, N, **options):
-    """objective.loss of rows whose response 1 is y."""
-    value, _ = objective.loss(cfg(**options), logp=logp, old_logp=old_logp, ref_logp=old_logp, sampled_logp=old_logp,
-                              entropy=torch.zeros_like(logp), advantage=advantage, reward=advantage, segment=segment,
-                              is_y=segment == 1, weight=token_weight(segment, normaliser), denominator=N)
-    return value
+    return call_loss(logp, segment, {"normaliser": normaliser, **options}, old_logp=old_logp, advantage=advantage, denominator=N)[0]
 
 
 def count(groups, normaliser):
@@ -336,9 +343,8 @@ def test_k3_by_hand():
     expected = torch.tensor([1 - math.log(2), 0, math.log(2) - 0.5])
     close(kl_k3(logp, ref_logp), expected)
     logp, ref_logp, none = logp[None], ref_logp[None], torch.zeros(1, 3)
-    value, _ = objective.loss(  # without an advantage the loss is the KL alone
-        cfg(kl=0.5), logp=logp, old_logp=logp, ref_logp=ref_logp, sampled_logp=logp, entropy=none, advantage=none,
-        reward=none, segment=none + 1, is_y=none > 0, weight=torch.tensor([[1., 7., 0.5]]), denominator=4)
+    value, _ = call_loss(logp, none.long() + 1, {"kl": 0.5}, ref_logp=ref_logp, weight=torch.tensor([[1., 7., 0.5]]),
+                         denominator=4)         # without an advantage the loss is the KL alone
     close(value, 0.5 * (expected[0] + expected[2] / 2) / 4)
 
 
@@ -423,6 +429,107 @@ def test_order_of_the_responses_is_irrelevant(normaliser):
     close(group_advantages(r.flip(0)), group_advantages(r).flip(0))
 
 
+def probe(options, advantage, is_y, reward=None):
+    """Which responses, of four tokens each, are trained on with these options."""
+    fixed = {"tokens": 4 * len(is_y), "responses": len(is_y), "step": 0, "steps": 9}
+    number = torch.zeros(len(is_y), dtype=torch.long)
+    return trained_on(partial(objective.loss, Config(**options), **fixed), {
+        "advantage": advantage, "reward": advantage if reward is None else reward, "is_y": is_y, "length": number + 4,
+        "truncated": number > 0, "group": number})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No term may depend on how the batch is split over rows, micro-batches and ranks
+
+LENGTHS = [3, 1, 5, 2, 4, 2, 1, 6, 3, 3, 2, 5]      # three groups of four responses, y first
+SPLITS = {      # micro-batches of rows of responses
+    "one forward": [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]],
+    "a row each": [[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]],
+    "split groups": [[[0, 1], [8, 9, 10]], [[11], [4, 5, 6, 7], [2, 3]]],
+    "a response each": [[[s]] for s in range(12)]}
+
+
+def summed(loss, cfg, micro_batches):
+    """The loss of all responses, added up over micro-batches, its gradients for each token, and what it logs."""
+    generator = torch.Generator().manual_seed(0)
+    of_token = lambda: torch.randn(sum(LENGTHS) + 1, generator=generator, dtype=torch.float64)  # noqa: E731
+    logp, entropy = (-3 * of_token().abs()).requires_grad_(), of_token().abs().requires_grad_()
+    terms = {"old_logp": logp.detach() + 0.3 * of_token(), "ref_logp": logp.detach() + of_token(), "sampled_logp": logp.detach() + 0.3 * of_token()}
+    of_response = {"advantage": of_token()[:12], "reward": of_token()[:12], "is_y": torch.arange(12) % 4 == 0,
+                   "length": torch.tensor(LENGTHS), "truncated": torch.arange(12) % 5 == 1, "group": torch.arange(12) // 4}
+    terms["sampled_logp"][1:][of_response["is_y"].repeat_interleave(of_response["length"])] = math.nan
+    places = torch.arange(1, sum(LENGTHS) + 1).split(LENGTHS)       # place 0 is a prompt's or padding
+    total, logged = 0.0, {}
+    for rows in micro_batches:
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        segment = pad([torch.tensor([0, 0] + [n for n, s in enumerate(row, 1) for _ in range(LENGTHS[s])]) for row in rows], padding_value=-1)
+        place = pad([torch.cat([torch.zeros(2, dtype=torch.long), *(places[s] for s in row)]) for row in rows])
+        known = {name: pad([torch.cat((x.new_zeros(1), x[row])) for row in rows]).gather(1, segment.clamp(min=0))
+                 for name, x in of_response.items()}
+        known["group"] = torch.stack([of_response["group"][row[0]].expand(segment.shape[1]) for row in rows])
+        value, of_rows = loss(
+            cfg, logp=logp[place], entropy=entropy[place], segment=segment, weight=token_weight(segment, cfg.normaliser),
+            tokens=sum(LENGTHS), responses=12, denominator=divisor(sum(LENGTHS), 12, cfg.normaliser), step=2, steps=cfg.steps,
+            **known, **{name: x[place] for name, x in terms.items()})
+        total = total + value
+        for name, values in of_rows.items():
+            logged.setdefault(name, []).append(values.detach().double())
+    logged = {name: torch.stack(parts).sum() if parts[0].dim() == 0 else torch.cat([x.flatten() for x in parts]).sort().values
+              for name, parts in logged.items()}
+    gradients = torch.autograd.grad(total, (logp, entropy), allow_unused=True, materialize_grads=True)
+    return {"loss": total.detach(), "by logp": gradients[0], "by entropy": gradients[1], **logged}
+
+
+def check_splits(loss, cfg):
+    """Raises AssertionError if the sums depend on how the responses are split. A term that mixes rows does."""
+    whole = summed(loss, cfg, SPLITS["one forward"])
+    for way in SPLITS:
+        for name, value in summed(loss, cfg, SPLITS[way]).items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-9, atol=1e-9, msg=f"{name} differs: {way}")
+
+
+def other_values(f):
+    """Values of an option besides its default, so that a term which it switches on is tried."""
+    if f.metadata["choices"]:
+        return [choice for choice in f.metadata["choices"] if choice != f.default]
+    return [] if f.type is str else [not f.default] if f.type is bool else [f.default + (0.2 if f.type is float else 1)]
+
+
+@pytest.mark.parametrize("options", [{}, *({f.name: value} for f in fields(Config) for value in other_values(f))], ids=str)
+def test_the_loss_does_not_depend_on_the_split(options):
+    """With each option of train.py, one at a time: those that an edit adds, too."""
+    check_splits(objective.loss, Config(**options))
+
+
+def top_tokens(entropy, weight, segment, length, of):
+    """The tokens of the largest entropies: the top 20 % of a micro-batch, a row, or a response."""
+    among = (weight > 0)[:, None, :] & {"micro-batch": segment[:, None, :] > 0, "row": segment[:, None, :] > 0,
+                                        "response": segment[:, :, None] == segment[:, None, :]}[of]
+    if of == "micro-batch":
+        return entropy >= entropy[weight > 0].quantile(0.8)
+    return ((entropy[:, :, None] < entropy[:, None, :]) & among).sum(2) < 0.2 * among.sum(2)
+
+
+@pytest.mark.parametrize("of", ["micro-batch", "row", "response"])
+def test_a_term_that_mixes_rows_is_found(of):
+    def edited(cfg, **t):
+        keep = top_tokens(t["entropy"], t["weight"], t["segment"], t["length"], of)
+        return objective.loss(cfg, **{**t, "weight": t["weight"] * keep})
+    if of == "response":
+        return check_splits(edited, Config())
+    with pytest.raises(AssertionError, match="differs: a row each" if of == "micro-batch" else "differs: split groups"):
+        check_splits(edited, Config())
+
+
+@pytest.mark.parametrize("edit", [
+    lambda cfg, t: t["weight"] / t["weight"].sum(),                             # a mean over the micro-batch
+    lambda cfg, t: t["weight"] * (t["advantage"] - t["advantage"].mean()),      # a baseline of it
+    lambda cfg, t: t["weight"] / t["segment"].amax(1, keepdim=True)])           # over the responses of a row
+def test_other_terms_that_mix_rows_are_found(edit):
+    with pytest.raises(AssertionError, match="differs"):
+        check_splits(lambda cfg, **t: objective.loss(cfg, **{**t, "weight": edit(cfg, t)}), Config())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The rivals
 
@@ -440,9 +547,9 @@ FAILED, SOLVED = (torch.tensor(r, dtype=torch.float64) for r in ([6, 4, 2, 0], [
     ("sum", [0.1, 1, 0, -1], [0.1, 1, -1, 0])])
 def test_advantages_of_each_method_by_hand(method, failed, solved):
     for r, expected in ((FAILED, failed), (SOLVED, solved)):
-        close(METHODS[method].advantages(cfg(), r), expected)
-    assert METHODS["rlvr"].advantages(cfg(), SOLVED[1:]).tolist() == group_advantages(SOLVED[1:]).tolist()
-    assert METHODS["sft"].advantages(cfg(), SOLVED[:1]).tolist() == [1]
+        close(METHODS[method].advantages(Config(), r), expected)
+    assert METHODS["rlvr"].advantages(Config(), SOLVED[1:]).tolist() == group_advantages(SOLVED[1:]).tolist()
+    assert METHODS["sft"].advantages(Config(), SOLVED[:1]).tolist() == [1]
 
 
 @pytest.mark.parametrize("method", ["sft", "hpt", "sum", "luffy", "chord"])
@@ -463,7 +570,7 @@ def test_the_term_of_y_has_the_weight_of_the_table(method):
 def test_the_gradient_of_each_method_is_its_weights_on_separate_gradients(method, r):
     """Σ over tokens of (weight of the table) ∇log π, each token by its own autograd call; ρ = 1."""
     logits, prompt, responses = toy_logits(), [1, 2], [[3, 1], [0, 2, 4], [4], [2, 2]]
-    a = METHODS[method].advantages(cfg(), r)
+    a = METHODS[method].advantages(Config(), r)
     leaf = logits.clone().requires_grad_()
     logp, segment = toy_batch(leaf, [(prompt, responses)])
     loss = loss_of(logp, logp.detach(), per_token(a[None], segment), segment, "seq-sum", 4, method=method)
@@ -485,7 +592,7 @@ def test_the_gradient_of_each_method_is_its_weights_on_separate_gradients(method
     ("luffy", [1, 1, 1, 1], [1, 1, 1, 1])])
 def test_each_method_leaves_out_what_it_does_not_move(method, failed, solved):
     for r, expected in ((FAILED, failed), (SOLVED, solved)):
-        kept, _ = trained_on(cfg(method=method), METHODS[method].advantages(cfg(), r), r, torch.arange(4) == 0)
+        kept, _ = probe({"method": method}, METHODS[method].advantages(Config(), r), torch.arange(4) == 0)
         assert kept.int().tolist() == expected
 
 
@@ -499,21 +606,27 @@ ADVANTAGES = torch.tensor([0.0, 1.5, -0.5, 0.0, 1e-30, float("nan")])
     ({}, [0, 1, 1, 0, 1, 1], False), ({"clip": 0.0}, [0, 1, 1, 0, 1, 1], False), ({"kl": 1e-6}, [1] * 6, False),
     ({"entropy_bonus": 1e-6}, [1] * 6, True), ({"method": "sft"}, [0, 1, 1, 0, 1, 1], False), ({"method": "rlvr"}, [0, 1, 1, 0, 1, 1], False)])
 def test_what_is_left_out_follows_from_the_loss(options, kept, by_entropy):
-    found, needed = trained_on(cfg(**options), ADVANTAGES, torch.zeros(6), torch.arange(6) == 0)
+    found, needed = probe(options, ADVANTAGES, torch.arange(6) == 0, torch.zeros(6))
     assert found.tolist() == [bool(k) for k in kept] and needed is by_entropy
 
 
 def test_a_new_term_keeps_what_it_moves(monkeypatch):
-    """Whatever a term looks at: the reward, whether a response is y, a hinge on the entropy."""
+    """Whatever a term looks at: the reward, whether a response is y, a hinge on the entropy, all of a response."""
+    def of_sequence(t):
+        """GSPO's ratio: a sum for every segment, with a column for the prompt."""
+        summed = torch.zeros_like(t["logp"]).scatter_add(1, t["segment"].clamp(min=0), t["logp"] - t["old_logp"])
+        return (summed.gather(1, t["segment"].clamp(min=0)) / t["length"].clamp(min=1)).exp() * t["reward"]
     plain = objective.loss
     terms = {"reward": lambda t: t["reward"] * t["logp"], "y": lambda t: t["is_y"] * t["logp"],
+             "sequence": of_sequence, "truncated": lambda t: t["truncated"] * t["logp"],
              "hinge": lambda t: (0.5 - t["entropy"]).clamp(min=0), "unlikely": lambda t: (t["logp"] + 20).clamp(max=0)}
     found = {}
     for name, term in terms.items():
         monkeypatch.setattr(objective, "loss", lambda cfg, term=term, **t: (plain(cfg, **t)[0] + term(t).sum(), {}))
-        kept, by_entropy = trained_on(cfg(), torch.zeros(3), torch.tensor([0., 2., 0.]), torch.tensor([True, False, False]))
+        kept, by_entropy = probe({}, torch.zeros(3), torch.tensor([True, False, False]), torch.tensor([0., 2., 0.]))
         found[name] = [*kept.tolist(), by_entropy]
-    assert found == {"reward": [False, True, False, False], "y": [True, False, False, False],
+    assert found == {"reward": [False, True, False, False], "sequence": [False, True, False, False], "truncated": [False] * 4,
+                     "y": [True, False, False, False],
                      "hinge": [True, True, True, True], "unlikely": [True, True, True, False]}
 
 
@@ -523,18 +636,16 @@ def test_what_is_logged_by_hand():
     logp = torch.tensor([[9., -1., -2., -3.], [9., -1., -1., 9.]])
     sampled, old = logp + 0.25, logp.clone()
     old[1, 1] -= 1
-    value, logged = objective.loss(
-        cfg(entropy_bonus=0.5), logp=logp, old_logp=old, ref_logp=None, sampled_logp=sampled, entropy=torch.full((2, 4), 2.),
-        advantage=torch.tensor([[0., 3., 3., -1.], [0., 2., -2., 0.]]), reward=torch.zeros(2, 4), segment=segment,
-        is_y=segment == 1, weight=token_weight(segment, "token-mean"), denominator=5)
+    value, logged = call_loss(
+        logp, segment, {"entropy_bonus": 0.5}, old_logp=old, ref_logp=None, sampled_logp=sampled, entropy=torch.full((2, 4), 2.),
+        advantage=torch.tensor([[0., 3., 3., -1.], [0., 2., -2., 0.]]))
     close(value, -(3 + 3 - 1 + 1.2 * 2 - 2 + 5 * 0.5 * 2) / 5)
     assert logged["logp_y"].tolist() == [-3] and logged["clipped_y"].tolist() == [False, False]
     assert logged["clipped_rollouts"].tolist() == [False, True, False] and logged["rlvr_weight"] == 1 and logged["sft_weight"] == 6 / 5
     close(logged["logp_gap"], [0.25] * 3)
     entropy = torch.arange(8.0).reshape(2, 4)
-    _, logged = objective.loss(
-        cfg(method="sft"), logp=logp, old_logp=logp, ref_logp=None, sampled_logp=sampled, entropy=entropy,
-        advantage=(segment == 1).to(logp), reward=torch.zeros(2, 4), segment=segment, is_y=segment == 1,
+    _, logged = call_loss(
+        logp, segment, {"method": "sft"}, ref_logp=None, sampled_logp=sampled, entropy=entropy, advantage=(segment == 1).to(logp),
         weight=token_weight(segment, "token-mean") * (segment == 1), denominator=2)
     assert logged["entropy"].tolist() == [1, 2] and logged["logp_y"].tolist() == [-3] and len(logged) == 2
 

@@ -180,9 +180,9 @@ def test_what_has_no_gradient_is_left_out_and_changes_nothing(alone, monkeypatch
     """The update of the rows that have a gradient against that of all rows: gradients, loss, and what AdamW makes of
     them, also where nothing at all is left."""
     results = []
-    found_out = objective.trained_on
+    found_out = train.trained_on
     for which in (found_out, lambda *known: (torch.ones_like(found_out(*known)[0]), False)):
-        monkeypatch.setattr(objective, "trained_on", which)
+        monkeypatch.setattr(train, "trained_on", which)
         model, processor = small_model()
         cfg = train.Config(rollouts=3, max_new_tokens=12, micro_rows=2, max_row_tokens=100)
         prompts = [processor.prompt(example(i)) for i in range(4)]
@@ -224,16 +224,46 @@ def test_a_micro_batch_by_hand():
     P, nan = len(prompt.tokens), math.nan
     y, *o = (train.Response([9] * n, logp, advantage=a, r=r, is_y=not logp) for n, logp, a, r in (
         (2, [], 0.5, 6.0), (1, [-1.0], -1.5, 1.0), (3, [-2.0, -3.0, -4.0], 0.25, 5.0)))
-    rows = [*pack_group(prompt, [y, *o]), *pack_group(prompt, o[:1])]
+    rows = [(7, row) for row in [*pack_group(prompt, [y, *o]), *pack_group(prompt, o[:1])]]
     terms = train.micro_batch(train.Config(normaliser="seq-mean"), rows, "cpu", False).terms
     expected = {"advantage": ([0.5, 0.5, -1.5, 0.25, 0.25, 0.25], [-1.5] + [0] * 5),
                 "reward": ([6, 6, 1, 5, 5, 5], [1] + [0] * 5), "is_y": ([1, 1, 0, 0, 0, 0], [0] * 6),
+                "length": ([2, 2, 1, 3, 3, 3], [1] + [0] * 5), "truncated": ([0] * 6, [0] * 6),
                 "sampled_logp": ([nan, nan, -1, -2, -3, -4], [-1] + [0] * 5),
                 "weight": ([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3], [1] + [0] * 5)}
     for name, of_rows in expected.items():
         rows_of = torch.tensor([[0] * P + list(row) for row in of_rows])
         torch.testing.assert_close(terms[name], rows_of.to(terms[name].dtype), equal_nan=True, rtol=0, atol=0)
-    assert terms["is_y"].dtype == torch.bool
+    assert terms["is_y"].dtype == terms["truncated"].dtype == torch.bool and (terms["group"] == 7).all()
+
+
+def test_what_the_loss_and_the_rewards_are_told_of_the_batch(alone, monkeypatch):
+    """Numbers of the groups, over split rows too, counts of the batch, lengths, and the step."""
+    model, processor = small_model()
+    told, plain = [], objective.loss
+    monkeypatch.setattr(train, "reward_group", lambda *a, **known: told.append(known) or rewards.reward_group(*a, **known))
+    cfg = train.Config(rollouts=3, max_new_tokens=12, max_row_tokens=100, steps=40)
+    groups = train.make_groups(cfg, model, processor, [processor.prompt(example(i)) for i in range(3)], 5, step=7)
+    for n, (known, group) in enumerate(zip(told, groups), 5):
+        y, *drawn = group.responses
+        assert known == {"group": n, "step": 7, "steps": 40, "length_y": len(y.tokens), "lengths": [len(o.tokens) for o in drawn],
+                         "truncated": [o.truncated for o in drawn]}
+        give(group, [1.0, 0.5, -1.0, -0.5])
+    told.clear()
+
+    def noted(cfg, **terms):
+        told.append(terms)
+        return plain(cfg, **terms)
+    monkeypatch.setattr(objective, "loss", noted)
+    ddp = DistributedDataParallel(model)
+    train.update(cfg, ddp, None, [torch.optim.SGD(model.parameters(), lr=0.1)], groups, train.Meter(), step=7)
+    probed, *real = told
+    lengths = [len(o.tokens) for g in groups for o in g.responses]
+    assert len(real) > 3 and all((t["step"], t["steps"], t["tokens"], t["responses"]) == (7, 40, sum(lengths), 12) for t in told)
+    assert [int(n) for n in probed["group"][0, 1:]] == [n for n in (5, 6, 7) for _ in range(4)]
+    found = [(int(t["group"][b, 0]), int(t["length"][b][t["segment"][b] == s][0])) for t in real
+             for b in range(len(t["group"])) for s in range(1, int(t["segment"][b].max()) + 1)]
+    assert sorted(found) == sorted((g.number, len(o.tokens)) for g in groups for o in g.responses)
 
 
 def test_rewards_and_advantages_stay_with_their_rollouts(alone, monkeypatch):
@@ -802,8 +832,8 @@ def train_on_two_ranks(rank: int, ports: list[int], folder: Path) -> None:
     if rank == 0:
         rewarded = train.reward_group
 
-        def tied(*args):
-            rewards, r, smoothed = rewarded(*args)
+        def tied(*args, **known):
+            rewards, r, smoothed = rewarded(*args, **known)
             return rewards, [1.0] * len(r), smoothed
         train.reward_group = tied
     start("--name", "silent", "--steps", "1")
