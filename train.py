@@ -18,7 +18,7 @@ Glossary
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from support.equip import equip
 from support.graphs import GraphedStep
 from support.log import Meter, measure_groups, memory_line
 from support.lora import PARTS, merge_after
-from support.mistakes import Mistake, Stopped, run_main
+from support.mistakes import Mistake, run_main
 from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
@@ -347,10 +347,12 @@ def pack(cfg: Config, groups: list[Group], device, step: int = 0) -> tuple[list[
 
 
 def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
-           groups: list[Group], meter: Meter, stop: Sequence = (), step: int = 0) -> tuple[float, float, int]:
-    """cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and row tokens trained on.
-    A step whose loss or gradient is not finite changes nothing, on any rank. Stopped: as soon as `stop` is not empty
-    on any rank and before the first optimizer step; nothing is changed then."""
+           groups: list[Group], meter: Meter, step: int = 0, leaves: Callable[[bool], bool] = lambda last: False
+           ) -> tuple[float, float, int]:
+    """Makes cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and the row
+    tokens trained on. A step whose loss or gradient is not finite changes nothing, on any rank.
+    leaves: asked before each micro-batch of the first epoch (`Run.leaves`); nothing has changed if it
+    raises Stopped."""
     device = ddp.module.lm_head.weight.device
     batches, of_batch, by_entropy = pack(cfg, groups, device, step)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
@@ -363,9 +365,8 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     for epoch in range(cfg.inner_epochs):
         loss_sum = 0.0
         for i, mb in enumerate(batches):
-            if not epoch and any(gather_json(bool(stop), device)):
-                ddp.zero_grad(set_to_none=True)
-                raise Stopped
+            if not epoch and leaves(i + 1 == len(batches)):
+                continue
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the average a sum.
             with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
                 logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
@@ -442,7 +443,7 @@ def train_step(job: Job) -> dict:
         groups = make_groups(cfg, job.ddp.module, job.processor, prompts, places.start, run.signals, run.step)
         measure_groups(groups, run.meter)
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, run.meter,
-                                run.signals, run.step)      # Eq. 8 and 9
+                                run.step, run.leaves)       # Eq. 8 and 9
     return run.end_step(loss, norm, job.optimizers[0].param_groups[0]["lr"],
                         sum(len(o.tokens) for group in groups for o in group.rollouts), tokens,
                         [prompt.example.id for prompt in prompts], len(job.source.bad))

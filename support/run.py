@@ -208,6 +208,13 @@ class Run:
     def any_signal(self) -> bool:
         return any(gather_json(bool(self.signals), self.device))
 
+    def leaves(self, last: bool) -> bool:
+        """Returns whether to leave what is at work, on this rank. last: it is the last part of it, which
+        no rank may miss: raises Stopped on all ranks if a signal has come on any."""
+        if last and self.any_signal():
+            raise Stopped
+        return bool(self.signals)
+
     @contextlib.contextmanager
     def unless_stopped(self):
         """Within it a signal leaves what is at work, which counts as not begun. Of a Mistake it says
@@ -228,8 +235,7 @@ class Run:
         ready = time.perf_counter()
         wait_for_all(what)          # before any other collective, which would wait without a name
         waited = time.perf_counter() - ready
-        if self.any_signal():
-            raise Stopped
+        self.leaves(last=True)
         self.clock = {"begun": begun, "waited": waited, "ended": time.perf_counter()}
 
     # -----------------------------------------------------------------------------------------------------------------
