@@ -449,12 +449,13 @@ SPLITS = {      # micro-batches of rows of responses
     "a response each": [[[s]] for s in range(12)]}
 
 
-def summed(loss, cfg, micro_batches):
-    """The loss of all responses, added up over micro-batches, its gradients for each token, and what it logs."""
+def summed(loss, cfg, micro_batches, moved=0.3):
+    """The loss of all responses, added up over micro-batches, its gradients for each token, and what it logs. moved: how
+    far log ρ is from 0."""
     generator = torch.Generator().manual_seed(0)
     of_token = lambda: torch.randn(sum(LENGTHS) + 1, generator=generator, dtype=torch.float64)  # noqa: E731
     logp, entropy = (-3 * of_token().abs()).requires_grad_(), of_token().abs().requires_grad_()
-    terms = {"old_logp": logp.detach() + 0.3 * of_token(), "ref_logp": logp.detach() + of_token(), "sampled_logp": logp.detach() + 0.3 * of_token()}
+    terms = {"old_logp": logp.detach() + moved * of_token(), "ref_logp": logp.detach() + of_token(), "sampled_logp": logp.detach() + moved * of_token()}
     of_response = {"advantage": of_token()[:12], "reward": of_token()[:12], "is_y": torch.arange(12) % 4 == 0,
                    "length": torch.tensor(LENGTHS), "truncated": torch.arange(12) % 5 == 1, "group": torch.arange(12) // 4}
     terms["sampled_logp"][1:][of_response["is_y"].repeat_interleave(of_response["length"])] = math.nan
