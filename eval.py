@@ -349,7 +349,7 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
     the photo's own pixels, and drawn beside the photo as NAME.answer.png, NAME.answer-2.png, …"""
     task = cfg.task or ("scene_grounding" if is_tiny(model) else "grounding")
     try:
-        image = open_image(picture_file(cfg.image, Path()), turn=True)
+        image = open_image(picture_file(cfg.image, Path()), rotate=True)
         check_aspect(*image.size)
     except ValueError as error:
         raise Mistake(f"--image {cfg.image}: {error}") from None

@@ -38,9 +38,10 @@ def opened(content):
         raise ValueError(f"the image cannot be read: {name}{reason}") from None
 
 
-def upright_size(image: Image.Image, turn: bool) -> tuple[int, int]:
-    """(width, height) of an opened picture once it is turned as its EXIF says. Unfit: more than MAX_PIXELS; 16 bits a
-    channel (Pillow would clip them); to be turned, but not `turn` (are the boxes for the turned picture?)."""
+def upright_size(image: Image.Image, rotate: bool) -> tuple[int, int]:
+    """Returns (width, height) of an opened picture once it is rotated as its EXIF says. Raises Unfit if
+    it has more than MAX_PIXELS, or 16 bits a channel (Pillow would clip them), or if it is to be
+    rotated and `rotate` is False (are the boxes for the rotated picture?)."""
     if image.width * image.height > MAX_PIXELS:
         raise Unfit(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
     if image.mode.startswith(("I", "F")):
@@ -50,28 +51,30 @@ def upright_size(image: Image.Image, turn: bool) -> tuple[int, int]:
     # A PNG that is not decoded yet may hold its EXIF behind the pixels: to ask for it would decode them.
     unknown = image.format == "PNG" and "exif" not in image.info
     orientation = 1 if unknown else image.getexif().get(0x0112, 1)
-    if orientation in range(2, 9) and not turn:
+    if orientation in range(2, 9) and not rotate:
         raise Unfit("EXIF says that it is to be rotated; store it upright, its boxes too")
-    lying = orientation in range(5, 9) and image.format != "TIFF"      # a TIFF's size is the turned one already
+    lying = orientation in range(5, 9) and image.format != "TIFF"      # a TIFF's size is the rotated one
     return image.size[::-1] if lying else image.size
 
 
-def picture_size(content, turn: bool = False) -> tuple[int, int]:
-    """(width, height) as the header says, nothing decoded. content: path, bytes or open file. ValueError: see above."""
+def picture_size(content, rotate: bool = False) -> tuple[int, int]:
+    """Returns (width, height) as the header says; nothing is decoded. content: path, bytes or open
+    file. Raises ValueError as upright_size does."""
     with opened(content) as image:
-        return upright_size(image, turn)
+        return upright_size(image, rotate)
 
 
-def open_image(content, turn: bool = False, size: tuple[int, int] | None = None) -> Image.Image:
-    """A picture as RGB; with `turn` upright, as ImageOps.exif_transpose turns it. Grey, palettes, CMYK and opaque alpha
-    become RGB. size: what picture_size gave earlier. Raises ValueError if it cannot be read, has another size now, or
-    would lose or guess something (see above; transparency: over what?)."""
+def open_image(content, rotate: bool = False, size: tuple[int, int] | None = None) -> Image.Image:
+    """Returns a picture as RGB; with `rotate` upright, as ImageOps.exif_transpose makes it. Grey,
+    palettes, CMYK and opaque alpha become RGB. size: what picture_size gave earlier. Raises ValueError
+    if it cannot be read, has another size now, or would lose or guess something (upright_size;
+    transparency: over what?)."""
     with opened(content) as image:
-        found = upright_size(image, turn)
+        found = upright_size(image, rotate)
         if size not in (None, found):
             raise Unfit("the picture is {}×{} pixels now; it was {}×{} when the data was opened".format(*found, *size))
         image.load()
-        upright_size(image, turn)
+        upright_size(image, rotate)
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise Unfit("it is partly transparent; store it over the background it is meant for")

@@ -330,13 +330,13 @@ def part_of_question(part) -> str:
 
 
 def question_in(value) -> str:
-    """A cell with a question: text, or the messages of a chat, of which it must be the only one."""
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        turns = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in value]
-        if [role for role, _ in turns] not in (["user"], ["human"]):
-            raise ValueError(f"the question is a chat of the turns {', '.join(str(role) for role, _ in turns)}; only "
-                             "one turn, of the user, is supported")
-        value = turns[0][1]
+    """Returns the question in a cell: text, or the only message of a chat."""
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        roles = [message.get("role", message.get("from")) for message in value]
+        if roles not in (["user"], ["human"]):
+            raise ValueError(f"the question is a chat of the turns {', '.join(map(str, roles))}; only one "
+                             "turn, of the user, is supported")
+        value = value[0].get("content", value[0].get("value"))
         if isinstance(value, list):
             value = "".join(part_of_question(part) for part in value)
     if not isinstance(value, str):
@@ -473,7 +473,7 @@ class StoredExamples:
         if content is None and (boxes or marks):
             raise ValueError(f"no picture: {'the question names one by <image>' if marks else 'boxes need one'}")
         example = replace(example, question=example.question.replace(marks[0], "") if marks else example.question)
-        size = None if content is None else picture_size(content, self.turned(example, file))
+        size = None if content is None else picture_size(content, self.may_rotate(example, file))
         if boxes and example.answer:
             check_boxes(example.answer, size)
         for what, this in self.rules.check(example, size):
@@ -500,8 +500,9 @@ class StoredExamples:
                              "image=NAME")
         return found[0] if found else None
 
-    def turned(self, example: Example, file) -> bool:
-        """Whether a picture may be turned as its EXIF says: not where boxes or a mask may be the stored one's."""
+    def may_rotate(self, example: Example, file) -> bool:
+        """Tells whether a picture may be rotated as its EXIF says: not if boxes or a mask may belong to
+        the stored one."""
         return not file.has_masks and (not self.rules.tasks[example.task].boxes or example.answer == "[]")
 
     def __len__(self) -> int:
@@ -513,7 +514,7 @@ class StoredExamples:
         try:
             cells, mask = file.heavy(number)
             content = path or self.picture(file, cells)
-            image = None if content is None else open_image(content, self.turned(example, file), size)
+            image = None if content is None else open_image(content, self.may_rotate(example, file), size)
             mask, answer = read_mask(mask), example.answer
             if mask is not None and self.rules.tasks[example.task].boxes:
                 if mask.shape != (image.height, image.width) and mask.any():

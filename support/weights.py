@@ -101,8 +101,8 @@ def read_config(path: Path) -> tuple[str, dict]:
     if family not in ("qwen2_5_vl", "qwen3_vl"):
         raise Mistake(f"{path}: model_type is {shown(family)}; this code runs 'qwen2_5_vl' and the dense models of "
                       "'qwen3_vl'")
-    third = family == "qwen3_vl"
-    text = top.inner("text_config") if third or top.fields.get("text_config") is not None else top
+    qwen3 = family == "qwen3_vl"
+    text = top.inner("text_config") if qwen3 or top.fields.get("text_config") is not None else top
     vision = top.inner("vision_config")
     top_rope, rope, vision_rope = (part.inner("rope_scaling", "rope_parameters") for part in (top, text, vision))
 
@@ -112,14 +112,14 @@ def read_config(path: Path) -> tuple[str, dict]:
         part.only(hidden_act=("silu",), use_sliding_window=(False, None), attention_dropout=(0, None),
                   partial_rotary_factor=(1, None), num_experts=(0, None), num_experts_per_tok=(0, None),
                   moe_intermediate_size=(0, None))
-        if third:
+        if qwen3:
             part.only(attention_bias=(False, None), sliding_window=(None,))
     text.only(model_type=(f"{family}_text", family))
-    vision.only(model_type=(f"{family}_vision", family), hidden_act=("gelu_pytorch_tanh" if third else "silu",),
+    vision.only(model_type=(f"{family}_vision", family), hidden_act=("gelu_pytorch_tanh" if qwen3 else "silu",),
                 in_channels=(3,), in_chans=(3,), rope_theta=(1e4,))
-    kinds = ("default",) if third else ("default", "mrope")
+    kinds = ("default",) if qwen3 else ("default", "mrope")
     for part in (top_rope, rope):
-        part.only(rope_type=kinds, type=kinds, mrope_interleaved=(third, None))
+        part.only(rope_type=kinds, type=kinds, mrope_interleaved=(qwen3, None))
     vision_rope.only(rope_type=("axial", "default"), type=("axial", "default"), rope_theta=(1e4,))
     known = {"rope_type", "type", "mrope_interleaved", "mrope_section", "rope_theta"}
     for part in (top_rope, rope, vision_rope):
@@ -137,20 +137,20 @@ def read_config(path: Path) -> tuple[str, dict]:
                 "fullatt_block_indexes": (7, 15, 23, 31), "num_heads": 16, "intermediate_size": 3420, "depth": 32,
                 "out_hidden_size": 3584}
     own = ["window_size", "fullatt_block_indexes"]
-    if third:
+    if qwen3:
         defaults |= {"patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24),
                      "intermediate_size": 4304, "depth": 27}
         own = ["num_position_embeddings", "deepstack_visual_indexes"]
     visions = ("depth", "hidden_size", "num_heads", "intermediate_size", "patch_size", "temporal_patch_size",
                "spatial_merge_size", "out_hidden_size", *own)
     fields = {name: text.field(name) for name in numbers} | {
-        "rms_norm_eps": text.field("rms_norm_eps", 1e-6 if third else 1e-5),    # missing ones are as in transformers
-        "rope_theta": rope.fields.get("rope_theta", text.fields.get("rope_theta", 5e5 if third else 1e6)),
-        "mrope_section": rope.fields.get("mrope_section", (24, 20, 20) if third else (16, 24, 24)),
+        "rms_norm_eps": text.field("rms_norm_eps", 1e-6 if qwen3 else 1e-5),    # missing ones are as in transformers
+        "rope_theta": rope.fields.get("rope_theta", text.fields.get("rope_theta", 5e5 if qwen3 else 1e6)),
+        "mrope_section": rope.fields.get("mrope_section", (24, 20, 20) if qwen3 else (16, 24, 24)),
         "tie_word_embeddings": any(ties),
         **{name: top.field(name) for name in VISION_TOKENS},  # some savers also put nulls under text_config
         **{f"vision_{name}": vision.field(name, defaults.get(name)) for name in visions}}
-    if third or text.fields.get("head_dim"):
+    if qwen3 or text.fields.get("head_dim"):
         fields["head_dim"] = text.field("head_dim", 128)
     for name, value in fields.items():
         fields[name] = tuple(value) if isinstance(value, list) else value
@@ -160,7 +160,7 @@ def read_config(path: Path) -> tuple[str, dict]:
     text.only(layer_types=(["full_attention"] * fields["num_hidden_layers"], None))
     depth, width, heads = (fields[f"vision_{name}"] for name in ("depth", "hidden_size", "num_heads"))
     vision.only(head_dim=(width // heads, None), num_attention_heads=(heads, None), num_hidden_layers=(depth, None))
-    check_fit(path, fields, third)
+    check_fit(path, fields, qwen3)
     del fields["vision_out_hidden_size"]        # the decoder's hidden_size
     return family, fields
 
@@ -186,8 +186,8 @@ def check_fields(path: Path, fields: dict) -> None:
             raise Mistake(f"{path}: {where} is {shown(value)}; it must be {wanted}")
 
 
-def check_fit(path: Path, fields: dict, third: bool) -> None:
-    """Raises Mistake if fields of config.json do not fit each other. third: those of Qwen3-VL."""
+def check_fit(path: Path, fields: dict, qwen3: bool) -> None:
+    """Raises Mistake if fields of config.json do not fit each other. qwen3: those of Qwen3-VL."""
     heads, kv_heads, width, d = (fields[name] for name in (
         "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"))
     side, depth, section = (fields[name] for name in ("vision_patch_size", "vision_depth", "mrope_section"))
@@ -195,7 +195,7 @@ def check_fit(path: Path, fields: dict, third: bool) -> None:
     table, stack = fields.get("vision_num_position_embeddings", 1), fields.get("vision_deepstack_visual_indexes", ())
     ids = [fields[name] for name in VISION_TOKENS]
     for wrong, sentence in (
-            (not third and d * heads != width, f"hidden_size {width}, num_attention_heads {heads} and head_dim {d} do "
+            (not qwen3 and d * heads != width, f"hidden_size {width}, num_attention_heads {heads} and head_dim {d} do "
              "not fit; head_dim must be hidden_size / heads"),
             (heads % kv_heads, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"),
             (d % 2 or sum(section) != d // 2 or len(section) != 3, f"mrope_section {shown(section)} must have three "
@@ -203,7 +203,7 @@ def check_fit(path: Path, fields: dict, third: bool) -> None:
             (fields["vision_hidden_size"] % (4 * fields["vision_num_heads"]), "vision_config.hidden_size "
              f"{fields['vision_hidden_size']} is no multiple of 4 times num_heads {fields['vision_num_heads']}, as the "
              "rotary embedding needs"),
-            (not third and fields.get("vision_window_size", 0) < side, "a window_size of "
+            (not qwen3 and fields.get("vision_window_size", 0) < side, "a window_size of "
              f"{fields.get('vision_window_size')} pixels is smaller than an image token of {side}×{side}"),
             (round(table ** 0.5) ** 2 != table, f"num_position_embeddings is {table}, which is no square number"),
             (len(set(stack)) < len(stack) or max(stack, default=0) >= depth or len(stack) > fields["num_hidden_layers"],

@@ -239,7 +239,7 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch, content, name):
     parquet = parquet_of(tmp_path, train_row(0, image={"bytes": content, "path": name}))
     formats = "in none of the formats that are read: PNG, JPEG, WEBP, GIF, BMP, TIFF, MPO"
     for read_it in (lambda: load(lines)[0], lambda: load(parquet, "grounding")[0],
-                    lambda: open_image(tmp_path / name, turn=True), lambda: open_image(content)):
+                    lambda: open_image(tmp_path / name, rotate=True), lambda: open_image(content)):
         with pytest.raises(ValueError, match=formats) as error:
             read_it()
         assert len(str(error.value)) < 500 + len(str(tmp_path))
