@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from data import Processor, Prompt, check_aspect, load
-from model import Qwen2_5_VL
+from model import Qwen2_5_VL, load_model
 from rewards import TASKS, guarded, score
 from rollout import generate
 from support import scenes
@@ -550,7 +550,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
-    model = Qwen2_5_VL.from_pretrained(cfg.model, getattr(torch, cfg.precision), device)
+    model = load_model(cfg.model, getattr(torch, cfg.precision), device)
     equip(model, cfg.onednn)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)

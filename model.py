@@ -1,29 +1,32 @@
-"""Qwen2.5-VL in plain PyTorch and einops (arXiv 2502.13923): the policy π_θ of ViSurf. What is different in Qwen3-VL
-stands at the end of the file.
+"""Qwen2.5-VL in plain PyTorch and einops (arXiv 2502.13923): the policy π_θ of ViSurf. The last
+part of the file holds what is different in Qwen3-VL.
 
-Parameter names, shapes and numbers are those of the published checkpoints, so that loading is reading safetensors and a
-saved folder opens in `transformers` and vLLM. tests/test_model.py holds this file to `transformers`' implementation.
+Parameter names, shapes and numbers are those of the published checkpoints. So loading is reading
+safetensors, and a saved folder opens in `transformers` and vLLM. tests/test_model.py holds this
+file to the published implementation: transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py. Each
+class names its own there.
 
 Glossary (the letters of every shape comment)
-    B  rows, T  tokens of a row, P  prompt tokens, S  responses of a row, G  rollouts of a prompt, R  response tokens
-    N  image patches (14×14 pixels), N/4 image tokens, D  width, H  query heads, K  key-value heads, d  head size
-    V  vocabulary, M  scored tokens
-    attend     attend(layer, q, k, v) → output: which tokens see each other. `RowLayout.attend` while
-               training, `KVCache.attend_prompt` and `KVCache.attend_token` of rollout.py while sampling
-
-The published implementation: transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py. Each class names its own there.
+    B  rows, T  tokens of a row, P  prompt tokens, S  responses of a row, R  response tokens
+    N  image patches (14×14 pixels), N/4 image tokens, D  width, d  head size, V  vocabulary
+    H  query heads, K  key-value heads, M  scored tokens
+    rotary     cos and sin of the angles by which a token's place in text or image turns q and k
+    attend     attend(layer, q, k, v) → output: which tokens see each other. `RowLayout.attend` in
+               training, rollout.KVCache's `attend_prompt` and `attend_token` in sampling
 
 Departures from it. In float32 none changes a number by more than rounding.
-    1. Window attention gathers each window's patches by index; the patches themselves are never re-ordered.
+    1. Window attention gathers each window's patches by index. The patches are never re-ordered.
     2. The patch embedding, a Conv3d whose stride is its kernel, is one matrix product.
     3. lm_head runs only where a log-prob is asked for, in chunks that are recomputed in backward.
-    4. Image and video placeholder tokens have probability 0, in sampling and in scoring alike (`banned`).
-    5. The decoder's rotary embedding stays float32 where weights are bfloat16; there cos and sin are rounded first. So
-       bfloat16 log-probs are not the published ones, but as near to float32's as those are.
-Put on a loaded model from outside, by support/equip.py: faster products on a CPU, frozen parts, LoRA's adapters.
+    4. Image and video placeholders have probability 0, in sampling and in scoring (`banned`).
+    5. The decoder's rotary embedding stays float32 where weights are bfloat16; there cos and sin
+       are rounded first. So bfloat16 log-probs differ, but are as near to float32's.
+
+Put on a loaded model from outside (support/equip.py): faster products on a CPU, frozen parts, LoRA.
 Does not include: video, sliding-window attention, dropout, quantisation.
 """
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +38,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from support.weights import VISION_TOKENS, load_weights, local_folder, read_config, read_eos_ids, save_folder
+from support.weights import (VISION_TOKENS, load_weights, local_folder, read_config, read_eos_ids,
+                             save_folder)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a Qwen2.5-VL config.json that change the computation. `vision_*` belong to the vision tower."""
+    """Holds the fields of a config.json that change the computation. `vision_*`: of the tower."""
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -66,7 +70,8 @@ class Config:
     vision_window_size: int
     vision_fullatt_block_indexes: tuple[int, ...]
 
-    boxes_in: ClassVar[int | None] = None       # coordinates of boxes: pixels of the picture, or parts of this many
+    # Coordinates of boxes: pixels of the picture (None), or parts of a side of this many.
+    boxes_in: ClassVar[int | None] = None
 
     @staticmethod
     def from_json(path: Path) -> "Config":
@@ -83,7 +88,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -98,23 +104,27 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """`apply_rotary_pos_emb`: turns the pairs (x_i, x_{i+d/2}). x [..., d]; turn: cos, sin of the angles [..., d/2]."""
-    cos, sin = turn
+Rotary = tuple[Tensor, Tensor]      # cos and sin of the angles, [..., d/2]
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """`apply_rotary_pos_emb`: turns the pairs (x_i, x_{i+d/2}) of x [..., d]."""
+    cos, sin = rotary
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vision tower
 
 @functools.lru_cache(maxsize=4096)
 def patch_layout(gh: int, gw: int, merge: int, window: int) -> tuple[Tensor, list[Tensor]]:
-    """Where the patches of one image lie. gh, gw: patches per column and row; merge: patches per side of an image
-    token; window: image tokens per side of an attention window.
+    """Returns the (row, column) of the patches of one image, [N, 2], and for each window the
+    indices of its patches. Border windows are smaller.
 
-    Patches are stored as (gh/merge, gw/merge, merge, merge), so that the patches of an image token are neighbours.
-    Returns their (row, column) [N, 2] and, for each window, the indices of its patches; border windows are smaller.
+    gh, gw: patches per column and row. merge: patches per side of an image token. window: image
+    tokens per side of an attention window. Patches are stored as (gh/merge, gw/merge, merge,
+    merge), so that the patches of an image token are neighbours.
 
     >>> coordinates, windows = patch_layout(2, 4, 2, 1)
     >>> coordinates.tolist()
@@ -123,32 +133,35 @@ def patch_layout(gh: int, gw: int, merge: int, window: int) -> tuple[Tensor, lis
     [[0, 1, 2, 3], [4, 5, 6, 7]]
     """
     row, column = torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
-    coordinates = rearrange(torch.stack((row, column), -1), "(h a) (w b) two -> (h w a b) two", a=merge, b=merge)
+    coordinates = rearrange(torch.stack((row, column), -1), "(h a) (w b) two -> (h w a b) two",
+                            a=merge, b=merge)
     side = merge * window
     window_of = coordinates[:, 0] // side * -(-gw // side) + coordinates[:, 1] // side  # [N]
-    return coordinates, [torch.nonzero(window_of == w).flatten() for w in window_of.unique().tolist()]
+    windows = window_of.unique().tolist()
+    return coordinates, [torch.nonzero(window_of == w).flatten() for w in windows]
 
 
 @dataclass
 class PatchSets:
-    """Which patches attend to each other: those of a window, or of an image. Windows (images) of one size stand in one
-    table, so that nothing is padded and a small picture does not pay for a large one of the same call."""
+    """Says which patches attend to each other: those of a window, or of an image. Windows (images)
+    of one size share a table. So nothing is padded, and a small picture does not pay for a large
+    one of the same call."""
     tables: list[Tensor]    # for each size: [windows, size] patch numbers
-    place: Tensor           # [N] where each patch stands when the tables are laid end to end
+    inverse: Tensor         # [N] the slot of each patch when the tables are laid end to end
 
     @staticmethod
     def of(members: list[Tensor], device) -> "PatchSets":
         """
-        >>> sets = PatchSets.of([torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3, 4])], "cpu")
-        >>> [table.tolist() for table in sets.tables], sets.place.tolist()
+        >>> sets = PatchSets.of(list(map(torch.tensor, ([0, 1], [2], [3, 4]))), "cpu")
+        >>> [table.tolist() for table in sets.tables], sets.inverse.tolist()
         ([[[2]], [[0, 1], [3, 4]]], [1, 2, 0, 3, 4])
         """
         by_size: dict[int, list[Tensor]] = {}
         for patches in members:
             by_size.setdefault(len(patches), []).append(patches)
         tables = [torch.stack(by_size[size]) for size in sorted(by_size)]
-        place = torch.cat([table.flatten() for table in tables]).argsort()      # of a permutation: the inverse
-        return PatchSets([table.to(device) for table in tables], place.to(device))
+        inverse = torch.cat([table.flatten() for table in tables]).argsort()    # of a permutation
+        return PatchSets([table.to(device) for table in tables], inverse.to(device))
 
 
 class VisionAttention(nn.Module):
@@ -159,14 +172,15 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sets: PatchSets) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, sets: PatchSets) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "n (three h d) -> three n h d", three=3, h=self.heads)
-        q, k = rotate(q, turn), rotate(k, turn)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         parts = []
         for table in sets.tables:
-            out = F.scaled_dot_product_attention(*(rearrange(x[table], "w s h d -> w h s d") for x in (q, k, v)))
+            of_sets = (rearrange(x[table], "w s h d -> w h s d") for x in (q, k, v))
+            out = F.scaled_dot_product_attention(*of_sets)
             parts.append(rearrange(out, "w h s d -> (w s) (h d)"))
-        return self.proj(torch.cat(parts)[sets.place])
+        return self.proj(torch.cat(parts)[sets.inverse])
 
 
 class VisionBlock(nn.Module):
@@ -179,13 +193,14 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(width, config.vision_num_heads)
         self.mlp: nn.Module = GatedMLP(width, config.vision_intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], sets: PatchSets) -> Tensor:
-        x = x + self.attn(self.norm1(x), turn, sets)
+    def forward(self, x: Tensor, rotary: Rotary, sets: PatchSets) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotary, sets)
         return x + self.mlp(self.norm2(x))
 
 
 class PatchMerger(nn.Module):
-    """`Qwen2_5_VLPatchMerger`: joins the merge² patches of an image token and projects them to the decoder's width."""
+    """`Qwen2_5_VLPatchMerger`: joins the merge² patches of an image token, and projects them to the
+    decoder's width."""
     def __init__(self, config: Config):
         super().__init__()
         self.joined = config.vision_hidden_size * config.vision_spatial_merge_size ** 2
@@ -198,61 +213,72 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """`Qwen2_5_VisionTransformerPretrainedModel`, with its `Qwen2_5_VisionPatchEmbed` and rotary embedding."""
+    """`Qwen2_5_VisionTransformerPretrainedModel`, with its patch and rotary embeddings."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        p, t = config.vision_patch_size, config.vision_temporal_patch_size
+        p, width = config.vision_patch_size, config.vision_hidden_size
+        pixels = config.vision_temporal_patch_size, p, p
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv3d(3, config.vision_hidden_size, (t, p, p), (t, p, p), bias=False)
+        self.patch_embed.proj = nn.Conv3d(3, width, pixels, pixels, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_depth))
         self.merger: nn.Module = PatchMerger(config)
 
-    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
-        """patches [N, 3·2·14·14] of all images in turn, grids: (gh, gw) patches of each → image tokens [N/4, D]."""
+    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False
+                ) -> Tensor:
+        """Returns image tokens [N/4, D]. patches [N, 3·2·14·14]: of one image after the other.
+        grids: (gh, gw) patches of each."""
         c = self.config
         side = c.vision_window_size // c.vision_patch_size // c.vision_spatial_merge_size
-        layouts, starts = self.lay_out(patches, grids, side)
-        windows = PatchSets.of([w + start for (_, ws), start in zip(layouts, starts) for w in ws], patches.device)
-        images = PatchSets.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], patches.device)
-        turn = self.turn([coordinates for coordinates, _ in layouts], patches.device)
+        rotary, windows, images = self.lay_out(patches, grids, side)
         weight = self.patch_embed.proj.weight
         x = F.linear(patches.to(weight.dtype), weight.flatten(1))
         for i, block in enumerate(self.blocks):
-            x = run(block, checkpoint, x, turn, images if i in c.vision_fullatt_block_indexes else windows)
+            sets = images if i in c.vision_fullatt_block_indexes else windows
+            x = apply_block(block, checkpoint, x, rotary, sets)
         return self.merger(x)
 
     def lay_out(self, patches: Tensor, grids: list[tuple[int, int]], side: int
-                ) -> tuple[list[tuple[Tensor, list[Tensor]]], list[int]]:
-        """patch_layout of each image, and where each begins among all patches, with the end as the last."""
-        starts = [0]
-        for gh, gw in grids:
-            starts.append(starts[-1] + gh * gw)
+                ) -> tuple[Rotary, PatchSets, PatchSets]:
+        """Returns the patches' cos and sin, and which of them attend to each other in windows of
+        side × side image tokens, and in whole images."""
+        starts = [0, *itertools.accumulate(gh * gw for gh, gw in grids)]
         if starts[-1] != len(patches):
             raise ValueError(f"{len(patches)} patches do not fill the grids {grids}")
-        return [patch_layout(gh, gw, self.config.vision_spatial_merge_size, side) for gh, gw in grids], starts
+        merge = self.config.vision_spatial_merge_size
+        layouts = [patch_layout(gh, gw, merge, side) for gh, gw in grids]
+        windows = [w + start for (_, ws), start in zip(layouts, starts) for w in ws]
+        images = [torch.arange(a, b) for a, b in itertools.pairwise(starts)]
+        coordinates = torch.cat([coordinates for coordinates, _ in layouts])
+        return (self.rotary(coordinates.to(patches.device)),
+                PatchSets.of(windows, patches.device), PatchSets.of(images, patches.device))
 
-    def turn(self, coordinates: list[Tensor], device) -> tuple[Tensor, Tensor]:
-        """2-D rope: the first half of the frequencies turns with the row, the second with the column. [N, 1, d/2]"""
+    def rotary(self, coordinates: Tensor) -> Rotary:
+        """Returns cos and sin of 2-D rope, [N, 1, d/2]: the first half of the frequencies turns
+        with the row, the second with the column. coordinates [N, 2]."""
         quarter = self.config.vision_hidden_size // self.config.vision_num_heads // 4
-        frequency = 1 / 1e4 ** (torch.arange(quarter, device=device) / quarter)
-        angle = rearrange(torch.cat(coordinates).to(device)[..., None] * frequency, "n two f -> n 1 (two f)")
+        frequency = 1 / 1e4 ** (torch.arange(quarter, device=coordinates.device) / quarter)
+        angle = rearrange(coordinates[..., None] * frequency, "n two f -> n 1 (two f)")
         return angle.cos(), angle.sin()
 
 
-def run(block: nn.Module, checkpoint: bool, *inputs):
-    """block(*inputs); with `checkpoint` its activations are recomputed in backward instead of kept."""
-    return recompute_in_backward(block, *inputs, use_reentrant=False) if checkpoint else block(*inputs)
+def apply_block(block: nn.Module, checkpoint: bool, *inputs):
+    """Returns block(*inputs). With `checkpoint` its activations are not kept, but recomputed in
+    backward."""
+    if checkpoint:
+        return recompute_in_backward(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text decoder
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]    # layer, q [B, H, T, d], k, v [B, K, T, d] → [B, H, T, d]
+# layer, q [B, H, T, d], k, v [B, K, T, d] → [B, H, T, d]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def for_each_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k, v [B, K, T, d], each head for H/K of q's → [B, H, T, d]."""
+    """Returns k, v [B, K, T, d] with each head repeated for H/K heads of q, [B, H, T, d]."""
     j = q.shape[1] // k.shape[1]
     return repeat(k, "b h t d -> b (h j) t d", j=j), repeat(v, "b h t d -> b (h j) t d", j=j)
 
@@ -275,9 +301,9 @@ class Attention(nn.Module):
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         return q, k, v
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         q, k, v = self.project(x)
-        out = attend(self.layer, rotate(q, turn), rotate(k, turn), v)
+        out = attend(self.layer, rotate(q, rotary), rotate(k, rotary), v)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -290,17 +316,18 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), turn, attend)
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def mrope_positions(tokens: list[int], grids: list[tuple[int, int]], image_token_id: int, merge: int = 2) -> Tensor:
-    """`Qwen2_5_VLModel.get_rope_index`: M-RoPE ids (t, h, w) of a prompt, [3, P]. Text counts alike on the three axes;
-    the tokens of an image that starts at s have t = s, h = s + row, w = s + column; the text after it goes on at the
-    largest id so far + 1.
+def mrope_positions(tokens: list[int], grids: list[tuple[int, int]], image_token_id: int,
+                    merge: int = 2) -> Tensor:
+    """`Qwen2_5_VLModel.get_rope_index`: returns the M-RoPE ids (t, h, w) of a prompt, [3, P]. Text
+    counts alike on the three axes. The tokens of an image that starts at s have t = s, h = s + row,
+    w = s + column. The text after it goes on at the largest id so far + 1.
 
-    >>> mrope_positions([7, 9, 9, 7, 7], [(2, 4)], image_token_id=9).tolist()   # an image of 1×2 image tokens
+    >>> mrope_positions([7, 9, 9, 7, 7], [(2, 4)], image_token_id=9).tolist()   # 1×2 image tokens
     [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
     """
     parts, start, at, images = [], 0, 0, iter(grids)
@@ -308,12 +335,15 @@ def mrope_positions(tokens: list[int], grids: list[tuple[int, int]], image_token
         if tokens[at] == image_token_id:
             gh, gw = next(images, (None, None))
             if gh is None:
-                raise ValueError(f"the prompt has more image blocks than the {len(grids)} grids given")
+                raise ValueError(
+                    f"the prompt has more image blocks than the {len(grids)} grids given")
             h, w = gh // merge, gw // merge
             if tokens[at:at + h * w] != [image_token_id] * (h * w):
-                raise ValueError(f"an image of {h}×{w} image tokens has fewer placeholders at token {at}")
+                raise ValueError(
+                    f"an image of {h}×{w} image tokens has fewer placeholders at token {at}")
             row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-            parts.append(torch.stack((torch.zeros(h * w, dtype=torch.long), row.flatten(), column.flatten())) + start)
+            t = torch.zeros(h * w, dtype=torch.long)
+            parts.append(torch.stack((t, row.flatten(), column.flatten())) + start)
             at, start = at + h * w, start + max(h, w)
         else:
             end = tokens.index(image_token_id, at) if image_token_id in tokens[at:] else len(tokens)
@@ -325,25 +355,28 @@ def mrope_positions(tokens: list[int], grids: list[tuple[int, int]], image_token
 
 
 def row_mask(segment: Tensor) -> Tensor:
-    """attend(q, k) = k ≤ q and (segment[k] == 0 or segment[k] == segment[q]).  segment [B, T] → bool [B, 1, T, T].
-    Segment 0 is the prompt, 1, 2, … its responses, which do not see each other; −1 is padding, at the end of a row.
+    """Returns attend(q, k) = k ≤ q and (segment[k] == 0 or segment[k] == segment[q]), bool
+    [B, 1, T, T]. segment [B, T]: 0 is the prompt; 1, 2, … are its responses, which do not see each
+    other; −1 is padding, at the end of a row.
 
     >>> row_mask(torch.tensor([[0, 1, 2, 2]]))[0, 0].int().tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
     """
     q, k = segment[:, :, None], segment[:, None, :]
-    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
+    T = segment.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
     return (causal & ((k == 0) | (k == q)))[:, None]
 
 
 class RowLayout:
-    """Attention of packed rows, the same as with row_mask(segment) but without the pairs that it hides, whose number
-    grows with G². The prompt attends to itself; each response, as a row of its own, to the prompt and itself.
+    """Computes the attention of packed rows as row_mask(segment) would, without the pairs that the
+    mask hides, whose number grows with G². The prompt attends to itself. Each response, as a row of
+    its own, attends to the prompt and itself.
 
-    >>> layout = RowLayout(torch.tensor([[0, 0, 1, 1, 2]]))      # P = 2, S = 2 responses of at most R = 2 tokens
-    >>> layout.slots.tolist()      # which token stands at each of the S·R places (0 where there is none)
+    >>> layout = RowLayout(torch.tensor([[0, 0, 1, 1, 2]]))     # P = 2, S = 2, R = 2
+    >>> layout.token_of_slot.tolist()     # the token of each of the S·R slots; 0 if there is none
     [[2, 3, 4, 0]]
-    >>> layout.place.tolist()      # where the output of each token is: the prompt's first, then the S·R places
+    >>> layout.output_at.tolist()         # each token's output: the prompt's first, then the slots'
     [[0, 1, 2, 3, 4]]
     """
     def __init__(self, segment: Tensor):
@@ -352,40 +385,44 @@ class RowLayout:
         device = segment.device
         at = torch.arange(T, device=device)
         in_prompt, in_response = segment == 0, segment > 0
-        number = (segment - 1).clamp(min=0)                                             # [B, T], from 0
+        number = (segment - 1).clamp(min=0)                                     # [B, T], from 0
         self.P, self.S = int(in_prompt.sum(1).max()), int(number.max()) + 1
-        count = torch.zeros(B, self.S, dtype=torch.long, device=device).scatter_add_(1, number, in_response.long())
-        start = in_prompt.sum(1, keepdim=True) + count.cumsum(1) - count                # [B, S]
+        count = torch.zeros(B, self.S, dtype=torch.long, device=device)
+        count.scatter_add_(1, number, in_response.long())
+        start = in_prompt.sum(1, keepdim=True) + count.cumsum(1) - count        # [B, S]
         self.R = int(count.max())
         slot = number * self.R + at - start.gather(1, number)
-        self.place = (self.P + slot).where(in_response, at.where(in_prompt, 0))         # [B, T]
+        self.output_at = (self.P + slot).where(in_response, at.where(in_prompt, 0))     # [B, T]
         # What is no response token goes to one slot more, which is cut off again.
-        self.slots = slot.new_zeros(B, self.S * self.R + 1).scatter_(
+        self.token_of_slot = slot.new_zeros(B, self.S * self.R + 1).scatter_(
             1, slot.where(in_response, self.S * self.R), at.expand(B, T))[:, :-1]       # [B, S·R]
-        self.prompt_mask = row_mask(segment[:, :self.P])                                # [B, 1, P, P]
+        self.prompt_mask = row_mask(segment[:, :self.P])                        # [B, 1, P, P]
         prompt = repeat(in_prompt[:, :self.P], "b p -> (b s) 1 r p", s=self.S, r=self.R)
         own = torch.ones(self.R, self.R, dtype=torch.bool, device=device).tril()
         own = repeat(own, "r k -> m 1 r k", m=B * self.S)
-        self.response_mask = torch.cat((prompt, own), -1)                               # [B·S, 1, R, P+R]
+        self.response_mask = torch.cat((prompt, own), -1)                       # [B·S, 1, R, P+R]
 
     def attend(self, _, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, T, d], k, v [B, K, T, d] → [B, H, T, d], in every layer alike."""
+        """Returns [B, H, T, d], in every layer alike. q [B, H, T, d], k, v [B, K, T, d]."""
         P, S, (k, v) = self.P, self.S, for_each_query_head(q, k, v)
-        prompt = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], self.prompt_mask)
-        index = repeat(self.slots, "b n -> b h n d", h=q.shape[1], d=q.shape[3])
-        q_own, k_own, v_own = (rearrange(x.gather(2, index), "b h (s r) d -> (b s) h r d", s=S) for x in (q, k, v))
+        prompt = F.scaled_dot_product_attention(
+            q[:, :, :P], k[:, :, :P], v[:, :, :P], self.prompt_mask)
+        index = repeat(self.token_of_slot, "b n -> b h n d", h=q.shape[1], d=q.shape[3])
+        q_own, k_own, v_own = (
+            rearrange(x.gather(2, index), "b h (s r) d -> (b s) h r d", s=S) for x in (q, k, v))
         k, v = (torch.cat((repeat(each[:, :, :P], "b h p d -> (b s) h p d", s=S), own), 2)
                 for each, own in ((k, k_own), (v, v_own)))
         response = F.scaled_dot_product_attention(q_own, k, v, self.response_mask)
         out = torch.cat((prompt, rearrange(response, "(b s) h r d -> b h (s r) d", s=S)), 2)
-        return out.gather(2, repeat(self.place, "b t -> b h t d", h=q.shape[1], d=q.shape[3]))
+        return out.gather(2, repeat(self.output_at, "b t -> b h t d", h=q.shape[1], d=q.shape[3]))
 
 
 class Qwen2_5_VL(nn.Module):
-    """`Qwen2_5_VLForConditionalGeneration`: `embed` is its `Qwen2_5_VLModel`, `decode` `Qwen2_5_VLTextModel`."""
+    """`Qwen2_5_VLForConditionalGeneration`. `embed` is its `Qwen2_5_VLModel`, `decode` its
+    `Qwen2_5_VLTextModel`."""
     Tower: type = VisionTower
     Layer: type = DecoderLayer
-    stored_as: ClassVar[dict[str, str]] = {}    # how names begin here → in the files, where that is something else
+    stored_as: ClassVar[dict[str, str]] = {}    # how names begin here → in the files, if otherwise
 
     def __init__(self, config: Config):
         super().__init__()
@@ -393,31 +430,35 @@ class Qwen2_5_VL(nn.Module):
         self.visual = self.Tower(config)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(self.Layer(config, i) for i in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(
+            self.Layer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        # device="cpu": these two are computed here, not loaded, also when the weights are still on the meta device.
+        # device="cpu": these two are computed, not loaded, even if the weights are still on meta.
         axis = torch.tensor(self.axes(config.mrope_section), device="cpu")
-        self.register_buffer("rope_axis", axis, persistent=False)                       # [d/2] in {t, h, w}
+        self.register_buffer("rope_axis", axis, persistent=False)               # [d/2] in {t, h, w}
         banned = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
         banned[[getattr(config, name) for name in VISION_TOKENS]] = True
-        self.register_buffer("banned", banned, persistent=False)                        # [V]
-        self.folder: Path | None = None      # where the weights came from; its tokenizer travels with every save
-        self.eos_ids: tuple[int, ...] = ()   # every id that ends a response, from generation_config.json
+        self.register_buffer("banned", banned, persistent=False)                # [V]
+        self.folder: Path | None = None     # its config and tokenizer travel with every save
+        self.eos_ids: tuple[int, ...] = ()  # every id that ends a response (generation_config.json)
 
     @staticmethod
     def axes(section: tuple[int, ...]) -> list[int]:
-        """The axis of each frequency of M-RoPE: section[0] times t, section[1] times h, section[2] times w."""
+        """Returns the axis of each frequency of M-RoPE: section[0] times t, section[1] times h,
+        section[2] times w."""
         return [axis for axis, count in enumerate(section) for _ in range(count)]
 
-    def embed(self, tokens: Tensor, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
-        """tokens [B, T] → [B, T, D]; the image placeholders, in reading order, take the image tokens of `patches`."""
+    def embed(self, tokens: Tensor, patches: Tensor, grids: list[tuple[int, int]],
+              checkpoint: bool = False) -> Tensor:
+        """Returns the embeddings of tokens [B, T], [B, T, D]. The image placeholders, in reading
+        order, take the image tokens of `patches`."""
         x = self.model.embed_tokens(tokens)
         if not len(patches):
             if torch.is_grad_enabled():
-                # Every rank must touch every parameter, or DDP waits for ever: an image of nothing, times 0.
+                # An image of nothing, times 0: every rank must touch every parameter, or DDP hangs.
                 side = self.config.vision_spatial_merge_size
                 pixels = self.visual.patch_embed.proj.weight[0].numel()
                 nothing = self.visual(patches.new_zeros(side * side, pixels), [(side, side)])
@@ -425,40 +466,44 @@ class Qwen2_5_VL(nn.Module):
             return x
         image = self.visual(patches, grids, checkpoint)
         at_image = tokens == self.config.image_token_id
-        if int(at_image.sum()) != image.shape[-2]:
-            raise ValueError(f"{int(at_image.sum())} image placeholders for {image.shape[-2]} image tokens")
-        return self.place(x, at_image[..., None], image)
+        if (count := int(at_image.sum())) != image.shape[-2]:
+            raise ValueError(f"{count} image placeholders for {image.shape[-2]} image tokens")
+        return self.insert_image(x, at_image[..., None], image)
 
-    def place(self, x: Tensor, at_image: Tensor, image: Tensor) -> Tensor:
+    def insert_image(self, x: Tensor, at_image: Tensor, image: Tensor) -> Tensor:
+        """Returns x [B, T, D] with image [N/4, D] where at_image [B, T, 1] is True."""
         return x.masked_scatter(at_image, image.to(x.dtype))
 
-    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False) -> Tensor:
-        """x [B, T, D], position [3, B, T] → final hidden states [B, T, D]."""
-        turn = self.turn(position)
+    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False
+               ) -> Tensor:
+        """Returns the final hidden states, [B, T, D]. x [B, T, D], position [3, B, T]."""
+        rotary = self.rotary(position)
         for layer in self.model.layers:
-            x = run(layer, checkpoint, x, turn, attend)
+            x = apply_block(layer, checkpoint, x, rotary, attend)
         return self.model.norm(x)
 
-    def turn(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """M-RoPE: cos and sin of the angles of all tokens, [B, 1, T, d/2]."""
+    def rotary(self, position: Tensor) -> Rotary:
+        """Returns cos and sin of M-RoPE, [B, 1, T, d/2]."""
         d = self.config.head_dim
-        frequency = 1 / self.config.rope_theta ** (torch.arange(0, d, 2, device=position.device) / d)
+        exponent = torch.arange(0, d, 2, device=position.device) / d
+        frequency = 1 / self.config.rope_theta ** exponent
         angle = rearrange(position[self.rope_axis], "f b t -> b 1 t f") * frequency
         return angle.cos(), angle.sin()
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """[..., D] → [..., V] in at least float32, divided by the temperature, −inf for `banned`. Sampling and training
-        both read probabilities from here."""
+        """Returns [..., V] for hidden [..., D], at least in float32, divided by the temperature,
+        −inf for `banned`. Sampling and training both read probabilities from here."""
         logits = self.lm_head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperature != 1:
             logits = logits / temperature
-        return logits.masked_fill_(self.banned, -torch.inf)   # in place: [M, V] is the largest matrix there is
+        return logits.masked_fill_(self.banned, -torch.inf)     # in place: [M, V] is the largest
 
     def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 2048,
               entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """hidden [M, D], targets [M] → log π(target) [M] and the entropy −Σ_v π(v) log π(v) of the distribution [M],
-        with a gradient where that is asked for. In chunks recomputed in backward, so that no [M, V] matrix exists."""
+        """Returns log π(target) and the entropy −Σ_v π(v) log π(v), [M] each, the entropy with a
+        gradient if that is asked for. hidden [M, D], targets [M]. In chunks recomputed in backward,
+        so that no [M, V] matrix exists."""
         def one(h: Tensor, t: Tensor):
             logp = self.logits(h, temperature).log_softmax(-1)
             if entropy_gradient:    # `banned` is left out of the sum: 0 · −∞ has no gradient
@@ -472,39 +517,27 @@ class Qwen2_5_VL(nn.Module):
                  for h, t in zip(hidden.split(chunk), targets.split(chunk))]
         return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
 
-    def forward(self, tokens: Tensor, segment: Tensor, position: Tensor, predictor: Tensor, patches: Tensor,
-                grids: list[tuple[int, int]], temperature: float = 1.0, checkpoint: bool = False,
-                entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Scores packed rows (data.py): tokens, segment, predictor [B, T], position [3, B, T], patches [N, 1176].
-        Returns logp and entropy [B, T] of every response token, 0 elsewhere. logp[b, i] = log π(tokens[b, i] | what
-        token predictor[b, i] has seen): the token before it, or the prompt's last for the first of a response."""
+    def forward(self, tokens: Tensor, segment: Tensor, position: Tensor, predictor: Tensor,
+                patches: Tensor, grids: list[tuple[int, int]], temperature: float = 1.0,
+                checkpoint: bool = False, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns logp and entropy [B, T] of every response token of packed rows, 0 elsewhere.
+        tokens, segment, predictor [B, T], position [3, B, T], patches [N, 1176].
+
+        logp[b, i] = log π(tokens[b, i] | what token predictor[b, i] has seen): the token before it,
+        or the prompt's last for the first of a response.
+        """
         x = self.embed(tokens, patches, grids, checkpoint)
         hidden = self.decode(x, position, RowLayout(segment).attend, checkpoint)
         scored = segment > 0
-        source = hidden.gather(1, repeat(predictor, "b t -> b t d", d=hidden.shape[-1]))[scored]     # [M, D]
-        logp, entropy = self.score(source, tokens[scored], temperature, entropy_gradient=entropy_gradient)
+        source = hidden.gather(1, repeat(predictor, "b t -> b t d", d=hidden.shape[-1]))
+        logp, entropy = self.score(source[scored], tokens[scored], temperature,     # [M, D], [M]
+                                   entropy_gradient=entropy_gradient)
         empty = logp.new_zeros(tokens.shape)
         return empty.masked_scatter(scored, logp), empty.masked_scatter(scored, entropy)
 
-    @staticmethod
-    def from_pretrained(folder, dtype: torch.dtype = torch.float32, device="cpu", random_weights: bool = False):
-        """Loads a folder in the Hugging Face layout, or a hub id. `random_weights`: config and tokenizer only."""
-        folder = local_folder(folder)
-        config = Config.from_json(folder / "config.json")
-        eos_ids = read_eos_ids(folder, config)
-        with torch.device("cpu" if random_weights else "meta"):
-            model = MODELS[type(config)](config)
-        if random_weights:
-            model.reset_parameters()
-            model = model.to(dtype=dtype)
-        else:
-            load_weights(model, folder, dtype)
-        model.folder, model.eos_ids = folder, eos_ids
-        return model.to(device)
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random weights (std 0.02, biases 0), from torch's global generator."""
+        """Draws random weights (std 0.02, biases 0) from torch's global generator."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02)
@@ -512,18 +545,45 @@ class Qwen2_5_VL(nn.Module):
                 parameter.zero_()
 
     def save_pretrained(self, folder, max_shard_size: str = "5GB") -> None:
-        """Writes a complete folder: config, weights, tokenizer, processor files (weights.save_folder)."""
+        """Writes a complete folder: config, weights, tokenizer, processor (weights.save_folder)."""
         save_folder(self, folder, max_shard_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Qwen3-VL (arXiv 2511.21631): what is different. Published: transformers, models/qwen3_vl/modeling_qwen3_vl.py
+def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
+    """Returns the model of a folder in the Hugging Face layout, of a run, or of a hub id. It is a
+    Qwen3-VL if its config.json says so."""
+    with torch.device("meta"):
+        model = empty_model(folder)
+    load_weights(model, model.folder, dtype)
+    return model.to(device)
+
+
+def random_model(folder, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
+    """Returns the same with random weights; only the folder's config and tokenizer are read."""
+    model = empty_model(folder)
+    model.reset_parameters()
+    return model.to(device, dtype)
+
+
+def empty_model(folder) -> Qwen2_5_VL:
+    folder = local_folder(folder)
+    config = Config.from_json(folder / "config.json")
+    eos_ids = read_eos_ids(folder, config)
+    model = Qwen3_VL(config) if isinstance(config, Qwen3Config) else Qwen2_5_VL(config)
+    model.folder, model.eos_ids = folder, eos_ids
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# Qwen3-VL (arXiv 2511.21631): what is different. Published: transformers,
+# models/qwen3_vl/modeling_qwen3_vl.py
 #
-#   tower      LayerNorm and a plain MLP; no windows; a learned table of positions, stretched over the image, beside the
-#              2-D rope
-#   DeepStack  (arXiv 2406.04334) what some of the tower's blocks give is added to the image tokens after the decoder's
-#              first layers
-#   decoder    a head size of its own, no biases, q and k normalised for each head, M-RoPE's axes in turns
+#   tower      LayerNorm and a plain MLP; no windows; a learned table of positions, stretched over
+#              the image, beside the 2-D rope
+#   DeepStack  (arXiv 2406.04334) what some of the tower's blocks give is added to the image tokens
+#              after the decoder's first layers
+#   decoder    a head size of its own, no biases, q and k normalised for each head; M-RoPE's axes
+#              alternate
 #   boxes      in 0 … 1000 of either side, whatever the size of the picture (data.Processor)
 
 @dataclass(frozen=True, kw_only=True)
@@ -557,7 +617,7 @@ class Qwen3VisionBlock(VisionBlock):
 
 
 class Qwen3PatchMerger(PlainMLP):
-    """`Qwen3VLVisionPatchMerger`: normalises the patches before it joins them, or, for DeepStack, after."""
+    """`Qwen3VLVisionPatchMerger`: normalises patches before it joins them; for DeepStack, after."""
     def __init__(self, config: Config, after: bool):
         self.joined = config.vision_hidden_size * config.vision_spatial_merge_size ** 2
         super().__init__(self.joined, self.joined, config.hidden_size, "none")
@@ -565,42 +625,46 @@ class Qwen3PatchMerger(PlainMLP):
         self.after = after
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.norm(x.view(-1, self.joined)) if self.after else self.norm(x).view(-1, self.joined))
+        x = self.norm(x.view(-1, self.joined) if self.after else x)
+        return super().forward(x.view(-1, self.joined))
 
 
 class Qwen3VisionTower(VisionTower):
     """`Qwen3VLVisionModel`."""
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
-        p, t, width = config.vision_patch_size, config.vision_temporal_patch_size, config.vision_hidden_size
-        self.patch_embed.proj = nn.Conv3d(3, width, (t, p, p), (t, p, p))
-        self.pos_embed = nn.Embedding(config.vision_num_position_embeddings, width)
+        conv = self.patch_embed.proj
+        self.patch_embed.proj = nn.Conv3d(3, conv.out_channels, conv.kernel_size, conv.stride)
+        self.pos_embed = nn.Embedding(config.vision_num_position_embeddings, conv.out_channels)
         self.blocks = nn.ModuleList(Qwen3VisionBlock(config) for _ in range(config.vision_depth))
         self.merger = Qwen3PatchMerger(config, after=False)
         self.deepstack = config.vision_deepstack_visual_indexes
-        self.deepstack_merger_list = nn.ModuleList(Qwen3PatchMerger(config, after=True) for _ in self.deepstack)
+        self.deepstack_merger_list = nn.ModuleList(
+            Qwen3PatchMerger(config, after=True) for _ in self.deepstack)
 
-    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False) -> Tensor:
-        """patches [N, 3·2·16·16] → [1 + L, N/4, D]: the image tokens, and what is added to them after each of the first
-        L layers of the decoder, in the order of the blocks, whatever that of the indexes."""
-        layouts, starts = self.lay_out(patches, grids, 1)
-        images = PatchSets.of([torch.arange(a, b) for a, b in zip(starts, starts[1:])], patches.device)
-        turn = self.turn([coordinates for coordinates, _ in layouts], patches.device)
+    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False
+                ) -> Tensor:
+        """Returns [1 + L, N/4, D]: the image tokens, and what is added to them after each of the
+        first L layers of the decoder, in the order of the blocks, whatever that of the indexes.
+        patches [N, 3·2·16·16]."""
+        rotary, _, images = self.lay_out(patches, grids, 2 ** 20)       # one window an image
         proj = self.patch_embed.proj
         x = F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
         x = x + torch.cat([self.positions(gh, gw) for gh, gw in grids]).to(x.dtype)
         added = {}
         for i, block in enumerate(self.blocks):
-            x = run(block, checkpoint, x, turn, images)
+            x = apply_block(block, checkpoint, x, rotary, images)
             if i in self.deepstack:
                 added[i] = self.deepstack_merger_list[self.deepstack.index(i)](x)
         return torch.stack([self.merger(x), *added.values()])
 
     def positions(self, gh: int, gw: int) -> Tensor:
-        """The square table, stretched over an image of gh × gw patches so that corner lies on corner. [gh·gw, width]"""
+        """Returns the square table, stretched over an image of gh × gw patches so that corner lies
+        on corner, [gh·gw, width]."""
         table = self.pos_embed.weight
         side, merge = round(len(table) ** 0.5), self.config.vision_spatial_merge_size
-        wide = rearrange(table.to(torch.promote_types(table.dtype, torch.float32)), "(h w) d -> 1 d h w", h=side)
+        wide = table.to(torch.promote_types(table.dtype, torch.float32))
+        wide = rearrange(wide, "(h w) d -> 1 d h w", h=side)
         stretched = F.interpolate(wide, (gh, gw), mode="bilinear", align_corners=True)[0]
         return rearrange(stretched, "d (h a) (w b) -> (h w a b) d", a=merge, b=merge)
 
@@ -630,32 +694,32 @@ class Qwen3_VL(Qwen2_5_VL):
     """`Qwen3VLForConditionalGeneration`."""
     Tower: type = Qwen3VisionTower
     Layer: type = Qwen3DecoderLayer
-    stored_as: ClassVar[dict[str, str]] = {"visual.": "model.visual.", "model.": "model.language_model."}
+    stored_as: ClassVar[dict[str, str]] = {"visual.": "model.visual.",
+                                           "model.": "model.language_model."}
 
     @staticmethod
     def axes(section: tuple[int, ...]) -> list[int]:
-        """t h w t h w …, until an axis has had its share; then t.
+        """Returns t h w t h w …, until an axis has had its share; then t.
 
         >>> Qwen3_VL.axes((4, 2, 1))
         [0, 1, 2, 0, 1, 0, 0]
         """
         return [i % 3 if i // 3 < section[i % 3] else 0 for i in range(sum(section))]
 
-    def place(self, x: Tensor, at_image: Tensor, image: Tensor) -> Tensor:
-        """→ [1 + L, B, T, D]: the embeddings, and what is added after each of the first L layers, 0 but at images."""
-        first, *added = image
-        nothing = torch.zeros_like(x)
-        return torch.stack([super().place(x, at_image, first), *(super(Qwen3_VL, self).place(nothing, at_image, each)
-                                                                 for each in added)])
+    def insert_image(self, x: Tensor, at_image: Tensor, image: Tensor) -> Tensor:
+        """Returns [1 + L, B, T, D]: the embeddings, and what is added after each of the first L
+        layers, 0 but at images. image [1 + L, N/4, D]."""
+        insert, nothing = super().insert_image, torch.zeros_like(x)
+        return torch.stack([insert(x if i == 0 else nothing, at_image, each)
+                            for i, each in enumerate(image)])
 
-    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False) -> Tensor:
-        """x: [1 + L, B, T, D], or [B, T, D] where there is no image."""
+    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False
+               ) -> Tensor:
+        """Returns the final hidden states. x: [1 + L, B, T, D], or [B, T, D] without an image."""
         x, *added = x if x.dim() == 4 else (x,)
-        turn = self.turn(position)
+        rotary = self.rotary(position)
         for i, layer in enumerate(self.model.layers):
-            x = run(layer, checkpoint, x, turn, attend)
+            x = apply_block(layer, checkpoint, x, rotary, attend)
             x = x + added[i] if i < len(added) else x
         return self.model.norm(x)
 
-
-MODELS: dict[type[Config], type[Qwen2_5_VL]] = {Config: Qwen2_5_VL, Qwen3Config: Qwen3_VL}

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import objective
 from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_group
 from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
-from model import Qwen2_5_VL
+from model import Qwen2_5_VL, load_model, random_model
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
 from rollout import decode_one_token, generate
 from support.checkpoints import load_optimizer, newest_checkpoint
@@ -518,14 +518,15 @@ def make_models(cfg: Config, checkpoint: Path | None, base: str, device
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
-    model = Qwen2_5_VL.from_pretrained(begins, dtype, device, cfg.random_weights and not checkpoint)
+    begin = random_model if cfg.random_weights and not checkpoint else load_model
+    model = begin(begins, dtype, device)
     equip(model, cfg.onednn, cfg, base, checkpoint)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     if not cfg.kl:
         return model, None
     torch.manual_seed(cfg.seed)
-    reference = Qwen2_5_VL.from_pretrained(cfg.model, dtype, device, cfg.random_weights)
+    reference = (random_model if cfg.random_weights else load_model)(cfg.model, dtype, device)
     return model, reference.requires_grad_(False)
 
 

@@ -43,7 +43,7 @@ import rollout  # noqa: E402
 import train  # noqa: E402
 from train import PRESETS, Config as Options  # noqa: E402
 from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
-from model import Config, Qwen2_5_VL  # noqa: E402
+from model import Config, Qwen2_5_VL, load_model  # noqa: E402
 from support.equip import equip  # noqa: E402
 from support.graphs import GraphedStep  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
@@ -162,7 +162,7 @@ def make_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype
     """Random weights, made on the device. It never ends a response: no id is its EOS."""
     torch.manual_seed(0)
     if size == "tiny":
-        model = Qwen2_5_VL.from_pretrained(TINY, dtype, device)
+        model = load_model(TINY, dtype, device)
     else:
         torch.set_default_dtype(dtype)
         with device:
@@ -428,7 +428,7 @@ def clocked(seconds: dict, places: list[tuple[object, str, str]]):
 def parts(table: Table, steps: int) -> None:
     """The default job's step. Model code: what runs inside Qwen2_5_VL, its backward, and the optimizer."""
     options = Options()
-    model = equip(Qwen2_5_VL.from_pretrained(TINY), onednn=True)
+    model = equip(load_model(TINY), onednn=True)
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(options, model)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}

@@ -21,7 +21,7 @@ import train  # noqa: E402
 from data import Processor, load  # noqa: E402
 from experiments.reproduce import (EXPERIMENTS, ROOT, SEEDS, call, last_checkpoint, parts,  # noqa: E402
                                    read_results, steps_of)
-from model import Qwen2_5_VL  # noqa: E402
+from model import load_model  # noqa: E402
 from support.equip import equip  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import start_ranks  # noqa: E402
@@ -32,7 +32,7 @@ from support.runs import versions  # noqa: E402
 def job_of(flags: list[str], model: Path, device) -> train.Job:
     """A training that has just begun from the model, and learns nothing."""
     cfg = replace(train.parse_config(flags), lr=1e-30)
-    ddp = DistributedDataParallel(equip(Qwen2_5_VL.from_pretrained(model), onednn=True), gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(equip(load_model(model), onednn=True), gradient_as_bucket_view=True)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
     return train.Job(cfg, Run(cfg, 0, 1, device, state), ddp, None, Processor(model), make_optimizers(cfg, ddp.module),
                      load(cfg.data))

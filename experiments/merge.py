@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Qwen2_5_VL  # noqa: E402
+from model import load_model  # noqa: E402
 from support.lora import CONFIG, read_adapter  # noqa: E402
 from support.mistakes import Mistake, run_main  # noqa: E402
 from support.weights import local_folder  # noqa: E402
@@ -22,7 +22,7 @@ def main() -> None:
     if folder.exists():
         raise Mistake(f"{folder} is there already: choose another name, or remove it")
     dtype = json.loads((source / "config.json").read_text())["dtype"]
-    Qwen2_5_VL.from_pretrained(source, getattr(torch, dtype)).save_pretrained(folder)
+    load_model(source, getattr(torch, dtype)).save_pretrained(folder)
     print(f"{source} and its base {read_adapter(source).of}, as one model in {dtype}: {folder}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Processor, load  # noqa: E402
 from experiments.reproduce import BASES, ROOT, base_of, colour_is_there  # noqa: E402
-from model import Qwen2_5_VL  # noqa: E402
+from model import Qwen2_5_VL, load_model  # noqa: E402
 from rewards import TASKS  # noqa: E402
 from rollout import generate, prefill  # noqa: E402
 from support.answers import parse_boxes  # noqa: E402
@@ -108,7 +108,7 @@ def main() -> None:
     commit = versions()["commit"]                  # before probe.json changes
     for base in bases:
         folder = Path(base_of(base))
-        model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
+        model, processor = load_model(folder), Processor(folder)
         made[base] = {"commit": commit, "accuracy": probe(model, processor), "rejecting": rejecting(model, processor)}
         print(base, made[base], flush=True)
         path.write_text(json.dumps({name: made[name] for name in BASES if name in made}, indent=1) + "\n")

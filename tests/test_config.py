@@ -13,7 +13,7 @@ from test_model import END, EOS, IMAGE, START, VIDEO, VOCABULARY, masked, scramb
 from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 
-from model import VISION_TOKENS, Config, Qwen2_5_VL, mrope_positions
+from model import VISION_TOKENS, Config, load_model, mrope_positions, random_model
 from support.mistakes import Mistake
 
 TOP = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
@@ -128,7 +128,7 @@ def assert_same_logits(folder: Path, raw: dict) -> None:
     scramble(reference, seed=1)
     save_file({name: tensor.clone() for name, tensor in reference.state_dict().items()}, folder / "model.safetensors",
               {"format": "pt"})
-    model = Qwen2_5_VL.from_pretrained(folder)
+    model = load_model(folder)
     c = model.config
     merge, generator = c.vision_spatial_merge_size, torch.Generator().manual_seed(0)
     grids = [(5 * merge, 3 * merge), (2 * merge, 4 * merge)]
@@ -260,7 +260,7 @@ def test_a_value_that_is_not_computed_is_refused_by_name(tmp_path, family, chang
     path = write(tmp_path, changed(family, change))
     start = time.monotonic()
     with pytest.raises(Mistake) as error:
-        Qwen2_5_VL.from_pretrained(tmp_path, random_weights=True)
+        random_model(tmp_path)
     said = str(error.value)
     field = list(change)[-1].split(".")[-1]
     assert said.startswith(f"{path}: ") and time.monotonic() - start < 1
@@ -275,7 +275,7 @@ def test_a_token_that_cannot_end_a_response_is_refused(tmp_path, name, ids):
     (tmp_path / "generation_config.json").write_text(json.dumps(
         {"eos_token_id": ids} if name == "generation_config.json" else {}))
     with pytest.raises(Mistake, match=f"{name}: eos_token_id"):
-        Qwen2_5_VL.from_pretrained(tmp_path, random_weights=True)
+        random_model(tmp_path)
 
 
 # As they stand on the hub: Qwen2.5-VL-7B (text at the top), the same saved by transformers 4.54 (at both), Qwen3-VL-4B.

@@ -15,7 +15,7 @@ import rollout
 import train
 from data import Processor, Response, collate, pack_group
 from eval import evaluate
-from model import Qwen2_5_VL
+from model import load_model
 from rollout import generate
 from support.lora import add_lora, merge_after
 from support.optimizers import make_optimizers
@@ -118,10 +118,10 @@ def test_a_step_stays_on_its_device(far, monkeypatch, settings):
 
     def step(device):
         torch.manual_seed(0)
-        model = Qwen2_5_VL.from_pretrained(TINY, getattr(torch, cfg.precision), device)
+        model = load_model(TINY, getattr(torch, cfg.precision), device)
         if cfg.lora_rank:
             add_lora(model, cfg.lora_rank, 4.0, "model.layers|visual", str(TINY))
-        reference = Qwen2_5_VL.from_pretrained(TINY, device=device) if cfg.kl else None
+        reference = load_model(TINY, device=device) if cfg.kl else None
         optimizers = make_optimizers(cfg, model)
         merge_after(optimizers[-1], model)
         before = len(waits)
@@ -150,7 +150,7 @@ def test_a_step_stays_on_its_device(far, monkeypatch, settings):
 
 def test_a_tensor_of_the_wrong_device_is_noticed(far, monkeypatch):
     """As if one .to(device), or one tolist, had been forgotten."""
-    model, processor = Qwen2_5_VL.from_pretrained(TINY, device=far), Processor(TINY)
+    model, processor = load_model(TINY, device=far), Processor(TINY)
     prompt = processor.prompt(Scenes("train")[0])
     row = collate(pack_group(prompt, [Response([5, 6, 7])]), far)
     model(**vars(row))

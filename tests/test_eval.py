@@ -18,7 +18,7 @@ from processes import free_port
 import eval as evaluation
 from data import Processor
 from eval import Record, summarise, table, unknown_to
-from model import Qwen2_5_VL
+from model import load_model
 from support import runs
 from support.boxes import box_hit
 from support.mistakes import Mistake
@@ -191,7 +191,7 @@ def test_half_a_record_is_left_out_and_counted(small, monkeypatch, capsys, damag
     ("a zebra", (112, 112), "not the word 'zebra'"), ("red ring", (640, 480), "not a picture of 640×480 pixels"),
     ("2 Katzen", (640, 480), "the word 'Katzen' and a picture of 640×480 pixels"), ("red or blue", (0, 0), "not the word 'or'")])
 def test_what_the_tiny_model_cannot_know(question, size, said):
-    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+    model = load_model(ROOT / "assets/tiny")
     lines = unknown_to(model, question, size)
     assert [said in line for line in lines] == [True] * bool(said)
     model.config = replace(model.config, vocab_size=151_936)

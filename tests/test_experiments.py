@@ -14,7 +14,7 @@ from experiments import probe, reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS, answer_blindly, as_learnt,
                                    base_of, base_table, chosen_rate, cost_table, course, draw, family_of, fill, grid,
                                    interval, parts, score, shown_rate, table, tables, tells)
-from model import Qwen2_5_VL
+from model import load_model
 from rollout import generate
 from support import scenes
 
@@ -249,7 +249,7 @@ def test_the_probe_reads_the_state_after_the_prompt(monkeypatch):
     """The state that the first token of the answer is decided from; the kinds as in by_colour."""
     monkeypatch.setattr(probe, "QUESTIONS", {"test": 64})
     folder = reproduce.ROOT / "assets/tiny"
-    model, processor = Qwen2_5_VL.from_pretrained(folder), Processor(folder)
+    model, processor = load_model(folder), Processor(folder)
     hidden, kinds = probe.states(model, processor, "test")
     asked = [i for i in range(64) if i % 3 < 2]                    # every third is about counting
     assert [kind == "present" for kind in kinds] == [i % 3 == 0 for i in asked]

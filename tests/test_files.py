@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from test_train import ROOT, SMALL, lines, run_train
 
 import train
-from model import Qwen2_5_VL
+from model import load_model
 from support import files, run, screen
 from support.files import as_json, read_lines, read_record, remove, replace_file, writing
 from support.mistakes import Mistake, sentence_of
@@ -120,7 +120,7 @@ def test_weights_that_find_no_room(tmp_path, small_files):
     def write_text():
         with writing(tmp_path / "x"), open(tmp_path / "x", "a") as file:
             file.write("x" * 200_000)
-    for write in (lambda: Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny").save_pretrained(tmp_path / "x"),
+    for write in (lambda: load_model(ROOT / "assets/tiny").save_pretrained(tmp_path / "x"),
                   write_tensors, write_text):
         with pytest.raises(OSError) as error:
             write()

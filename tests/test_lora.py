@@ -14,7 +14,7 @@ from test_train import SMALL, lines, run_train
 import train
 from data import Processor, Response, collate, collate_images, pack_group
 from experiments import merge
-from model import Qwen2_5_VL
+from model import Qwen2_5_VL, load_model
 from rollout import generate, prefill
 from support.checkpoints import digest_of
 from support.equip import equip
@@ -31,7 +31,7 @@ EVERYTHING = "model.layers|visual"
 
 
 def tiny(dtype=torch.float64, rank: int = 0, targets: str = EVERYTHING, seed: int = 1) -> Qwen2_5_VL:
-    model = Qwen2_5_VL.from_pretrained(TINY, dtype)
+    model = load_model(TINY, dtype)
     if rank:
         torch.manual_seed(seed)
         add_lora(model, rank, 8.0, targets, str(TINY))
@@ -138,7 +138,7 @@ def test_an_adapter_goes_out_and_in(tmp_path):
     model = learnt(tiny(torch.bfloat16, rank=4))
     model.save_pretrained(tmp_path / "a")
     assert not list((tmp_path / "a").glob("model*.safetensors")) and (tmp_path / "a/tokenizer.json").exists()
-    again = Qwen2_5_VL.from_pretrained(tmp_path / "a", torch.bfloat16)
+    again = load_model(tmp_path / "a", torch.bfloat16)
     assert not adapters(again) and torch.equal(logp(again), logp(model))
     other = tiny(torch.bfloat16, rank=4, seed=9)
     load_adapter(other, tmp_path / "a")
@@ -226,7 +226,7 @@ def test_adapters_that_are_not_ours(tmp_path, change, said):
         stored |= {"B": {}, "name": {"x": tensor.clone(), key: tensor}, "base": {key: tensor[:-1].clone()}}[change]
         save_file(stored, tmp_path / WEIGHTS)
     with pytest.raises(Mistake, match=said):
-        Qwen2_5_VL.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 def test_peft_opens_it(tmp_path):
@@ -314,7 +314,7 @@ def test_a_run_with_lora(tmp_path, monkeypatch):
     assert len(state) == 3 * len(b) and not any("master" in name for name in state)
     code, output = run_script(ROOT / "experiments/merge.py", "runs/half", "merged", folder=tmp_path)
     assert code == 0 and "as one model in bfloat16: merged" in output, output
-    run, whole = (Qwen2_5_VL.from_pretrained(tmp_path / name, torch.bfloat16) for name in ("runs/half", "merged"))
+    run, whole = (load_model(tmp_path / name, torch.bfloat16) for name in ("runs/half", "merged"))
     assert torch.equal(logp(run), logp(whole)) and not torch.equal(logp(run), logp(tiny(torch.bfloat16)))
     monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path / "merged"), "x"])
     with pytest.raises(Mistake, match="holds no adapter"):

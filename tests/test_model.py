@@ -18,7 +18,8 @@ from transformers import (AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VL
 
 import model as model_file
 from data import Batch, Processor, Prompt, Response, collate, pack_group
-from model import VISION_TOKENS, Config, Qwen2_5_VL, RowLayout, for_each_query_head, mrope_positions, row_mask
+from model import (VISION_TOKENS, Config, Qwen2_5_VL, RowLayout, for_each_query_head,
+                   load_model, mrope_positions, random_model, row_mask)
 from rewards import user_text
 from rollout import generate
 from support.mistakes import Mistake
@@ -92,7 +93,7 @@ def make_pair(name: str, folder: Path):
     """transformers' model and ours, loaded from the folder that it saved."""
     reference = make_reference(name)
     reference.save_pretrained(folder)
-    return reference, Qwen2_5_VL.from_pretrained(folder)
+    return reference, load_model(folder)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -279,7 +280,7 @@ def test_saved_folder_opens_in_transformers(pair, tmp_path, shard):
     assert len(files) > 3 if shard == "60KB" else files == ["model.safetensors"]
     inputs = reference_inputs(PROMPTS[:2], RESPONSES[:2])
     assert torch.equal(reloaded(tmp_path)(**inputs).logits, reference(**inputs).logits)
-    again = Qwen2_5_VL.from_pretrained(tmp_path)
+    again = load_model(tmp_path)
     assert again.eos_ids == model.eos_ids == (EOS,)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -289,7 +290,7 @@ def test_saved_folder_opens_in_transformers(pair, tmp_path, shard):
 def test_hub_layout_config_and_companions(tmp_path):
     """assets/tiny has the hub's flat config.json. A save carries the tokenizer along and names the dtype."""
     torch.manual_seed(0)
-    model = Qwen2_5_VL.from_pretrained(TINY, random_weights=True)
+    model = random_model(TINY)
     scramble(model, 0)
     model.save_pretrained(tmp_path)
     reference = reloaded(tmp_path)
@@ -309,10 +310,10 @@ def test_hub_layout_config_and_companions(tmp_path):
 def test_a_saved_folder_answers_the_same_in_transformers(tmp_path):
     """Its weights, tokenizer, image processor and generation_config, by transformers alone, on a scene. (AutoProcessor
     needs torchvision, which may be missing; it joins the two below.)"""
-    model, example = Qwen2_5_VL.from_pretrained(TINY), Scenes("test")[0]
+    model, example = load_model(TINY), Scenes("test")[0]
     model.save_pretrained(tmp_path)
     prompt = Processor(tmp_path).prompt(example)
-    [[response]] = generate(Qwen2_5_VL.from_pretrained(tmp_path), [prompt], G=1, max_new_tokens=64, temperature=0)
+    [[response]] = generate(load_model(tmp_path), [prompt], G=1, max_new_tokens=64, temperature=0)
     tokenizer, images = AutoTokenizer.from_pretrained(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     text = user_text(example.task, example.question)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
@@ -337,7 +338,7 @@ def test_loads_both_layouts_of_names(pair, tmp_path, layout):
                  name.replace("model.", "model.language_model.", 1): tensor for name, tensor in state.items()}
         assert "model.language_model.layers.0.mlp.up_proj.weight" in state
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    loaded = Qwen2_5_VL.from_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
     batch = rows_of(PROMPTS[:2], RESPONSES)
     assert torch.equal(loaded(**vars(batch))[0], model(**vars(batch))[0])
 
@@ -371,20 +372,20 @@ def test_missing_tensor(folder):
     stored = stored_name(folder, "layers.1.mlp.up_proj.weight")
     rewrite(folder, lambda state: state.pop(stored))
     with pytest.raises(ValueError, match="1 tensors are missing.*model.layers.1.mlp.up_proj.weight"):
-        Qwen2_5_VL.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_misshapen_tensor(folder):
     stored = stored_name(folder, "visual.blocks.0.norm1.weight")
     rewrite(folder, lambda state: state.update({stored: torch.ones(33)}))
     with pytest.raises(ValueError, match=r"visual.blocks.0.norm1.weight' has shape \(33,\).*\(32,\)"):
-        Qwen2_5_VL.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_unknown_tensor(folder):
     rewrite(folder, lambda state: state.update({"model.layers.0.surprise": torch.ones(1)}))
     with pytest.raises(ValueError, match="model.layers.0.surprise"):
-        Qwen2_5_VL.from_pretrained(folder)
+        load_model(folder)
 
 
 @torch.no_grad()
@@ -392,11 +393,11 @@ def test_a_stored_head_must_be_the_embedding_it_is_tied_to(folder):
     """Some savers write the tied embedding twice, which is read; another matrix there is not this model's."""
     embedding = load_file(folder / "model.safetensors")[stored_name(folder, "embed_tokens.weight")]
     rewrite(folder, lambda state: state.update({"lm_head.weight": embedding.clone()}))
-    assert torch.equal(Qwen2_5_VL.from_pretrained(folder).lm_head.weight, embedding)
+    assert torch.equal(load_model(folder).lm_head.weight, embedding)
     embedding[3, 5] += 1
     rewrite(folder, lambda state: state.update({"lm_head.weight": embedding}))
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        Qwen2_5_VL.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_missing_fields_of_qwen3_vl_are_as_in_transformers(tmp_path):
@@ -446,7 +447,7 @@ def test_a_damaged_file_of_a_model_folder_is_named(tmp_path, name, damage):
     (tmp_path / name).write_bytes(damage(whole))
     with pytest.raises(Mistake) as error:
         Processor(tmp_path)
-        Qwen2_5_VL.from_pretrained(tmp_path)
+        load_model(tmp_path)
     said = str(error.value)
     assert name in said, said
     assert "\n" not in said and len(said) < len(str(tmp_path)) * 3 + 400
@@ -472,7 +473,7 @@ def test_an_index_of_shards_that_names_none(tmp_path):
                        ('{"weight_map": {"a": "x.safetensors"}}', "x.safetensors does not exist")):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(Mistake, match=said):
-            Qwen2_5_VL.from_pretrained(tmp_path)
+            load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json",
@@ -494,7 +495,7 @@ def test_eos_ids_are_ids(tmp_path, ids):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     with pytest.raises(Mistake, match="generation_config.json: eos_token_id is"):
-        Qwen2_5_VL.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 def test_pickled_weights_are_never_read(folder, tmp_path):
@@ -503,7 +504,7 @@ def test_pickled_weights_are_never_read(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(trap)
     with pytest.raises(ValueError, match="model.safetensors"):
-        Qwen2_5_VL.from_pretrained(folder)
+        load_model(folder)
     assert not trace.exists()
     pickle.loads(trap).close()  # the trap is live
     assert trace.exists()
@@ -538,8 +539,8 @@ def test_bfloat16_is_as_exact_as_the_published_implementation():
     ys = [processor.encode(p.example.answer) for p in prompts]
     ours, theirs = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
-        model, reference = (kind.from_pretrained(TINY, dtype=dtype)
-                            for kind in (Qwen2_5_VL, AutoModelForImageTextToText))
+        model, reference = (load(TINY, dtype=dtype)
+                            for load in (load_model, AutoModelForImageTextToText.from_pretrained))
         with torch.no_grad():
             parts = [(rows_of([p], [y]), reference_inputs([p], [y]), p, y) for p, y in zip(prompts, ys)]
             ours[dtype] = torch.cat([model(**vars(b))[0][b.segment > 0].float() for b, *_ in parts])
@@ -580,7 +581,7 @@ def test_row_layout_is_the_row_mask(segments):
 
 
 def test_packed_row_has_the_gradients_of_the_responses_alone(folder):
-    model = Qwen2_5_VL.from_pretrained(folder, dtype=torch.float64)  # so that a slip cannot hide in rounding
+    model = load_model(folder, dtype=torch.float64)  # so that a slip cannot hide in rounding
     alone, packed = alone_and_packed(model)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
     expected = gradients(model, alone.sum())
@@ -659,7 +660,7 @@ def test_text_only_batch_with_another_merge(tmp_path, merge):
     raw["vision_config"]["spatial_merge_size"] = merge
     (tmp_path / "config.json").write_text(json.dumps(raw))
     shutil.copy(TINY / "generation_config.json", tmp_path)
-    model = Qwen2_5_VL.from_pretrained(tmp_path, random_weights=True)
+    model = random_model(tmp_path)
     grads = gradients(model, model(**vars(rows_of(TEXT_ONLY, RESPONSES)))[0].sum())  # fails on a gradient that is None
     assert not any(gradient.any() for name, gradient in grads.items() if name.startswith("visual."))
 

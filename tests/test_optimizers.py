@@ -7,6 +7,7 @@ from processes import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 
 import train
+from model import load_model, random_model
 from support.optimizers import MasterAdamW, make_optimizers, share_of_lr
 from support.checkpoints import load_optimizer, optimizer_tensors
 
@@ -66,7 +67,7 @@ def test_state_stays_float32_when_it_is_loaded(host):
 def test_adam_eps_makes_small_gradients_small_steps(settings, monkeypatch):
     """The first step of AdamW is lr · g / (|g| + eps): half of lr where g = eps, nearly lr where it is far above."""
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    model = train.Qwen2_5_VL.from_pretrained(Path(__file__).resolve().parent.parent / "assets/tiny").bfloat16().float()
+    model = load_model(Path(__file__).resolve().parent.parent / "assets/tiny").bfloat16().float()
     cfg = train.Config(lr=0.5, adam_eps=1e-3, weight_decay=0.0, **settings)
     *_, adamw = make_optimizers(cfg, model)
     weight = model.model.norm.weight                                # a vector: AdamW's in every setting
@@ -88,7 +89,7 @@ def three_steps(rank: int, world: int, port: int, precision: str, folder: Path) 
         train.start_ranks()
     torch.manual_seed(0)
     root = Path(__file__).resolve().parent.parent
-    model = train.Qwen2_5_VL.from_pretrained(root / "assets/tiny", getattr(torch, precision), random_weights=True)
+    model = random_model(root / "assets/tiny", getattr(torch, precision))
     optimizers = make_optimizers(train.Config(precision=precision, lr=1e-3), model)
     for step in range(3):
         if world > 1 and step == 2:         # a stop: saved, and loaded by new optimizers

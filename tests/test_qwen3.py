@@ -13,7 +13,7 @@ from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGenerati
 import rewards
 from data import Processor, Response, collate, pack_group
 from eval import for_sheet, judge, original_frame
-from model import Qwen2_5_VL, Qwen3_VL
+from model import Qwen3_VL, load_model
 from support.sources import Example, Scenes
 from train import Config
 
@@ -87,7 +87,7 @@ def test_a_run(qwen3_folder, tmp_path):
     assert code == 0 and "picture of 128×128" in output, output
     assert [line["step"] for line in lines(tmp_path / "runs/whole") if "eval" in line] == [0, 10, 20]
     assert (tmp_path / "runs/whole/samples/step_20.png").exists()
-    trained = Qwen2_5_VL.from_pretrained(tmp_path / "runs/whole")
+    trained = load_model(tmp_path / "runs/whole")
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "runs/whole/checkpoints/step_20").eval()
     processor = Processor(tmp_path / "runs/whole")
     prompt = processor.prompt(Scenes("test")[0])

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from data import Processor, Response, collate, pack_group
-from model import Qwen2_5_VL, row_mask
+from model import load_model, random_model, row_mask
 from rollout import KVCache, collect, decode_one_token, generate, sample, uniforms
 from support import graphs
 from support.mistakes import Mistake
@@ -31,7 +31,7 @@ def processor(folder):
 def model(folder):
     """Random weights, large enough that every layer changes what is sampled."""
     torch.manual_seed(1)
-    model = Qwen2_5_VL.from_pretrained(folder, random_weights=True)
+    model = random_model(folder)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -125,7 +125,7 @@ def test_bfloat16_scores_survive_a_common_offset_of_the_keys(offset):
 
 def test_bfloat16_sampling_is_the_policy_that_is_trained():
     """The mean gap of log-probs with keys that carry an offset: 0.07 where scores were rounded to bfloat16."""
-    model, processor = Qwen2_5_VL.from_pretrained(FOLDER, torch.bfloat16), Processor(FOLDER)
+    model, processor = load_model(FOLDER, torch.bfloat16), Processor(FOLDER)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.k_proj.bias += 140
@@ -304,7 +304,7 @@ def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_weights_that_are_not_finite_are_one_sentence(temperature):
-    model, processor = Qwen2_5_VL.from_pretrained(FOLDER), Processor(FOLDER)
+    model, processor = load_model(FOLDER), Processor(FOLDER)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(Mistake, match="log-probs are not finite: its weights hold NaN or Inf"):

@@ -32,7 +32,7 @@ import support.runs
 import train
 from data import Processor, collate, pack_group
 from eval import judge
-from model import Qwen2_5_VL
+from model import load_model, random_model
 from support.checkpoints import FIRST, read_state
 from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
@@ -75,8 +75,8 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
         for rows in micro_rows:
             torch.manual_seed(0)
             cfg = replace(train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=rows), **settings)
-            model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True)
-            reference = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True) if cfg.kl else None
+            model = random_model(ROOT / "assets/tiny")
+            reference = random_model(ROOT / "assets/tiny") if cfg.kl else None
             if cfg.lora_rank:
                 add_lora(model, cfg.lora_rank, 64.0, "model.layers|visual", "")
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -136,7 +136,7 @@ def alone(monkeypatch):
 
 def small_model():
     torch.manual_seed(0)
-    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny", random_weights=True)
+    model = random_model(ROOT / "assets/tiny")
     return model, Processor(model.folder)
 
 
@@ -386,7 +386,7 @@ def test_the_derivation_of_docs(alone):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/derivation.md").read_text(), re.S)
     names = {"torch": torch}
     exec(code, names)
-    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+    model = load_model(ROOT / "assets/tiny")
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(ROOT / "assets/tiny")
     processor = Processor(model.folder)
     cfg = train.Config(rollouts=4, max_new_tokens=48, grad_clip=1e9)
@@ -491,7 +491,7 @@ def test_the_entropy_bonus_raises_the_entropy(alone):
     """From the tiny model, whose groups are tied and would be left out: the bonus alone trains, without a NaN."""
     entropy = {}
     for bonus in (0.0, 1.0):
-        model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+        model = load_model(ROOT / "assets/tiny")
         processor = Processor(model.folder)
         cfg = train.Config(rollouts=3, max_new_tokens=8, entropy_bonus=bonus)
         groups = train.make_groups(cfg, model, processor, [processor.prompt(Scenes("test")[0])], 0)
@@ -506,7 +506,7 @@ def test_the_entropy_bonus_raises_the_entropy(alone):
 
 def test_auto_label_style_is_the_rendering_the_policy_finds_likelier(alone, monkeypatch):
     """The tiny base was trained on blanks after commas and colons, whichever style is tried first."""
-    model = Qwen2_5_VL.from_pretrained(ROOT / "assets/tiny")
+    model = load_model(ROOT / "assets/tiny")
     processor = Processor(model.folder)
     prompt = processor.prompt(Scenes("test")[0])
     for order in (("spaced", "compact"), ("compact", "spaced")):
@@ -702,7 +702,7 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert "loss" in lines(run)[1] and "N-acc strict" in lines(run)[0]["eval"]
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     reloaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "checkpoints/step_1")
-    ours = Qwen2_5_VL.from_pretrained(run / "checkpoints/step_1")
+    ours = load_model(run / "checkpoints/step_1")
     assert torch.equal(reloaded.get_input_embeddings().weight, ours.model.embed_tokens.weight)
     assert AutoTokenizer.from_pretrained(run / "checkpoints/step_1")("a").input_ids
     before = lines(run)
