@@ -6,6 +6,15 @@ safetensors, and a saved folder opens in `transformers` and vLLM. tests/test_mod
 file to the published implementation: transformers, models/qwen2_5_vl/modeling_qwen2_5_vl.py. Each
 class names its own there.
 
+A group is one row (data.py packs it), and goes through the model once:
+
+    patches   ─ VisionTower ─▶ image tokens
+                                  ▼                                             embed  [B, T, D]
+    tokens    [ prompt …       <image> … | y … eos | o_1 … eos | … | o_G … eos ]
+    segment   [ 0 …                      | 1 …     | 2 …       | … | G+1 …     ]
+                sees itself              | each sees the prompt and itself      decode [B, T, D]
+                                         | log π of each token                  score  [M]
+
 Glossary (the letters of every shape comment)
     B  rows, T  tokens of a row, P  prompt tokens, S  responses of a row, R  response tokens
     N  image patches (14×14 pixels), N/4 image tokens, D  width, d  head size, V  vocabulary
@@ -151,7 +160,8 @@ class PatchSets:
 
     @staticmethod
     def of(members: list[Tensor], device) -> "PatchSets":
-        """
+        """Returns the sets in one table for each size.
+
         >>> sets = PatchSets.of(list(map(torch.tensor, ([0, 1], [2], [3, 4]))), "cpu")
         >>> [table.tolist() for table in sets.tables], sets.inverse.tolist()
         ([[[2]], [[0, 1], [3, 4]]], [1, 2, 0, 3, 4])
@@ -552,24 +562,25 @@ class Qwen2_5_VL(nn.Module):
 def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
     """Returns the model of a folder in the Hugging Face layout, of a run, or of a hub id. It is a
     Qwen3-VL if its config.json says so."""
-    with torch.device("meta"):
-        model = empty_model(folder)
+    model = empty_model(folder, "meta")
     load_weights(model, model.folder, dtype)
     return model.to(device)
 
 
 def random_model(folder, dtype: torch.dtype = torch.float32, device="cpu") -> Qwen2_5_VL:
-    """Returns the same with random weights; only the folder's config and tokenizer are read."""
-    model = empty_model(folder)
+    """Returns the model of a folder's config.json with random weights; its own are not read."""
+    model = empty_model(folder, "cpu")
     model.reset_parameters()
     return model.to(device, dtype)
 
 
-def empty_model(folder) -> Qwen2_5_VL:
+def empty_model(folder, device: str) -> Qwen2_5_VL:
+    """Returns the model of a folder's config.json, whose weights are still to be made."""
     folder = local_folder(folder)
     config = Config.from_json(folder / "config.json")
     eos_ids = read_eos_ids(folder, config)
-    model = Qwen3_VL(config) if isinstance(config, Qwen3Config) else Qwen2_5_VL(config)
+    with torch.device(device):
+        model = Qwen3_VL(config) if isinstance(config, Qwen3Config) else Qwen2_5_VL(config)
     model.folder, model.eos_ids = folder, eos_ids
     return model
 
