@@ -1,23 +1,28 @@
-"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no collectives; the loss waits
-for no number from the device.
+"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no
+collectives; the loss waits for no number from the device.
 
     python objective.py [--r-y 6 --r-o 5 5 1]      what each method makes of a group's rewards
 
 Glossary
-    r          [B, S]     rewards of a group; with the label, r[:, 0] = r(y) and r[:, 1:] = r(o_1) … r(o_G)
-    advantage             Â: Eq. 6 (rollouts) and Eq. 7 (y), normalised together over S = G+1 rewards
-    logp, old_logp, ref_logp   log π of each response token under the policy, the policy that sampled, the reference
-    ratio                 ρ = π_θ / π_old, per token
-    loss                  Eq. 8: −min(ρÂ, clip(ρ)Â), for rollouts and y alike, and every other term: edit it there
+    r [S]      rewards of a group; with the label r[0] = r(y), r[1:] = r(o_1) … r(o_G)
+    advantage  Â: Eq. 6 (rollouts) and Eq. 7 (y), normalised together over S = G+1 rewards
+    logp, old_logp, ref_logp   log π of each response token under the policy, the policy that
+               sampled, the reference
+    ratio      ρ = π_θ / π_old, per token
+    loss       Eq. 8: −min(ρÂ, clip(ρ)Â), for rollouts and y alike, and every other term: edit it
+               there
+    METHODS    ViSurf and its rivals, as records: settings of the one loss
 
-The methods are settings of one loss, the records of METHODS. Learning rate, entropy bonus and length normalisation are
-the same for all of them, and y and the rollouts share one denominator; CHORD takes a mean over each of the two.
+Learning rate, entropy bonus and length normalisation are the same for all methods, and y and the
+rollouts share one denominator; CHORD takes a mean over each of the two.
 
 Departures
-    1. Probabilities are per token (as in every GRPO trainer); the paper writes them per sequence. With one update per
-       batch ρ ≡ 1 and the gradient is the same: Σ_tokens Â ∇log π(token) = Â ∇log π(sequence).
-    2. The paper leaves the length normalisation open: `token_weight` names three, "seq-sum" being Eq. 9 to the letter.
-    3. A group whose std is below 1e-6 has advantage exactly 0; nothing is added to the std otherwise.
+    1. Probabilities are per token (as in every GRPO trainer); the paper writes them per sequence.
+       With one update per batch ρ ≡ 1 and the gradient is the same: Σ_tokens Â ∇log π(token) =
+       Â ∇log π(sequence).
+    2. The paper leaves the length normalisation open: `token_weight` names three, "seq-sum" being
+       Eq. 9 to the letter.
+    3. A group whose std is below 1e-6 has advantage exactly 0; else nothing is added to the std.
 """
 import argparse
 import math
@@ -32,35 +37,41 @@ TIED = 1e-6  # a group with a smaller std says nothing about which response is b
 
 
 def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sampled_logp: Tensor,
-         entropy: Tensor, advantage: Tensor, reward: Tensor, length: Tensor, truncated: Tensor, is_y: Tensor,
-         group: Tensor, segment: Tensor, weight: Tensor, denominator: int, tokens: int, responses: int,
-         step: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns what is minimised, summed over the rows given, and what is logged of it. A new term is
-    a line here. No term uses reward, length, truncated, group, tokens, responses, step and steps yet.
+         entropy: Tensor, advantage: Tensor, reward: Tensor, length: Tensor, truncated: Tensor,
+         is_y: Tensor, group: Tensor, segment: Tensor, weight: Tensor, denominator: int,
+         tokens: int, responses: int, step: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns what is minimised, summed over the rows given, and what is logged of it. A new term
+    is a line here. Those that are here do not use reward, length, truncated, group, segment,
+    tokens, responses, step and steps.
 
     cfg            the options of train.py
     logp, entropy  log π of each token, and the entropy of the distribution it was taken from, both
                    with a gradient
-    old_logp       under the policy that sampled, with y too; with one inner epoch logp, detached (ρ ≡ 1)
+    old_logp       under the policy that sampled, y's too; with one inner epoch it is logp, detached
+                   (ρ ≡ 1)
     ref_logp       under the frozen initial model; None without --kl
     sampled_logp   of the rollouts, as recorded while sampling; NaN for y
-    advantage, reward, length, truncated, is_y    of the response that a token belongs to: Â; r after
-                   the controls; its number of tokens; whether --max-new-tokens cut it off; whether it is y
-    group          the number of its group, another in every step: the place of the prompt in the
-                   endless sequence of examples. A group may be split over several rows
-    segment        0 prompt, 1, 2, … the responses of a row, −1 padding
     weight, denominator    the length normalisation: a token counts weight / denominator
                    (`token_weight`, `divisor`); the weight is 0 outside the responses
-    tokens, responses      how many there are in the batch of this step, of all ranks
-    step, steps    how many steps came before this one; how many there are
-    Tensors are [B, T]. The losses of all micro-batches and ranks add up to the batch's, so no term may
-    mix rows: neither compare tokens of several rows, nor divide by what it finds in them. One that
-    does must say so. The tests find it out (-k split, in tests/test_objective.py).
 
-    Responses without any gradient are left out of the rows; support/probe.py finds them by trying this.
+    Of the response that a token belongs to, 0 outside the responses:
+    advantage, reward      Â, and r after the controls
+    length, truncated      its number of tokens; whether --max-new-tokens cut it off
+    is_y           whether it is y
 
-    Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean of
-    all elements is taken. A name that is new here reaches metrics.jsonl and curves.png by itself.
+    segment        0 prompt, 1, 2, … the responses of a row, −1 padding
+    group          the number of the group, another in every step: the place of its prompt in the
+                   endless sequence of examples. A group may be split over several rows
+    tokens, responses      how many there are in this step's batch, over all ranks
+    step, steps    how many steps came before this one; how many the run has
+
+    All tensors are [B, T]. The losses of all micro-batches and ranks add up to the batch's. So no
+    term may mix rows, by a mean over them or by a comparison of their tokens, unless it says so:
+    pytest tests/test_objective.py -k split finds one that does. Responses without any gradient are
+    left out of the rows; support/probe.py finds them by trying this function.
+
+    Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean
+    of all elements is taken. A name that is new here reaches metrics.jsonl and curves.png.
     """
     method, weight_y = METHODS[cfg.method], advantage
     gain, cut = clipped_surrogate(logp, old_logp, advantage, cfg.clip, cfg.clip_high or cfg.clip)
@@ -77,7 +88,8 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
         if not method.rollouts:
             logged["entropy"] = entropy[y]
         else:
-            size = (weight * torch.where(is_y, weight_y, advantage).abs()).double() / denominator   # of Eq. 9's terms
+            # The size of the two terms of Eq. 9.
+            size = (weight * torch.where(is_y, weight_y, advantage).abs()).double() / denominator
             logged |= {"logp_gap": (logp - sampled_logp).abs()[rollouts],
                        "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
                        "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
@@ -85,9 +97,9 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
 
 
 def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
-    """Eq. 6 and 7 (and GRPO's, over rollouts only): Â = (r − mean R) / std R over the last dimension.
+    """Returns Eq. 6 and 7, or GRPO's of rollouts only: Â = (r − mean R) / std R.
 
-    r [..., S] → [..., S]. std: "sample" (divides by S−1), "population" (by S), "none" (Â = r − mean R).
+    r [..., S] → [..., S]. std: "sample" divides by S−1, "population" by S, "none" by nothing.
 
     >>> group_advantages(torch.tensor([6., 2., 2., 2.]), "population")
     tensor([ 1.7321, -0.5774, -0.5774, -0.5774])
@@ -102,10 +114,11 @@ def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
 
 def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: float, high: float
                       ) -> tuple[Tensor, Tensor]:
-    """min(ρÂ, clip(ρ, 1−ε_low, 1+ε_high)Â), elementwise, with ρ = exp(logp − old_logp): the summand of Eq. 8; and
-    whether the clip cuts the gradient off (ρ > 1+ε_high with Â > 0, or ρ < 1−ε_low with Â < 0).
+    """Returns the summand of Eq. 8, min(ρÂ, clip(ρ, 1−low, 1+high)Â), ρ = exp(logp − old_logp), and
+    whether the clip cuts the gradient off: ρ > 1+high with Â > 0, or ρ < 1−low with Â < 0.
 
-    >>> clipped_surrogate(torch.tensor([1.5, 1.5]).log(), torch.zeros(2), torch.tensor([1., -1.]), 0.2, 0.2)
+    >>> logp, advantage = torch.tensor([1.5, 1.5]).log(), torch.tensor([1., -1.])
+    >>> clipped_surrogate(logp, torch.zeros(2), advantage, 0.2, 0.2)
     (tensor([ 1.2000, -1.5000]), tensor([ True, False]))
     """
     ratio = (logp - old_logp).exp()
@@ -114,14 +127,15 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor, low: fl
 
 
 def kl_k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(π_θ ‖ π_ref) from samples of π_θ: e^x − x − 1 with x = ref_logp − logp. Never negative.
-    ViSurf drops the KL; it is here for the authors' earlier recipe (Seg-Zero)."""
+    """Returns the k3 estimate of KL(π_θ ‖ π_ref) from samples of π_θ: e^x − x − 1 with
+    x = ref_logp − logp. It is never negative. ViSurf drops the KL; it is here for the authors'
+    earlier recipe (Seg-Zero)."""
     x = ref_logp - logp
     return x.exp() - x - 1
 
 
 def token_weight(segment: Tensor, normaliser: str) -> Tensor:
-    """How much each response token counts before the division by `divisor`. segment [B, T] → [B, T].
+    """Returns how much each token counts before the division by `divisor`. segment [B, T] → [B, T].
 
         token-mean  every token 1                        / number of tokens
         seq-mean    a token of a response o: 1/|o|       / number of responses
@@ -131,17 +145,19 @@ def token_weight(segment: Tensor, normaliser: str) -> Tensor:
     tensor([[0.0000, 0.5000, 0.5000, 1.0000, 0.0000]])
     """
     if normaliser not in ("token-mean", "seq-mean", "seq-sum"):
-        raise ValueError(f"the normaliser is {normaliser!r}; it must be token-mean, seq-mean or seq-sum")
+        raise ValueError(f"the normaliser is {normaliser!r}; it must be token-mean, seq-mean or "
+                         "seq-sum")
     scored = (segment > 0).to(torch.get_default_dtype())
     if normaliser != "seq-mean":
         return scored
     number = segment.clamp(min=0)
-    length = torch.zeros_like(scored).scatter_add(1, number, scored)      # [B, T]: of response number 0, 1, 2, … < T
+    # [B, T]: the length of response number 0, 1, 2, … < T
+    length = torch.zeros_like(scored).scatter_add(1, number, scored)
     return scored / length.gather(1, number).clamp(min=1)
 
 
 def divisor(tokens: int, responses: int, normaliser: str) -> int:
-    """The loss's denominator: counted over all micro-batches and ranks, before the first backward."""
+    """Returns the loss's denominator, from counts over all micro-batches and ranks."""
     return tokens if normaliser == "token-mean" else responses
 
 
@@ -154,13 +170,13 @@ LUFFY_GAMMA = 0.1
 @dataclass(frozen=True)
 class Method:
     """Holds all in which one method differs from another."""
-    text: str            # what it is, and where it is from
-    advantages: Callable[..., Tensor]   # (options, r [S]) → Â [S], of the responses trained on, y first
-    y: bool = True       # whether y is trained on
-    rollouts: bool = True               # whether o_1 … o_G are
+    text: str                   # what it is, and where it is from
+    advantages: Callable[..., Tensor]       # (options, r [S]) → Â [S], y's first
+    y: bool = True              # whether y is trained on
+    rollouts: bool = True       # whether o_1 … o_G are trained on
+    smooths: bool = False       # whether control 3 applies (rewards.py)
+    # (log p, Â) of a token of y → its gain, the weight of its ∇log π. None: as a rollout's token
     token_of_y: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    #   (log p, Â) of a token of y → its gain and the weight of its ∇log π; None: as a rollout's token
-    smooths: bool = False               # whether control 3 (rewards.py) applies
 
 
 def failed(r: Tensor) -> bool:
@@ -174,6 +190,7 @@ def beside(a_y: float, a_o: Tensor) -> Tensor:
 
 
 def cross_entropy(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log p, Â times, and its weight, which is Â."""
     return advantage * logp, advantage
 
 
@@ -188,58 +205,70 @@ def luffy_token(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chord_token(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the gain of weight Â p(1−p), and that weight. It is held fixed while differentiating."""
+    """Returns the gain of weight Â p(1−p), and that weight, held fixed while differentiating."""
     p = logp.exp()
     weight = (advantage * p * (1 - p)).detach()
     return weight * logp, weight
 
 
-# λ and μ are --label-weight. Where y's term has a constant weight, that weight is y's advantage.
+# μ and λ are --label-weight. Where the weight of y is a constant, it stands as y's advantage.
 METHODS = {
-    "visurf": Method("Eq. 8: Â over G+1 rewards, after control 3",
-                     lambda cfg, r: group_advantages(r, cfg.std), smooths=True),
-    "rlvr": Method("GRPO: Â over the G rollouts, without y",
-                   lambda cfg, r: group_advantages(r, cfg.std), y=False),
-    "sft": Method("cross-entropy of y; before rlvr, the two-stage recipe",
-                  lambda cfg, r: torch.ones_like(r), rollouts=False, token_of_y=cross_entropy),
-    "luffy": Method("Â = r − mean R over G+1; y weighs Â γp/(p+γ)², γ = 0.1: arXiv 2504.14945; "
-                    "ElliottYan/LUFFY, luffy/verl/verl/mix_src/mix_core_alg.py",
-                    lambda cfg, r: group_advantages(r, "none"), token_of_y=luffy_token),
-    "hpt": Method("cross-entropy of y where the group fails, else Â = r − mean R over G: "
-                  "TsinghuaC3I/Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py",
-                  lambda cfg, r: beside(1, torch.zeros_like(r[1:])) if failed(r) else
-                  beside(0, group_advantages(r[1:], "none")), token_of_y=cross_entropy),
-    "chord": Method("μ p(1−p) for y, (1−μ) Â over G: CHORD-φ, arXiv 2508.11408; modelscope/Trinity-RFT, "
-                    "trinity/algorithm/policy_loss_fn/chord_policy_loss.py",
-                    lambda cfg, r: beside(cfg.label_weight, (1 - cfg.label_weight)
-                                          * group_advantages(r[1:], cfg.std)), token_of_y=chord_token),
-    "sgrpo": Method("Â over G+1 where the group fails, else over G: S-GRPO, arXiv 2604.16557",
-                    lambda cfg, r: group_advantages(r, cfg.std) if failed(r) else
-                    beside(0, group_advantages(r[1:], cfg.std))),
-    "sum": Method("λ times the cross-entropy of y, and GRPO: SFT and RLVR added up",
-                  lambda cfg, r: beside(cfg.label_weight, group_advantages(r[1:], cfg.std)),
-                  token_of_y=cross_entropy),
+    "visurf": Method(
+        text="Eq. 8: Â over G+1 rewards, after control 3",
+        advantages=lambda cfg, r: group_advantages(r, cfg.std), smooths=True),
+    "rlvr": Method(
+        text="GRPO: Â over the G rollouts, without y",
+        advantages=lambda cfg, r: group_advantages(r, cfg.std), y=False),
+    "sft": Method(
+        text="cross-entropy of y; the two-stage recipe is sft, then rlvr from its weights",
+        advantages=lambda cfg, r: torch.ones_like(r), token_of_y=cross_entropy, rollouts=False),
+    "luffy": Method(
+        text="Â = r − mean R over G+1; a token of y weighs Â γp/(p+γ)², γ = 0.1: arXiv 2504.14945; "
+             "ElliottYan/LUFFY, luffy/verl/verl/mix_src/mix_core_alg.py",
+        advantages=lambda cfg, r: group_advantages(r, "none"), token_of_y=luffy_token),
+    "hpt": Method(
+        text="cross-entropy of y where the group fails, else Â = r − mean R over G: "
+             "TsinghuaC3I/Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py",
+        advantages=lambda cfg, r: beside(1, torch.zeros_like(r[1:])) if failed(r)
+        else beside(0, group_advantages(r[1:], "none")), token_of_y=cross_entropy),
+    "chord": Method(
+        text="a token of y weighs μ p(1−p), and (1−μ) Â over G: CHORD-φ, arXiv 2508.11408; "
+             "modelscope/Trinity-RFT, trinity/algorithm/policy_loss_fn/chord_policy_loss.py",
+        advantages=lambda cfg, r: beside(
+            cfg.label_weight, (1 - cfg.label_weight) * group_advantages(r[1:], cfg.std)),
+        token_of_y=chord_token),
+    "sgrpo": Method(
+        text="Â over G+1 where the group fails, else over G: S-GRPO, arXiv 2604.16557",
+        advantages=lambda cfg, r: group_advantages(r, cfg.std) if failed(r)
+        else beside(0, group_advantages(r[1:], cfg.std))),
+    "sum": Method(
+        text="λ times the cross-entropy of y, and Â over G: SFT and RLVR added up",
+        advantages=lambda cfg, r: beside(cfg.label_weight, group_advantages(r[1:], cfg.std)),
+        token_of_y=cross_entropy),
 }
 
 
 def worked_example(groups: dict[str, tuple[float, list[float]]]) -> str:
-    """Of each group (r(y), r(o_1) … r(o_G)) and method: r(y) after control 3, the advantages, and the weight that
-    ∇log π has for a token of y, at three probabilities of it."""
+    """Returns a table for each group, (r(y), r(o_1) … r(o_G)), with a line a method: r(y) after
+    control 3, the advantages, and the weight of ∇log π of a token of y, at three probabilities."""
     from rewards import smooth
     cfg = types.SimpleNamespace(std="sample", label_weight=0.1)
     log_p = torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64).log()
     lines = []
     for title, (r_y, r_o) in groups.items():
         lines += [f"{title}: r(y) = {r_y:g}, r(o) = {', '.join(f'{r:g}' for r in r_o)}",
-                  f"  {'':8}{'r(y)':>6}{'Â_y':>8}   {'Â_o':<{7 * len(r_o)}}   weight of y at p = 0.01, 0.5, 0.99"]
+                  f"  {'':8}{'r(y)':>6}{'Â_y':>8}   {'Â_o':<{7 * len(r_o)}}"
+                  "   weight of y at p = 0.01, 0.5, 0.99"]
         for name, method in METHODS.items():
-            r = torch.tensor([smooth(r_y, r_o)[0] if method.smooths else r_y, *r_o], dtype=torch.float64)
-            trained = r[0 if method.y else 1:None if method.rollouts else 1]
-            a = method.advantages(cfg, trained) if method.y else beside(0, method.advantages(cfg, trained))
+            own_y = smooth(r_y, r_o)[0] if method.smooths else r_y
+            r = torch.tensor([own_y, *r_o], dtype=torch.float64)
+            a = method.advantages(cfg, r[0 if method.y else 1:None if method.rollouts else 1])
+            a = a if method.y else beside(0, a)
             weight = method.token_of_y(log_p, a[0])[1] if method.token_of_y else a[0]
             shown_o = "".join(f"{x:>7.2f}" for x in a[1:].tolist())
-            lines.append(f"  {name:8}{float(r[0]):>6.2f}{float(a[0]):>8.2f}   {shown_o:<{7 * len(r_o)}}   "
-                         + "".join(f"{x:>7.3f}" for x in weight.expand(3).tolist()))
+            shown_weights = "".join(f"{x:>7.3f}" for x in weight.expand(3).tolist())
+            lines.append(f"  {name:8}{own_y:>6.2f}{float(a[0]):>8.2f}   "
+                         f"{shown_o:<{7 * len(r_o)}}   {shown_weights}")
     return "\n".join(lines)
 
 
@@ -251,8 +280,10 @@ def main() -> None:
     parser.add_argument("--r-y", type=float, default=6.0, help="reward of the label")
     parser.add_argument("--r-o", type=float, nargs="+", help="rewards of the rollouts, two or more")
     given = parser.parse_args()
-    if given.r_o and len(given.r_o) < 2 or not all(map(math.isfinite, [given.r_y, *(given.r_o or [])])):
-        parser.error("--r-y and --r-o take finite numbers, --r-o two or more: of a single one there is no spread")
+    numbers = [given.r_y, *(given.r_o or [])]
+    if len(numbers) == 2 or not all(map(math.isfinite, numbers)):
+        parser.error("--r-y and --r-o take finite numbers, --r-o two or more: of a single one "
+                     "there is no spread")
     print(worked_example({"your group": (given.r_y, given.r_o)} if given.r_o else {
         "failed": (given.r_y, [4.0, 2.0, 2.0, 0.0]), "half solved": (given.r_y, [7.0, 7.0, 2.0, 0.0]),
         "solved": (given.r_y, [7.0, 7.0, 7.0, 7.0])}))

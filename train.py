@@ -186,16 +186,19 @@ class Config:
                 ("name", len(self.name.encode(errors="replace")) > 200 or CONTROL.search(self.name),
                  "must be a name of at most 200 bytes, without control characters"),
                 ("prompts_per_step", self.prompts_per_step % world, f"must be a multiple of the {world} ranks"),
-                ("rollouts", method.rollouts and self.rollouts < 2, "must be 2 or more, or no group has a spread"),
+                ("rollouts", method.rollouts and self.rollouts < 2,
+                 "must be 2 or more, or no group has a spread"),
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
                 ("data", not self.data, "must name what is trained on"),
-                ("label_thought", self.label_thought != "none" and not method.y, f"{self.method} has no label"),
+                ("label_thought", self.label_thought != "none" and not method.y,
+                 f"{self.method} has no label"),
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
                 ("lora_rank", self.lora_rank and self.random_weights,
                  "random weights are saved nowhere, and an adapter is nothing without them"),
-                ("kl", self.kl and not method.rollouts, f"has no meaning with --method {self.method}")):
+                ("kl", self.kl and not method.rollouts,
+                 f"has no meaning with --method {self.method}")):
             if wrong:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
 
@@ -244,10 +247,11 @@ def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: P
     return texts[best], ids[best]
 
 
-def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt], first: int,
-                stop: Sequence = (), step: int = 0) -> list[Group]:
-    """Sections 3.2 to 3.4 of the paper: rollouts, rewards with their controls, advantages (Eq. 6 and 7). first: the
-    place of the first prompt in the endless sequence of examples. Stopped: as soon as `stop` is not empty."""
+def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt],
+                first: int, stop: Sequence = (), step: int = 0) -> list[Group]:
+    """Returns the groups of sections 3.2 to 3.4 of the paper: rollouts, rewards with their
+    controls, advantages (Eq. 6 and 7). first: the place of the first prompt in the endless sequence
+    of examples. step: how many came before. Raises Stopped as soon as `stop` is not empty."""
     method = objective.METHODS[cfg.method]
     controls = cfg if method.smooths else replace(cfg, smoothing=False)
     thinks = cfg.label_thought == "rollout"
@@ -259,14 +263,15 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
             model, part, cfg.G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places,
             GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token, stop=stop)
     groups = []
-    for place, (prompt, responses) in enumerate(zip(prompts, sampled), first):
-        y, rollouts = None, [processor.decode(o.tokens) for o in responses]
+    for place, (prompt, drawn) in enumerate(zip(prompts, sampled), first):
+        y, responses, length_y = None, drawn, 0
+        rollouts = [processor.decode(o.tokens) for o in drawn]
         if method.y:
             before = borrowed_thought(rollouts, cfg.seed, place) if thinks else ""
             y, ids = label_tokens(cfg, model, processor, prompt, before)
             if before and 0 < cfg.max_row_tokens < len(prompt.tokens) + len(ids):
                 y, ids = label_tokens(cfg, model, processor, prompt)    # its thought has more tokens than as sampled
-            responses = [Response(ids, is_y=True), *responses]
+            responses, length_y = [Response(ids, is_y=True), *drawn], len(ids)
         if not method.rollouts:         # nothing to compare y with: it is not rewarded
             responses[0].advantage = float(method.advantages(cfg, torch.zeros(1)))
             groups.append(Group(prompt, responses[:1], number=place))
@@ -289,15 +294,16 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
 # The update
 
 # What `objective.loss` takes by name and is one number of a response.
-OF_RESPONSE = {"advantage": lambda o: o.advantage, "reward": lambda o: o.r, "is_y": lambda o: o.is_y,
-               "length": lambda o: len(o.tokens), "truncated": lambda o: o.truncated}
+OF_RESPONSE = {"advantage": lambda o: o.advantage, "reward": lambda o: o.r,
+               "is_y": lambda o: o.is_y, "length": lambda o: len(o.tokens),
+               "truncated": lambda o: o.truncated}
 
 
 @dataclass
 class MicroBatch:
     batch: Batch                        # what the model reads
     terms: dict[str, Tensor]            # what `objective.loss` takes besides by name, [B, T] each
-    old_logp: Tensor | None = None      # None with one inner epoch: then it is logp, detached, and ρ ≡ 1
+    old_logp: Tensor | None = None      # None with one inner epoch: logp itself, detached (ρ ≡ 1)
     ref_logp: Tensor | None = None      # None without --kl
 
 
@@ -309,7 +315,7 @@ def micro_batch(cfg: Config, numbered: list[tuple[int, Row]], device, idle: bool
     segment = batch.segment
 
     def at_tokens(value) -> Tensor:
-        """Returns a number of each response at each of its tokens; 0 in the prompt and in padding."""
+        """Returns a number of each response at each of its tokens, and 0 outside of them."""
         of_row = [torch.tensor([False, *map(value, row.responses)]) for row in rows]
         return pad_sequence(of_row, batch_first=True).to(device).gather(1, segment.clamp(min=0))
     recorded = torch.tensor([x for row in rows for o in row.responses
@@ -321,16 +327,18 @@ def micro_batch(cfg: Config, numbered: list[tuple[int, Row]], device, idle: bool
         "weight": objective.token_weight(segment, cfg.normaliser) * (not idle)})
 
 
-def pack(cfg: Config, groups: list[Group], device, step: int = 0) -> tuple[list[MicroBatch], dict[str, int], bool]:
+def pack(cfg: Config, groups: list[Group], device, step: int = 0
+         ) -> tuple[list[MicroBatch], dict[str, int], bool]:
     """Packs the responses that are trained on into micro-batches of rows: the same number on every
     rank, and at least one. Returns them; what the loss takes of the whole batch, counted over all
-    responses of all ranks; whether the loss needs the entropy's gradient. Rows are sorted by length,
-    so that little is padded."""
+    responses of all ranks; whether it needs the entropy's gradient. Rows are sorted by length, so
+    that little is padded."""
     responses = [o for g in groups for o in g.responses]
-    tokens, count = map(int, add_over_ranks([sum(len(o.tokens) for o in responses), len(responses)], device))
+    own = [sum(len(o.tokens) for o in responses), len(responses)]
+    tokens, count = map(int, add_over_ranks(own, device))
     of_batch = {"denominator": objective.divisor(tokens, count, cfg.normaliser), "tokens": tokens,
                 "responses": count, "step": step, "steps": cfg.steps}
-    known = {name: torch.tensor([value(o) for o in responses]) for name, value in OF_RESPONSE.items()}
+    known = {name: torch.tensor([*map(value, responses)]) for name, value in OF_RESPONSE.items()}
     known["group"] = torch.tensor([g.number for g in groups for _ in g.responses])
     kept, by_entropy = trained_on(partial(objective.loss, cfg, **of_batch), known)
     rows: list[tuple[int, Row]] = []
@@ -339,10 +347,11 @@ def pack(cfg: Config, groups: list[Group], device, step: int = 0) -> tuple[list[
         rows += [(group.number, row) for row in pack_group(group.prompt, left, cfg.max_row_tokens)]
     rows.sort(key=lambda numbered: len(numbered[1].tokens), reverse=True)
     parts = [rows[i:i + cfg.micro_rows] for i in range(0, len(rows), cfg.micro_rows)]
-    # A rank that runs out of rows repeats one with weight 0, so that every rank joins every collective.
-    idle = parts[0][:1] if parts else [(groups[0].number, pack_group(groups[0].prompt, responses[:1])[0])]
+    # A rank that runs out of rows repeats one with weight 0: so every rank joins every collective.
+    idle = parts[0][:1] if parts else [(0, pack_group(groups[0].prompt, responses[:1])[0])]
     most = max(1, *gather_json(len(parts), device))
-    made = [micro_batch(cfg, parts[i] if i < len(parts) else idle, device, i >= len(parts)) for i in range(most)]
+    made = [micro_batch(cfg, parts[i] if i < len(parts) else idle, device, i >= len(parts))
+            for i in range(most)]
     return made, of_batch, by_entropy
 
 
@@ -372,7 +381,8 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
                 logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
                 loss, logged = objective.loss(
                     cfg, logp=logp, old_logp=logp.detach() if mb.old_logp is None else mb.old_logp,
-                    ref_logp=mb.ref_logp, entropy=entropy, segment=mb.batch.segment, **mb.terms, **of_batch)
+                    ref_logp=mb.ref_logp, entropy=entropy, segment=mb.batch.segment, **mb.terms,
+                    **of_batch)
                 (loss * dist.get_world_size()).backward()
             loss_sum += float(loss.detach())
             if epoch == cfg.inner_epochs - 1:

@@ -4,17 +4,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Where the loss is tried: log-probs from near 0 to −30, ratios from e⁻² to e², entropies from 0 to 10.
+# Where the loss is tried: log-probs from near 0 to −30, log-ratios, and entropies from 0 to 10.
 POINTS = torch.cartesian_prod(torch.tensor([-1e-3, -0.1, -1.0, -5.0, -30.0]),
-                              torch.tensor([0.0, 0.1, -0.1, 2.0, -2.0]), torch.tensor([1e-3, 1.0, 10.0]))
+                              torch.tensor([0.0, 0.1, -0.1, 2.0, -2.0]),
+                              torch.tensor([1e-3, 1.0, 10.0]))
 
 
 def trained_on(loss: Callable, known: dict[str, Tensor]) -> tuple[Tensor, bool]:
     """Returns which of N responses have a gradient, and whether the loss needs that of the entropy.
 
-    Each response stands for one token, after a prompt of one. Where its gradient is exactly 0 at all
-    points, the response is left out of the rows. With the surrogate alone that is where Â = 0: a
-    smoothed y, and all of a tied group. A response that any other term moves stays.
+    Each response stands for one token, after a prompt of one. Where its gradient is exactly 0 at
+    all points, the response is left out of the rows. With the surrogate alone that is where Â = 0:
+    a smoothed y, and all of a tied group. A response that any other term moves stays.
 
     loss: objective.loss, given all that concerns no single token. known: name → a number of each
     response, [N]; "advantage" among them.
