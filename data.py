@@ -1,19 +1,22 @@
 """Prompts, and the packing of a group into one row.
 
-    Example (sources.py) → Prompt (tokens, M-RoPE positions, patches) → Row (the prompt and its S responses) → Batch
+    Example (support/sources.py)
+    → Prompt (tokens, M-RoPE positions, patches)
+    → Row (the prompt and its S responses)
+    → Batch
 
-Everything that depends on the image size happens once, in `Processor.prompt`: resizing, token count, positions, and the
-conversion of boxes into the frame the model sees. Prompts are never truncated.
+Everything that depends on the image size happens once, in `Processor.prompt`: resizing, token
+count, positions, and the conversion of boxes into the frame the model sees. Prompts are never
+truncated.
 
 Glossary
-    frame      the size of a picture as the model sees it, for Qwen3-VL always 1000×1000; boxes of the label and of the
-               answers are in its pixels
+    frame      the size of a picture as the model sees it, for Qwen3-VL always 1000×1000; boxes of
+               the label and of the answers are in its pixels
     segment    of each token of a row: 0 in the prompt, 1, 2, … in the responses, −1 in padding
     predictor  of each response token: the token whose output predicts it
-    grid       (gh, gw), the patches of a picture per column and row; an image token stands for 2×2 of them
+    grid       (gh, gw), the patches of a picture per column and row; an image token stands for 2×2
     B rows, T tokens of a row, P prompt tokens, S = G+1 responses, R tokens of a response, N patches
 """
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +31,7 @@ from support import sources
 from support.answers import MAX_CHARACTERS, check_text
 from support.boxes import convert_boxes
 from support.folders import IMAGE_PLACEHOLDER, end_of_turn, image_settings, load_tokenizer
+from support.images import check_aspect, smart_resize
 from support.mistakes import Mistake
 from support.sources import Example
 from support.weights import local_folder, read_eos_ids
@@ -35,29 +39,23 @@ from support.weights import local_folder, read_eos_ids
 
 def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None,
          flag: str = "--data"):
-    """The examples that a --data string names (support/sources.py), each checked. task: of rows that do not say theirs;
-    flag: the option that gave the string.
-    fits(example, size): a check of the model that is trained (`Processor.check_label`), of the same kind as
-    check_example."""
+    """Returns the examples that a --data string names (support/sources.py), each checked. task: of
+    rows that do not say theirs; fits(example, size): a check by the model that is trained
+    (`Processor.check_label`), like check_example; flag: the option that gave the string."""
     def check(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
         return check_example(example, size) + (fits(example, size) if fits else [])
     rules = sources.Rules(TASKS, read_label, check, MAX_CHARACTERS)
     source = sources.load(data, rules, task, skip_bad_rows, columns, flag)
-    if fits and isinstance(source, sources.Scenes):     # which are drawn when they are wanted: 64 of them stand for all
-        for index in range(0, len(source), -(-len(source) // 64)):
-            source.judged += 1
-            try:
-                for what, this in fits(example := source[index], example.image.size):
-                    source.odd.setdefault(what, [0, f"example {example.id}: {this}"])[0] += 1
-            except ValueError as error:
-                raise Mistake(f"{flag} {data}: example {example.id}: {error}") from None
+    if fits and isinstance(source, sources.Scenes):
+        source.look_at_some(fits, f"{flag} {data}")
     return source
 
 
 def check_example(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
-    """Raises ValueError if an example cannot be trained or evaluated on. Returns (kind of oddity, what it is in this
-    example) of each. The one oddity so far: y earns less than full accuracy. size: (width, height) of the picture, or
-    None; an empty answer is not known yet (it will be the box around a mask)."""
+    """Returns (kind of oddity, details) of each; the one oddity so far: y earns less than full
+    accuracy. Raises ValueError if the example cannot be trained or evaluated on. size: (width,
+    height) of the picture, or None. An empty answer is not known yet: it will be the box around a
+    mask."""
     check_text("id", example.id)
     check_text("question", example.question)
     check_text("thought", example.thought)
@@ -72,64 +70,43 @@ def check_example(example: Example, size: tuple[int, int] | None) -> list[tuple[
     except Mistake:
         raise
     except Exception as error:
-        raise ValueError(f"the reward of task {example.task} fails on its own label {y[:200]!r}: "
-                         f"{type(error).__name__}: {error}") from None
+        raise ValueError(f"the reward of task {example.task} fails on its own label "
+                         f"{y[:200]!r}: {type(error).__name__}: {error}") from None
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     if share <= 0 or reward.total <= 0:
-        raise ValueError(f"the label {y[:200]!r} has no accuracy by the reward of its own task {example.task}: {terms}")
+        raise ValueError(f"the label {y[:200]!r} has no accuracy by the reward of its own task "
+                         f"{example.task}: {terms}")
     if share < 1:
-        return [("labels earn less than full accuracy by their own reward", f"{y[:200]} earns {terms}")]
+        return [("labels earn less than full accuracy by their own reward",
+                 f"{y[:200]} earns {terms}")]
     return []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
-
-def check_aspect(width: int, height: int) -> None:
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width}×{height} pixels is more than 200 times as long as it is wide")
-
-
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen2.5-VL's size rule: each side to a multiple of `factor` (round half to even), then both scaled by one ratio
-    if the area leaves [min_pixels, max_pixels].
-
-    >>> smart_resize(112, 112, 28, 3136, 12845056), smart_resize(30, 100, 28, 3136, 12845056)
-    ((112, 112), (28, 112))
-    """
-    check_aspect(width, height)
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return h, w
-
 
 @dataclass
 class Prompt:
-    """An example as the model sees it."""
+    """Holds an example as the model sees it."""
     example: Example
     tokens: list[int]         # P, image placeholders included
     position: Tensor          # [3, P] M-RoPE ids
     patches: Tensor           # [N, 3·2·14·14], N = 0 without an image
-    grids: list[tuple[int, int]]  # (gh, gw) patches, one entry or none
+    grids: list[tuple[int, int]]    # (gh, gw) patches, one entry or none
     answer: str               # the label's answer, boxes in the frame
-    size: tuple[int, int] = (0, 0)           # (width, height) of the frame
-    original_size: tuple[int, int] = (0, 0)  # and before
-    image: Image.Image | None = field(default=None, repr=False)  # of the frame's size, for the pictures
-    side: int | None = None   # of the frame, where the model has one of its own (Qwen3-VL: 1000)
+    size: tuple[int, int] = (0, 0)              # (width, height) of the frame
+    original_size: tuple[int, int] = (0, 0)     # and before
+    image: Image.Image | None = field(default=None, repr=False)     # of the frame's size
+    side: int | None = None   # of the frame, if the model has one of its own (Qwen3-VL: 1000)
 
     @property
     def next_position(self) -> int:
-        """Where every response goes on, on all three axes."""
+        """Returns where every response goes on, on all three axes."""
         return int(self.position.max()) + 1
 
 
 class Processor:
-    """Tokenizer, chat template and image preprocessing of a model folder: one object for every method and for eval."""
+    """Makes prompts by a model folder's tokenizer, chat template and image settings."""
     def __init__(self, folder):
         folder = local_folder(folder)
         self.config = Config.from_json(folder / "config.json")
@@ -138,34 +115,42 @@ class Processor:
         settings = image_settings(folder, self.config)
         self.min_pixels, self.max_pixels = settings["min_pixels"], settings["max_pixels"]
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
-        self.scale, self.shift = 1 / (255 * std), mean / std   # (x / 255 − mean) / std = x · scale − shift
+        # (x / 255 − mean) / std = x · scale − shift
+        self.scale, self.shift = 1 / (255 * std), mean / std
         self.end_of_turn = end_of_turn(folder, self.tokenizer, self.eos_ids)
 
     def patches(self, image: Image.Image, frame: tuple[int, int] | None = None
                 ) -> tuple[Tensor, tuple[int, int], Image.Image]:
-        """RGB image → patches [N, 3·2·14·14], (gh, gw), the resized image. A still image is doubled in time. frame:
-        (width, height) to resize to first, bilinear and whatever the aspect, as the authors do for grounding."""
+        """Returns the patches [N, 3·2·14·14] of an RGB image, (gh, gw), and the resized image. A
+        still image is doubled in time. frame: (width, height) to resize to first, bilinear and
+        whatever the aspect, as the authors do for grounding."""
         c = self.config
         p, t, merge = c.vision_patch_size, c.vision_temporal_patch_size, c.vision_spatial_merge_size
         if frame and image.size != frame:
             image = image.resize(frame, Image.Resampling.BILINEAR)
-        height, width = smart_resize(image.height, image.width, p * merge, self.min_pixels, self.max_pixels)
+        height, width = smart_resize(image.height, image.width, p * merge, self.min_pixels,
+                                     self.max_pixels)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).float().mul_(self.scale).sub_(self.shift)    # [height, width, 3]
-        patches = rearrange(pixels, "(h a y) (w b x) c -> (h w a b) c y x", a=merge, b=merge, y=p, x=p)
+        pixels = torch.from_numpy(np.array(image)).float()      # [height, width, 3]
+        pixels.mul_(self.scale).sub_(self.shift)
+        patches = rearrange(pixels, "(h a y) (w b x) c -> (h w a b) c y x",
+                            a=merge, b=merge, y=p, x=p)
         return repeat(patches, "n c y x -> n (c t y x)", t=t), (height // p, width // p), image
 
     def chat(self, text: str, with_image: bool) -> str:
-        """The prompt as text: the user's turn, the image first, and the beginning of the model's."""
+        """Returns the prompt as text: the user's turn, the image first, and the start of the
+        model's."""
         content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                  add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
 
     def prompt(self, example: Example) -> Prompt:
+        """Returns the prompt of an example, its picture in patches and its boxes in the frame."""
         text = user_text(example.task, example.question)
         check_text("question", text)
-        original, image, patches, grids, answer = example.image, None, torch.empty(0, 0), [], example.answer
+        original, answer = example.image, example.answer
+        image, patches, grids = None, torch.empty(0, 0), []
         if original is not None:
             patches, grid, image = self.patches(original, TASKS[example.task].frame)
             grids = [grid]
@@ -176,38 +161,44 @@ class Processor:
         merge = self.config.vision_spatial_merge_size
         image_tokens = [gh * gw // merge ** 2 for gh, gw in grids]
         tokens = []
-        for piece, count in zip(self.chat(text, bool(grids)).split(IMAGE_PLACEHOLDER), [*image_tokens, 0], strict=True):
-            tokens += self.tokenizer(piece, add_special_tokens=False).input_ids + [self.config.image_token_id] * count
+        pieces = self.chat(text, bool(grids)).split(IMAGE_PLACEHOLDER)
+        for piece, count in zip(pieces, [*image_tokens, 0], strict=True):
+            tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
+            tokens += [self.config.image_token_id] * count
         position = mrope_positions(tokens, grids, self.config.image_token_id, merge)
         sizes = (image.size, original.size) if image else ((0, 0), (0, 0))
         return Prompt(example, tokens, position, patches, grids, answer, *sizes, image,
                       self.config.boxes_in)
 
-    def check_label(self, example: Example, size: tuple[int, int] | None, styles: tuple[str, ...], longest: int,
-                    max_row_tokens: int = 0, sampled: bool = True, thought: bool = False) -> list[tuple[str, str]]:
-        """Raises ValueError if the text that comes back from y's own tokens earns less than y, so that no rollout can
-        equal it; or if the prompt with y, or with a rollout of `longest` tokens, exceeds max_row_tokens (0: no limit).
-        Returns what is odd, as check_example does: y is longer than a rollout. size: (width, height) of the picture,
-        which is not decoded for this. styles: those that y may have. sampled: there are rollouts. thought: y may have
-        the thought of one in front of it."""
+    def check_label(self, example: Example, size: tuple[int, int] | None, styles: tuple[str, ...],
+                    longest: int, max_row_tokens: int = 0, sampled: bool = True,
+                    thought: bool = False) -> list[tuple[str, str]]:
+        """Returns what is odd, as check_example does: y is longer than a rollout. Raises ValueError
+        if the text that comes back from y's own tokens earns less than y, so that no rollout can
+        equal it; or if the prompt with y, or with a rollout of `longest` tokens, exceeds
+        max_row_tokens (0: no limit). size: (width, height) of the picture, which is not decoded for
+        this. styles: those that y may have. sampled: there are rollouts. thought: y may have the
+        thought of one."""
         task, answer, seen = TASKS[example.task], example.answer, size
         if size is not None:
             side = self.config.vision_patch_size * self.config.vision_spatial_merge_size
             width, height = task.frame or size
             seen = smart_resize(height, width, side, self.min_pixels, self.max_pixels)[::-1]
-            if task.boxes:      # without an answer yet: the box around a mask, at most so many digits
+            if task.boxes:      # no answer yet: the box around a mask, at most so many digits
                 parts, answer = self.config.boxes_in, answer or task.read([*size, *size], None)
                 answer = convert_boxes(answer, size, (parts, parts) if parts else seen)
         label = 0
-        for y in sorted({label_text(example.task, answer, style, example.thought) for style in styles}):
+        texts = {label_text(example.task, answer, style, example.thought) for style in styles}
+        for y in sorted(texts):
             tokens = self.encode(y)
             label = max(label, len(tokens))
             if (back := self.decode(tokens)) != y:
                 points, most = (score(example.task, text, answer, self.config.boxes_in).total
                                 for text in (back, y))
                 if points < most:
-                    raise ValueError("no rollout can equal the label: its text comes back from its own tokens as "
-                                     f"{back[:99]!a}, which earns {points:g} and not {most:g}; it was {y[:99]!a}")
+                    raise ValueError("no rollout can equal the label: its text comes back from its "
+                                     f"own tokens as {back[:99]!a}, which earns {points:g} and not "
+                                     f"{most:g}; it was {y[:99]!a}")
         if max_row_tokens:
             pieces = self.chat(user_text(example.task, example.question), size is not None)
             count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)
@@ -215,35 +206,38 @@ class Processor:
             rollout = longest if sampled else 1
             response = label + rollout if thought else max(label, rollout)
             if count + response > max_row_tokens:
-                raise ValueError(f"its prompt of {count} tokens, and a response of {response}, exceed "
-                                 f"--max-row-tokens {max_row_tokens}")
-        return [(f"labels are longer than --max-new-tokens {longest}, which no rollout can equal",
-                 f"y has {label} tokens")] if label > longest else []
+                raise ValueError(f"its prompt of {count} tokens, and a response of {response}, "
+                                 f"exceed --max-row-tokens {max_row_tokens}")
+        odd = f"labels are longer than --max-new-tokens {longest}, which no rollout can equal"
+        return [(odd, f"y has {label} tokens")] if label > longest else []
 
     def encode(self, response: str) -> list[int]:
-        """A label's text → its tokens and the one that ends a turn, the ids that carry r(y)."""
+        """Returns the tokens of a label's text and the one that ends a turn: the ids that carry
+        r(y)."""
         check_text("label", response)
         return self.tokenizer(response, add_special_tokens=False).input_ids + [self.end_of_turn]
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of a response, without the EOS that ends it. Other special tokens stay visible."""
-        return self.tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in self.eos_ids else tokens)
+        """Returns the text of a response, without the EOS that ends it. Other special tokens
+        stay."""
+        ends = tokens and tokens[-1] in self.eos_ids
+        return self.tokenizer.decode(tokens[:-1] if ends else tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows
 
 @dataclass
 class Response:
-    """A continuation of a prompt, y or a rollout, and what is known of it."""
-    tokens: list[int]                    # R, with the one that ends it, unless `truncated` at max_new_tokens
-    logp: list[float] = field(default_factory=list)       # R, of each token as sampled; none of y
-    truncated: bool = False
-    entropy: list[float] = field(default_factory=list)    # R, of the distribution that each was drawn from; none of y
+    """Holds a continuation of a prompt, y or a rollout, and what is known of it."""
+    tokens: list[int]               # R, with the one that ends it, unless `truncated`
+    logp: list[float] = field(default_factory=list)     # R, of each token as sampled; none of y
+    truncated: bool = False         # at max_new_tokens
+    entropy: list[float] = field(default_factory=list)  # R, of what each was drawn from; none of y
     is_y: bool = False
-    reward: Reward | None = None         # its terms; of y after control 2
-    r: float = 0.0                       # its sum; of y after control 3
-    advantage: float = 0.0               # Â, Eq. 6; of y Eq. 7
+    reward: Reward | None = None    # its terms; of y after control 2
+    r: float = 0.0                  # its sum; of y after control 3
+    advantage: float = 0.0          # Â, Eq. 6; of y Eq. 7
 
 
 @dataclass
@@ -252,20 +246,21 @@ class Row:
     responses: list[Response]
     tokens: list[int]      # T
     segment: list[int]     # T: 0 prompt, 1, 2, … its responses
-    predictor: list[int]   # T: the index in the row of the token whose output predicts this one; 0 for the prompt's
+    predictor: list[int]   # T: where in the row the token's predictor is; 0 for the prompt's
     position: Tensor       # [3, T]
 
 
 def pack_group(prompt: Prompt, responses: list[Response], max_row_tokens: int = 0) -> list[Row]:
-    """One prompt and the responses to it as one row: the image and the prompt are encoded once, not S times.
+    """Returns one prompt and the responses to it as one row: the image and the prompt are encoded
+    once, not S times.
 
     With a prompt of the tokens 7 8 and the responses 1 2 and 3 4 5:
         tokens      7 8 1 2 3 4 5
         segment     0 0 1 1 2 2 2
-        predictor   0 0 1 2 1 4 5      the first token of each response is predicted by the prompt's last
+        predictor   0 0 1 2 1 4 5      the first of each response is predicted by the prompt's last
         position    0 1 2 3 2 3 4      every response goes on from the prompt's end
-    A row longer than max_row_tokens (0: no limit) becomes several, each with the prompt and whole responses; a single
-    response that does not fit is an error.
+    A row longer than max_row_tokens (0: no limit) becomes several, each with the prompt and whole
+    responses. Raises Mistake if a single response does not fit.
     """
     P = len(prompt.tokens)
     rows, start = [], 0
@@ -280,21 +275,23 @@ def pack_group(prompt: Prompt, responses: list[Response], max_row_tokens: int = 
             predictor += [P - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
             tokens += response
             segment += [end - start + 1] * len(response)
-            position.append(repeat(torch.arange(len(response)) + prompt.next_position, "r -> three r", three=3))
+            steps = torch.arange(len(response)) + prompt.next_position
+            position.append(repeat(steps, "r -> three r", three=3))
             end += 1
         if end == start:
-            raise Mistake(f"example {prompt.example.id}: its prompt of {P} tokens and a response of "
-                          f"{len(responses[start].tokens)} exceed --max-row-tokens {max_row_tokens}")
-        rows.append(Row(prompt, responses[start:end], tokens, segment, predictor, torch.cat(position, 1)))
+            raise Mistake(f"example {prompt.example.id}: its prompt of {P} tokens and a response "
+                          f"of {len(response)} exceed --max-row-tokens {max_row_tokens}")
+        rows.append(Row(prompt, responses[start:end], tokens, segment, predictor,
+                        torch.cat(position, 1)))
         start = end
     return rows
 
 
 @dataclass
 class Batch:
-    """Rows padded to the longest; the keyword arguments of Qwen2_5_VL.forward. Padding has segment −1."""
+    """Holds rows padded to the longest: the keyword arguments of the model's forward."""
     tokens: Tensor      # [B, T]
-    segment: Tensor     # [B, T]
+    segment: Tensor     # [B, T], −1 in padding
     predictor: Tensor   # [B, T]
     position: Tensor    # [3, B, T]
     patches: Tensor     # [N, 3·2·14·14] of all rows
@@ -309,10 +306,13 @@ def collate(rows: list[Row], device="cpu") -> Batch:
     def pad(values, fill: int) -> Tensor:
         return torch.tensor([v + [fill] * (T - len(v)) for v in values], device=device)
 
-    position = torch.stack([torch.nn.functional.pad(row.position, (0, T - row.position.shape[1])) for row in rows], 1)
-    tokens, segment, predictor = (pad([getattr(row, name) for row in rows], fill)
-                                  for name, fill in (("tokens", 0), ("segment", -1), ("predictor", 0)))
-    return Batch(tokens, segment, predictor, position.to(device), *collate_images([row.prompt for row in rows], device))
+    position = torch.stack([torch.nn.functional.pad(row.position, (0, T - row.position.shape[1]))
+                            for row in rows], 1)
+    patches, grids = collate_images([row.prompt for row in rows], device)
+    return Batch(tokens=pad([row.tokens for row in rows], 0),
+                 segment=pad([row.segment for row in rows], -1),
+                 predictor=pad([row.predictor for row in rows], 0),
+                 position=position.to(device), patches=patches, grids=grids)
 
 
 def collate_images(prompts: list[Prompt], device="cpu") -> tuple[Tensor, list[tuple[int, int]]]:

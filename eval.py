@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Processor, Prompt, check_aspect, load
+from data import Processor, Prompt, load
 from model import Qwen2_5_VL, load_model
 from rewards import TASKS, guarded, score
 from rollout import generate
@@ -42,7 +42,7 @@ from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_
                            targets_found)
 from support.equip import equip
 from support.files import as_json, read_lines, read_record, replace_file, writing
-from support.images import open_image, picture_file
+from support.images import check_aspect, open_image, picture_file
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
 from support.options import option, parse
@@ -59,7 +59,7 @@ SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc"
          "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent", "length", "examples")
 JUDGES = ("rewards.py", "data.py", "eval.py", *(f"support/{name}.py" for name in (     # what makes a score
-    "answers", "boxes", "cells", "folders", "masks", "math_answers", "verify_math")))
+    "answers", "boxes", "cells", "folders", "images", "masks", "math_answers", "verify_math")))
 BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
 BENCHMARKS = {
     "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc strict", "unreadable", "T-acc",

@@ -277,10 +277,9 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
             groups.append(Group(prompt, responses[:1], number=place))
             continue
         rewards, r, smoothed = reward_group(
-            controls, prompt.example.task, prompt.answer, y, rollouts, prompt.side, group=place,
-            step=step, steps=cfg.steps, length_y=len(responses[0].tokens) if method.y else 0,
-            lengths=[len(o.tokens) for o in responses if not o.is_y],
-            truncated=[o.truncated for o in responses if not o.is_y])
+            controls, prompt.example.task, prompt.answer, y, rollouts, prompt.side,
+            length_y=length_y, lengths=[len(o.tokens) for o in drawn],
+            truncated=[o.truncated for o in drawn], group=place, step=step, steps=cfg.steps)
         advantage = method.advantages(cfg, torch.tensor(r, dtype=torch.float64)).tolist()
         if smoothed:
             advantage[0] = 0.0        # it is the mean: what else comes out is rounding

@@ -1,6 +1,8 @@
-"""Pictures as data sets hold them: their size by their own header, the picture as RGB, and where a cell says it is."""
+"""Pictures as data sets hold them: their size by their own header, the picture as RGB, and where a
+cell says it is; and the size that the model takes them in."""
 import contextlib
 import io
+import math
 import re
 import warnings
 from pathlib import Path
@@ -18,8 +20,8 @@ class Unfit(ValueError):
 
 @contextlib.contextmanager
 def opened(content):
-    """Yields the picture that Pillow opens. content: path, bytes or open file. Raises ValueError, which names the file,
-    for whatever Pillow raises on a damaged one."""
+    """Yields the picture that Pillow opens. content: path, bytes or open file. Raises ValueError,
+    which names the file, for whatever Pillow raises on a damaged one."""
     name = f"{content}: " if isinstance(content, Path) else ""
     try:
         with warnings.catch_warnings():
@@ -39,9 +41,9 @@ def opened(content):
 
 
 def upright_size(image: Image.Image, rotate: bool) -> tuple[int, int]:
-    """Returns (width, height) of an opened picture once it is rotated as its EXIF says. Raises Unfit if
-    it has more than MAX_PIXELS, or 16 bits a channel (Pillow would clip them), or if it is to be
-    rotated and `rotate` is False (are the boxes for the rotated picture?)."""
+    """Returns (width, height) of an opened picture once it is rotated as its EXIF says. Raises
+    Unfit if it has more than MAX_PIXELS, or 16 bits a channel (Pillow would clip them), or if it is
+    to be rotated and `rotate` is False (are the boxes for the rotated picture?)."""
     if image.width * image.height > MAX_PIXELS:
         raise Unfit(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
     if image.mode.startswith(("I", "F")):
@@ -66,9 +68,9 @@ def picture_size(content, rotate: bool = False) -> tuple[int, int]:
 
 def open_image(content, rotate: bool = False, size: tuple[int, int] | None = None) -> Image.Image:
     """Returns a picture as RGB; with `rotate` upright, as ImageOps.exif_transpose makes it. Grey,
-    palettes, CMYK and opaque alpha become RGB. size: what picture_size gave earlier. Raises ValueError
-    if it cannot be read, has another size now, or would lose or guess something (upright_size;
-    transparency: over what?)."""
+    palettes, CMYK and opaque alpha become RGB. size: what picture_size gave earlier. Raises
+    ValueError if it cannot be read, has another size now, or would lose or guess something
+    (upright_size; transparency: over what?)."""
     with opened(content) as image:
         found = upright_size(image, rotate)
         if size not in (None, found):
@@ -82,8 +84,8 @@ def open_image(content, rotate: bool = False, size: tuple[int, int] | None = Non
 
 
 def picture_in(value, folder: Path):
-    """A cell of a picture column → path or open file, or None where there is none. A cell is {"bytes": …, "path": …},
-    bytes, a path relative to `folder`, a list of one of these, or null."""
+    """A cell of a picture column → path or open file, or None where there is none. A cell is
+    {"bytes": …, "path": …}, bytes, a path relative to `folder`, a list of one of these, or null."""
     if isinstance(value, list):
         if len(value) > 1:
             raise ValueError(f"{len(value)} pictures in one row; only one is supported")
@@ -120,3 +122,30 @@ def picture_file(name: str, folder: Path) -> Path:
     if what == "is no file" and len(name) > 40 and re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", re.sub(r"\s", "", name)):
         raise ValueError(f"the image looks like base64 text ({name[:20]} …); store it as a file or as bytes")
     raise ValueError(f"the image cannot be read: {shown if what == 'is no file' else path} {what}")
+
+
+def check_aspect(width: int, height: int) -> None:
+    """Raises ValueError if the model takes no picture of this shape."""
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width}×{height} pixels is more than 200 times as long as "
+                         "it is wide")
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+                 ) -> tuple[int, int]:
+    """Returns a size by Qwen2.5-VL's rule: each side to a multiple of `factor` (round half to
+    even), then both scaled by one ratio if the area leaves [min_pixels, max_pixels].
+
+    >>> smart_resize(112, 112, 28, 3136, 12845056), smart_resize(30, 100, 28, 3136, 12845056)
+    ((112, 112), (28, 112))
+    """
+    check_aspect(width, height)
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / shrink / factor) * factor)
+                for side in (height, width))
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w

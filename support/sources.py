@@ -106,6 +106,18 @@ class Scenes:
     def __getitem__(self, index: int) -> Example:
         return Example(**scenes.make(self.split, index))
 
+    def look_at_some(self, check: Callable, name: str) -> None:
+        """Checks 64 examples, which stand for all: each is drawn when it is wanted. Raises Mistake, which
+        names the data, if one cannot be used. check: as in Rules."""
+        for index in range(0, len(self), -(-len(self) // 64)):
+            self.judged += 1
+            example = self[index]
+            try:
+                for what, this in check(example, example.image.size):
+                    self.odd.setdefault(what, [0, f"example {example.id}: {this}"])[0] += 1
+            except ValueError as error:
+                raise Mistake(f"{name}: example {example.id}: {error}") from None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: each yields its rows once, the pictures unread, and the pictures and masks of any row on demand

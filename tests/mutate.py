@@ -30,7 +30,7 @@ TESTS = {        # file → the tests that look at it, as pytest is told, the qu
     "train.py": (QUICK, "test_train.py", "test_checkpoints.py", "test_mistakes.py"),
     "support/checkpoints.py": ("test_checkpoints.py", "test_train.py -k 'resume or leaves_all'"),
     "support/runs.py": ("test_mistakes.py", "test_checkpoints.py", "test_train.py -k 'resume or leaves_all'"),
-    "support/sources.py": ("test_sources.py", "test_data.py"), "support/images.py": ("test_sources.py",),
+    "support/sources.py": ("test_sources.py", "test_data.py"), "support/images.py": ("test_sources.py", "test_data.py"),
     "support/ranks.py": ("test_train.py",), "support/log.py": ("test_train.py", "test_pictures.py"),
     "support/optimizers.py": ("test_optimizers.py",), "support/boxes.py": ("test_metrics.py", "test_rewards.py", "test_data.py"),
     **{f"support/{name}.py": ("test_rewards.py",) for name in ("answers", "cells", "math_answers", "verify_math")},
