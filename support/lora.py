@@ -27,7 +27,8 @@ from support.mistakes import Mistake
 # What can be frozen → how the names of its parameters begin.
 PARTS = {"tower": ("visual.patch_embed.", "visual.pos_embed.", "visual.blocks."),
          "merger": ("visual.merger.", "visual.deepstack_merger_list."),
-         "decoder": ("model.layers.", "model.norm."), "embeddings": ("model.embed_tokens.", "lm_head.")}
+         "decoder": ("model.layers.", "model.norm."),
+         "embeddings": ("model.embed_tokens.", "lm_head.")}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -64,11 +65,13 @@ class LowRank(nn.Module):
         y = super().forward(x)
         if not torch.is_grad_enabled():
             return y
-        return Gradient.apply(y, x.detach(), self.lora_A, self.lora_B, self.alpha / len(self.lora_A))
+        s = self.alpha / len(self.lora_A)
+        return Gradient.apply(y, x.detach(), self.lora_A, self.lora_B, s)
 
     @torch.no_grad()
     def merge(self) -> None:
-        self.weight.copy_(merged(self.base.to(self.weight.device), self.lora_A, self.lora_B, self.alpha))
+        base = self.base.to(self.weight.device)
+        self.weight.copy_(merged(base, self.lora_A, self.lora_B, self.alpha))
 
 
 def merged(base: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:
@@ -80,7 +83,8 @@ def freeze(model: nn.Module, parts: str) -> None:
     of PARTS, with commas between. Raises Mistake if there is no such part, or nothing learns."""
     wanted = [part for part in parts.split(",") if part]
     if unknown := [part for part in wanted if part not in PARTS]:
-        raise Mistake(f"--freeze {parts}: there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
+        raise Mistake(f"--freeze {parts}: there is no part {unknown[0]!r}; the parts are "
+                      f"{', '.join(PARTS)}")
     for name, parameter in model.named_parameters():
         if any(name.startswith(PARTS[part]) for part in wanted):
             parameter.requires_grad_(False)
@@ -88,7 +92,8 @@ def freeze(model: nn.Module, parts: str) -> None:
         raise Mistake(f"--freeze {parts} leaves nothing that learns")
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str, digest: str = "") -> None:
+def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str, digest: str = ""
+             ) -> None:
     """Freezes the model, and gives an adapter to each Linear that was not frozen before and whose
     name begins with a match of `targets`, a regular expression. A is drawn from torch's global
     generator as PEFT draws it; B is 0.
@@ -96,16 +101,18 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str, d
     of: the model by its path or hub id. digest: weights.model_digest of it. Raises Mistake if no
     name matches."""
     try:
-        chosen = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
-                  and name != "lm_head" and re.match(targets, name) and layer.weight.requires_grad]
+        chosen = [layer for name, layer in model.named_modules()
+                  if isinstance(layer, nn.Linear) and name != "lm_head"
+                  and re.match(targets, name) and layer.weight.requires_grad]
     except re.error as error:
-        raise Mistake(f"--lora-targets {targets}: this is no regular expression ({error})") from None
+        raise Mistake(
+            f"--lora-targets {targets}: this is no regular expression ({error})") from None
     if not chosen:
-        raise Mistake(f"--lora-targets {targets} matches no linear layer that is not frozen; their names are such as "
-                      "model.layers.0.self_attn.q_proj, model.layers.0.mlp.up_proj, visual.blocks.0.attn.qkv, "
-                      "visual.merger.mlp.0")
+        raise Mistake(f"--lora-targets {targets} matches no linear layer that is not frozen; their "
+                      "names are such as model.layers.0.self_attn.q_proj, "
+                      "model.layers.0.mlp.up_proj, visual.blocks.0.attn.qkv, visual.merger.mlp.0")
     model.requires_grad_(False)
-    for _, layer in chosen:
+    for layer in chosen:
         N, K = layer.weight.shape
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
         layer.lora_A = nn.Parameter(torch.empty(rank, K, dtype=wide))
@@ -113,8 +120,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: str, of: str, d
         layer.lora_B = nn.Parameter(torch.zeros(N, rank, dtype=wide))
         base = layer.weight.detach().to("cpu", copy=True)
         layer.__class__ = type("LowRankLinear", (LowRank, type(layer)), {})
-        vars(layer).update(base=base.pin_memory() if layer.weight.is_cuda else base, alpha=alpha, of=of,
-                           digest=digest)
+        base = base.pin_memory() if layer.weight.is_cuda else base
+        vars(layer).update(base=base, alpha=alpha, of=of, digest=digest)
         layer.to(layer.weight.device)
 
 
@@ -128,7 +135,7 @@ def merge_after(optimizer, model: nn.Module) -> None:
         optimizer.register_step_post_hook(lambda *_: [layer.merge() for layer in layers])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Folders in the layout of PEFT
 
 @dataclass
@@ -141,7 +148,8 @@ class Adapter:
 
 
 def name_in_peft(layer: str, which: str) -> str:
-    inner = f"model.{layer}" if layer.startswith("visual.") else layer.replace("model.", "model.language_model.", 1)
+    inner = (f"model.{layer}" if layer.startswith("visual.")
+             else layer.replace("model.", "model.language_model.", 1))
     return f"base_model.model.{inner}.lora_{which}.weight"
 
 
@@ -153,12 +161,13 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt", "base": some.digest})
     targets = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in tensors})
     (folder / CONFIG).write_text(as_json({
-        "peft_type": "LORA", "base_model_name_or_path": some.of, "r": len(some.lora_A), "lora_alpha": some.alpha,
-        "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "inference_mode": True}, 1))
+        "peft_type": "LORA", "base_model_name_or_path": some.of, "r": len(some.lora_A),
+        "lora_alpha": some.alpha, "target_modules": targets, "lora_dropout": 0.0, "bias": "none",
+        "inference_mode": True}, 1))
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises Mistake if it is not the plain LoRA of this file, or damaged."""
+    """Reads an adapter. Raises Mistake if it is damaged, or not the plain LoRA of this file."""
     config = read_record(folder / CONFIG, base_model_name_or_path=str, r=int)
     of, alpha = config["base_model_name_or_path"], config.get("lora_alpha")
     check_regular(folder / WEIGHTS)
@@ -167,32 +176,38 @@ def read_adapter(folder: Path) -> Adapter:
             stored = {name: weights.get_tensor(name) for name in weights.keys()}
             base = (weights.metadata() or {}).get("base", "")
     except (OSError, SafetensorError) as error:
-        raise Mistake(f"{folder}: the adapter cannot be read ({type(error).__name__}: {error})") from None
+        raise Mistake(
+            f"{folder}: the adapter cannot be read ({type(error).__name__}: {error})") from None
     if config["r"] < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise Mistake(f"{folder / CONFIG}: r is {config['r']} and lora_alpha {str(alpha)[:100]!r}; r must be 1 or "
-                      "more, and lora_alpha a number")
+        raise Mistake(f"{folder / CONFIG}: r is {config['r']} and lora_alpha {str(alpha)[:100]!r}; "
+                      "r must be 1 or more, and lora_alpha a number")
     for field, plain in (("peft_type", "LORA"), ("bias", "none")):
         if config.get(field, plain) != plain:
-            raise Mistake(f"{folder / CONFIG}: {field} is {config[field]!r}; only {plain!r} is supported")
-    for field in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            raise Mistake(f"{folder / CONFIG}: {field} is {config[field]!r}; only {plain!r} is "
+                          "supported")
+    for field in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+                  "modules_to_save"):
         if config.get(field):
-            raise Mistake(f"{folder / CONFIG}: {field} is {config[field]!r}, which is not supported")
+            raise Mistake(f"{folder / CONFIG}: {field} is {config[field]!r}, which is not "
+                          "supported")
     matrices: dict[str, dict[str, Tensor]] = {}
     for stored_name, tensor in stored.items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", stored_name)
         if not found:
             raise Mistake(f"{folder / WEIGHTS}: unknown tensor {stored_name!r}")
-        name = found[1].replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        name = found[1].replace("model.visual.", "visual.")
+        name = name.replace("model.language_model.", "model.")
         matrices.setdefault(name, {})[found[2]] = tensor
     if torn := [name for name, pair in matrices.items() if len(pair) < 2]:
         raise Mistake(f"{folder / WEIGHTS}: {torn[0]} has only one of A and B")
-    for name, pair in matrices.items():
-        if pair["A"].dim() != 2 or pair["B"].dim() != 2 or not len(pair["A"]) == pair["B"].shape[1] == config["r"]:
-            raise Mistake(f"{folder / WEIGHTS}: A and B of {name} are of shapes {tuple(pair['A'].shape)} and "
-                          f"{tuple(pair['B'].shape)}; {CONFIG} says that their rank r is {config['r']}")
-    if not matrices:
+    pairs = {name: (pair["A"], pair["B"]) for name, pair in matrices.items()}
+    for name, (A, B) in pairs.items():
+        if not A.dim() == B.dim() == 2 or not len(A) == B.shape[1] == config["r"]:
+            raise Mistake(f"{folder / WEIGHTS}: A and B of {name} are of shapes {tuple(A.shape)} "
+                          f"and {tuple(B.shape)}; {CONFIG} says that their rank r is {config['r']}")
+    if not pairs:
         raise Mistake(f"{folder / WEIGHTS} holds no matrices")
-    return Adapter(folder, of, base, alpha, {name: (pair["A"], pair["B"]) for name, pair in matrices.items()})
+    return Adapter(folder, of, base, alpha, pairs)
 
 
 @torch.no_grad()
@@ -202,8 +217,9 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
     for name, (A, B) in adapter.matrices.items():
         weight = layers[name].weight if isinstance(layers.get(name), nn.Linear) else None
         if weight is None or (len(B), A.shape[1]) != tuple(weight.shape):
+            there = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
             raise Mistake(f"{adapter.folder / WEIGHTS} does not fit to {adapter.of}: {name} is "
-                          f"{'missing there' if weight is None else f'of shape {tuple(weight.shape)} there'}")
+                          f"{there} there")
         weight.copy_(merged(weight, A, B, adapter.alpha))
 
 
@@ -213,9 +229,11 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     other ones."""
     layers, adapter = adapters(model), read_adapter(folder)
     for name in layers.keys() | adapter.matrices.keys():
-        shapes = [p.shape for p in (layers[name].lora_A, layers[name].lora_B)] if name in layers else None
+        layer = layers.get(name)
+        shapes = layer and [p.shape for p in (layer.lora_A, layer.lora_B)]
         if shapes != [p.shape for p in adapter.matrices.get(name, ())]:
-            raise Mistake(f"{adapter.folder / WEIGHTS} is not of this run: {name} has another adapter, or none")
+            raise Mistake(f"{adapter.folder / WEIGHTS} is not of this run: {name} has another "
+                          "adapter, or none")
     for name, layer in layers.items():
         for own, stored in zip((layer.lora_A, layer.lora_B), adapter.matrices[name]):
             own.copy_(stored)
