@@ -1,11 +1,13 @@
-"""ViSurf (arXiv 2510.10606) in plain PyTorch DDP: supervised and reinforcement fine-tuning in one stage.
+"""ViSurf (arXiv 2510.10606) in plain PyTorch DDP: supervised and reinforcement fine-tuning in one
+stage.
 
     torchrun train.py                                      the built-in world and the tiny model: minutes on a laptop
     torchrun --nproc-per-node 8 train.py --preset paper    Qwen2.5-VL-7B on the authors' data
 
-One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side, with the three
-controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as one packed row (data.py,
-model.py), one optimizer step. Every metric that is logged is defined in docs/logged.md.
+One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side,
+with the three controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as
+one packed row (data.py, model.py), one optimizer step. Every metric that is logged is defined in
+docs/logged.md.
 
 Glossary
     y, o       the label of a prompt, as text; a rollout: an answer sampled from the policy. Both are responses
@@ -53,11 +55,12 @@ from support.screen import CONTROL
 from support.sources import Source, noticed, read, take
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Options
 
-# Named sets of options; what is given on the command line wins. `paper` is the authors' earlier public recipe, as the
-# paper leaves much open, without its KL and entropy bonus: docs/paper.md, section 1, has all of it.
+# Named sets of options; what is given on the command line wins. `paper` is the authors' earlier
+# public recipe, as the paper leaves much open, without its KL and entropy bonus: docs/paper.md,
+# section 1, has all of it.
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
            "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0,
            "precision": "bfloat16", "checkpoint_activations": True}
@@ -216,7 +219,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     return cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Groups: sampling, rewards, advantages
 
 @dataclass
@@ -234,7 +237,8 @@ class Group:
 
 def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: Prompt, before: str = ""
                  ) -> tuple[str, list[int]]:
-    """Control 1: the text of y and its ids, tok(y) + EOS. before: a borrowed thought (rewards.borrowed_thought)."""
+    """Control 1: the text of y and its ids, tok(y) + EOS. before: a borrowed thought
+    (rewards.borrowed_thought)."""
     styles = LABEL_STYLES if cfg.label_style == "auto" else (cfg.label_style,)
     texts = [label_text(prompt.example.task, prompt.answer, style, prompt.example.thought, before) for style in styles]
     ids = [processor.encode(text) for text in texts]
@@ -289,7 +293,7 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The update
 
 # What `objective.loss` takes by name and is one number of a response.
@@ -357,10 +361,10 @@ def pack(cfg: Config, groups: list[Group], device, step: int = 0
 def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
            groups: list[Group], meter: Meter, step: int = 0, leaves: Callable[[bool], bool] = lambda last: False
            ) -> tuple[float, float, int]:
-    """Makes cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and the row
-    tokens trained on. A step whose loss or gradient is not finite changes nothing, on any rank.
-    leaves: asked before each micro-batch of the first epoch (`Run.leaves`); nothing has changed if it
-    raises Stopped."""
+    """Makes cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and the
+    row tokens trained on. A step whose loss or gradient is not finite changes nothing, on any rank.
+    leaves: asked before each micro-batch of the first epoch (`Run.leaves`); nothing has changed if
+    it raises Stopped."""
     device = ddp.module.lm_head.weight.device
     batches, of_batch, by_entropy = pack(cfg, groups, device, step)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
@@ -375,7 +379,8 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
         for i, mb in enumerate(batches):
             if not epoch and leaves(i + 1 == len(batches)):
                 continue
-            # Gradients are averaged over ranks once, after the last micro-batch; × world makes the average a sum.
+            # Gradients are averaged over ranks once, after the last micro-batch; × world makes the
+            # average a sum.
             with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
                 logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
                 loss, logged = objective.loss(
@@ -397,12 +402,12 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     return loss_sum, norm, sum(int((mb.batch.segment >= 0).sum()) for mb in batches)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
 @dataclass
 class Job:
-    """What the loop works with."""
+    """Holds all that the loop works with."""
     cfg: Config
     run: Run                              # keeps the book
     ddp: DistributedDataParallel          # the loss goes through this, sampling through ddp.module
@@ -459,7 +464,8 @@ def train_step(job: Job) -> dict:
 
 
 def run_evaluation(job: Job) -> None:
-    """Every rank answers its share; rank 0 draws its first answers and prints all evaluations so far."""
+    """Every rank answers its share; rank 0 draws its first answers and prints all evaluations so
+    far."""
     cfg, run = job.cfg, job.run
     own = job.held_out[run.rank::run.world]
     answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=run.signals)
@@ -477,7 +483,7 @@ def run_evaluation(job: Job) -> None:
     run.say(f"{cfg.eval_data}, first {len(job.held_out)}:\n" + table(run.history))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Before the loop
 
 def open_data(cfg: Config, processor: Processor, data: str):
@@ -540,8 +546,8 @@ def make_models(cfg: Config, checkpoint: Path | None, base: str, device
 
 
 def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
-    """Says what is trained, what was noticed in the data, and shows one example as it is trained on:
-    whether the data is what it was taken for shows here first."""
+    """Says what is trained, what was noticed in the data, and shows one example as it is trained
+    on: whether the data is what it was taken for shows here first."""
     cfg, run, model = job.cfg, job.run, job.ddp.module
     changed = "".join(f" {name}={getattr(cfg, name)}" for name in PRESETS[cfg.preset])
     size, learning = (sum(p.numel() for p in parameters) for parameters in (model.parameters(), learn(model)))

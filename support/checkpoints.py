@@ -1,12 +1,13 @@
-"""Checkpoints: written whole or not at all, and used only where every file is what was written. Nothing is pickled.
+"""Checkpoints: written whole or not at all, and used only where every file is what was written.
+Nothing is pickled.
 
     runs/NAME/checkpoints/step_N/    a complete model folder, optimizer_K.safetensors, state.json
     state.json                       step, cursor, bad_steps, the fingerprint of the data, the digest of the model that
                                      an adapter or --kl needs besides, the options; under "files" the SHA-256 of every
                                      other file, under "digest" that of state.json's own fields
 
-All randomness of a run is a function of (seed, place in the endless sequence of examples), so a step number and a
-cursor restore it.
+All randomness of a run is a function of (seed, place in the endless sequence of examples), so a
+step number and a cursor restore it.
 """
 import functools
 import hashlib
@@ -34,7 +35,8 @@ FIRST: dict = {"step": 0, "cursor": 0, "bad_steps": 0, "data": "", "base": "", "
 
 
 def places(run: Path) -> dict[int, Path]:
-    """Step → what has the name of its checkpoint, in the order of the steps. step_08 or step_8_backup have not."""
+    """Step → what has the name of its checkpoint, in the order of the steps. step_08 or
+    step_8_backup have not."""
     steps = {p.name.removeprefix("step_"): p for p in (run / "checkpoints").glob("step_*")}
     return {step: steps[str(step)] for step in sorted(int(s) for s in steps if s.isdecimal() and str(int(s)) == s)}
 
@@ -56,8 +58,8 @@ def read_state(folder: Path) -> dict:
 
 
 def fault(folder: Path, weights_only: bool = False) -> str | None:
-    """Returns what is wrong with a checkpoint, None if nothing. weights_only: ignore the optimizer's files. In
-    checkpoints older than the digests, only state.json is checked."""
+    """Returns what is wrong with a checkpoint, None if nothing. weights_only: ignore the
+    optimizer's files. In checkpoints older than the digests, only state.json is checked."""
     if not os.path.lexists(folder / "state.json"):
         return "state.json is missing"
     try:
@@ -90,8 +92,9 @@ def fault(folder: Path, weights_only: bool = False) -> str | None:
 
 
 def sound_checkpoint(run: Path, step: int = 0, weights_only: bool = False) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint without a fault, None if there is none, and what to say of those passed over.
-    step: that one and no other. Raises Mistake if it is not there or has a fault, or if all have."""
+    """Returns the newest checkpoint without a fault, None if there is none, and what to say of
+    those passed over. step: that one and no other. Raises Mistake if it is not there or has a
+    fault, or if all have."""
     found = checkpoints(run)
     said: list[str] = []
     if step and step not in found:
@@ -107,7 +110,8 @@ def sound_checkpoint(run: Path, step: int = 0, weights_only: bool = False) -> tu
 
 @functools.cache
 def newest_checkpoint(run: Path) -> Path:
-    """Returns the newest one whose weights are sound; says once what was passed over. Raises Mistake if there is none.
+    """Returns the newest one whose weights are sound; says once what was passed over. Raises
+    Mistake if there is none.
     """
     folder, said = sound_checkpoint(run, weights_only=True)
     if not folder:
@@ -119,15 +123,16 @@ def newest_checkpoint(run: Path) -> Path:
 
 @functools.cache
 def check_checkpoint(folder: Path) -> None:
-    """Raises Mistake if the folder is a checkpoint whose weights are not what was written, or another step's."""
+    """Raises Mistake if the folder is a checkpoint whose weights are not what was written, or
+    another step's."""
     if folder.parent.name == "checkpoints" and (folder / "state.json").exists():
         if reason := fault(folder, weights_only=True):
             raise Mistake(f"{folder} is not used: {reason}")
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, rank: int) -> None:
-    """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is complete. What stands in
-    its place, which cannot be of this run, is set aside."""
+    """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is
+    complete. What stands in its place, which cannot be of this run, is set aside."""
     folder = run / "checkpoints" / f"step_{state['step']}"
     for optimizer in optimizers:
         if is_sharded(optimizer):
@@ -154,12 +159,14 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
         if is_sharded(optimizer):
             optimizer._all_state_dicts.clear()      # the state of all ranks, which was gathered for the file
     dist.barrier()
-    # Its config and tokenizer are copied from there at the next save: an earlier checkpoint may be gone by then.
+    # Its config and tokenizer are copied from there at the next save: an earlier checkpoint may be
+    # gone by then.
     model.folder = folder       # type: ignore[assignment]
 
 
 def unfinished(folder: Path) -> Path:
-    """Another name for the folder of a checkpoint, by which it is none; nothing is there any more."""
+    """Another name for the folder of a checkpoint, by which it is none; nothing is there any
+    more."""
     path = folder.with_name(f".unfinished_{folder.name}")
     remove(path)
     return path
@@ -180,8 +187,9 @@ def set_aside(path: Path) -> Path:
 
 
 def set_later_aside(run: Path, start: int) -> list[str]:
-    """Makes room for the checkpoints of a run that goes on from step `start`: later ones, and whatever stands in the
-    place of one, get another name; what was never finished is removed. Returns what to say."""
+    """Makes room for the checkpoints of a run that goes on from step `start`: later ones, and
+    whatever stands in the place of one, get another name; what was never finished is removed.
+    Returns what to say."""
     for path in (run / "checkpoints").glob(".unfinished_*"):
         remove(path)
     later = {step: path for step, path in places(run).items() if step > start}
@@ -189,8 +197,8 @@ def set_later_aside(run: Path, start: int) -> list[str]:
 
 
 def room_for(run: Path, model: nn.Module, kept: int) -> list[str]:
-    """Compares the free space with the size of the checkpoints, by arithmetic: what to say where it is scarce. Mistake:
-    there is none for a single one."""
+    """Compares the free space with the size of the checkpoints, by arithmetic: what to say where it
+    is scarce. Raises Mistake if there is none for a single one."""
     saved = learn(model) if adapters(model) else model.parameters()
     size = sum(p.numel() * p.element_size() for p in saved) + state_bytes(model)
     free = shutil.disk_usage(run).free
@@ -204,7 +212,8 @@ def room_for(run: Path, model: nn.Module, kept: int) -> list[str]:
 
 
 def is_sharded(optimizer) -> bool:
-    """Whether it is a ZeroRedundancyOptimizer, which takes more than a second to import and so is not named here."""
+    """Whether it is a ZeroRedundancyOptimizer, which takes more than a second to import and so is
+    not named here."""
     return hasattr(optimizer, "consolidate_state_dict")
 
 
@@ -215,8 +224,8 @@ def optimizer_tensors(optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer, path: Path) -> None:
-    """The inverse. A sharded optimizer takes its own part, so the number of ranks may have changed. Raises Mistake if
-    the file is damaged or another optimizer's."""
+    """The inverse. A sharded optimizer takes its own part, so the number of ranks may have changed.
+    Raises Mistake if the file is damaged or another optimizer's."""
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     check_regular(path)
     try:

@@ -1,4 +1,5 @@
-"""runs/NAME/curves.png: what metrics.jsonl holds, drawn; and the same of several runs, one over the other."""
+"""runs/NAME/curves.png: what metrics.jsonl holds, drawn; and the same of several runs, one over the
+other."""
 import re
 from pathlib import Path
 
@@ -20,14 +21,16 @@ PANELS = {   # title → names of metrics.jsonl (EVAL: of its evaluations), with
                     "EVAL answers": "short answers"},
 }
 
-# What metrics.jsonl holds besides and is not drawn. Any other name is new, of an edit, and gets a panel of its own.
+# What metrics.jsonl holds besides and is not drawn. Any other name is new, of an edit, and gets a
+# panel of its own.
 UNDRAWN = re.compile("step|loss|lr|grad_norm|skipped|seconds.*|.*_per_s|peak_memory_gb|unreadable|truncated|left_out|"
                      "logp_gap|clipped_(rollouts|y)|errors/.*|y/.*|EVAL .*|"
                      "(rollouts|y)/(thinking|answer_format|accuracy|non_repeat)")
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """name → (steps, values) of a run's metrics.jsonl; those of evaluations as "EVAL name". Mistake: it is no run."""
+    """name → (steps, values) of a run's metrics.jsonl; those of evaluations as "EVAL name".
+    Raises Mistake if it is no run."""
     if not (Path(run) / "metrics.jsonl").exists():
         raise Mistake(f"{run} is no run of train.py: it has no metrics.jsonl")
     series: dict[str, tuple[list[int], list[float]]] = {}
@@ -42,7 +45,8 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def smooth_line(values: list[float], width: int = 8) -> list[float]:
-    """Each value's mean with up to `width` on either side, as many before as after it, so that nothing lags behind."""
+    """Each value's mean with up to `width` on either side, as many before as after it, so that
+    nothing lags behind."""
     means = []
     for i in range(len(values)):
         half = min(width, i, len(values) - 1 - i)
@@ -51,8 +55,9 @@ def smooth_line(values: list[float], width: int = 8) -> list[float]:
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:
-    """One run: a colour and a marker a quantity. Several: a colour a run, named once above all; a line style and a
-    marker a quantity, named beside its panel. Panels without numbers are left out."""
+    """One run: a colour and a marker a quantity. Several: a colour a run, named once above all; a
+    line style and a marker a quantity, named beside its panel. Panels without numbers are left
+    out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -96,7 +101,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
 
 def write_events(run: Path, line: dict) -> None:
-    """The numbers of a line of metrics.jsonl as TensorBoard's event files in runs/NAME/tensorboard."""
+    """The numbers of a line of metrics.jsonl as TensorBoard's event files in
+    runs/NAME/tensorboard."""
     writer = tensorboard_writer()(str(run / "tensorboard"))
     values = {f"eval/{k}": v for k, v in line["eval"].items()} if "eval" in line else line
     for name, value in values.items():
@@ -106,7 +112,7 @@ def write_events(run: Path, line: dict) -> None:
 
 
 def tensorboard_writer():
-    """Mistake: the package is not there."""
+    """Returns tensorboard's writer. Raises Mistake if the package is not there."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""What is put on a loaded model from outside, so that model.py need not know of it."""
+"""Puts on a loaded model what model.py need not know of."""
 from pathlib import Path
 
 from torch import nn

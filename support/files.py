@@ -1,4 +1,5 @@
-"""Files: one reader and one writer of JSON, one digest. Nothing is unpickled, and no pipe is waited for."""
+"""Files: one reader and one writer of JSON, one digest. Nothing is unpickled, and no pipe is waited
+for."""
 import contextlib
 import hashlib
 import itertools
@@ -85,7 +86,8 @@ def read_lines(path: Path, fits: Callable[[dict], bool]) -> tuple[list[dict], in
 
 
 def as_json(value, indent: int | None = None) -> str:
-    """JSON text with a newline at its end. A number that is not finite becomes null: JSON has none."""
+    """JSON text with a newline at its end. A number that is not finite becomes null: JSON has
+    none."""
     def finite(part):
         if isinstance(part, dict):
             return {name: finite(each) for name, each in part.items()}
@@ -113,7 +115,8 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Names the file in what the system says when it refuses to write. safetensors hides that in its own error."""
+    """Names the file in what the system says when it refuses to write. safetensors hides that in
+    its own error."""
     try:
         yield
     except SafetensorError as error:

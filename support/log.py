@@ -1,4 +1,4 @@
-"""What a run says of itself: quantities joined over ranks, the line of a step, peak memory."""
+"""Quantities joined over ranks, the line of a step, peak memory."""
 import resource
 import sys
 from collections import defaultdict
@@ -13,7 +13,8 @@ from support.verify_math import ended_now
 
 
 class Meter(defaultdict):
-    """Named quantities, joined over micro-batches and ranks: name → [sum, number of values]; a total has number 0."""
+    """Named quantities, joined over micro-batches and ranks: name → [sum, number of values]; a
+    total has number 0."""
     def __init__(self):
         super().__init__(lambda: [0.0, 0])
 
@@ -28,7 +29,8 @@ class Meter(defaultdict):
         self[name][0] += value
 
     def take(self, logged: dict[str, Tensor]) -> None:
-        """What objective.loss logs: tensors without dimensions are added up, of all others the mean is taken."""
+        """Takes what objective.loss logs: adds up tensors without dimensions, and averages all
+        others."""
         for name, values in logged.items():
             self.add(name, values) if values.dim() else self.total(name, float(values))
 
@@ -42,7 +44,7 @@ class Meter(defaultdict):
 
 
 def measure_groups(groups: list, meter: Meter) -> None:
-    """What groups (train.Group) say before any gradient; each name is defined in docs/logged.md."""
+    """Measures groups (train.Group) before any gradient. docs/logged.md defines each name."""
     if unverified := ended_now():
         meter.total("errors/math_ended", unverified)
     for group in groups:

@@ -1,8 +1,9 @@
-"""Masks of boxes and points, by SAM 2 (docs/paper.md, section 5): for each object its point and its box are the prompt,
-the best-scored of three masks is taken, and the union of all objects is the answer.
+"""Masks of boxes and points, by SAM 2 (docs/paper.md, section 5): for each object its point and its
+box are the prompt, the best-scored of three masks is taken, and the union of all objects is the
+answer.
 
-The model is transformers' Sam2Model. Its Sam2Processor needs torchvision, so resizing, normalisation and the way back
-are written here, as that processor does them.
+The model is transformers' Sam2Model. Its Sam2Processor needs torchvision, so resizing,
+normalisation and the way back are written here, as that processor does them.
 """
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ class Segmenter:
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], objects: list[list[dict]]) -> list[np.ndarray]:
-        """images and, for each, its boxes and points in its own pixels → bool masks [height, width]. No objects, an
-        empty mask. The images are encoded together."""
+        """images and, for each, its boxes and points in its own pixels → bool masks [height,
+        width]. No objects, an empty mask. The images are encoded together."""
         wanted = [i for i, items in enumerate(objects) if items]
         masks = [np.zeros((image.height, image.width), bool) for image in images]
         if not wanted:

@@ -1,4 +1,5 @@
-"""What a person can mend is said in one sentence, as the last thing that a program prints, without a traceback."""
+"""Says in one sentence what a person can mend: the last thing that a program prints, without a
+traceback."""
 import contextlib
 import errno
 import json
@@ -16,7 +17,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Mistake(ValueError):
-    """Something that the person who started the program can mend: its text says what is wrong and what to do."""
+    """Something that the person who started the program can mend: its text says what is wrong and
+    what to do."""
 
 
 class Stopped(Exception):
@@ -24,9 +26,9 @@ class Stopped(Exception):
 
 
 def stop_signals(sentence: str) -> list[float]:
-    """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop to see, and print
-    the sentence; a second Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the
-    terminal and from torchrun."""
+    """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop
+    to see, and print the sentence; a second Ctrl-C ends the process at once. One Ctrl-C under
+    torchrun comes twice, from the terminal and from torchrun."""
     times: list[float] = []
 
     def note(number, _) -> None:
@@ -42,13 +44,15 @@ def stop_signals(sentence: str) -> list[float]:
 
 
 def out_of_memory(error: BaseException):
-    """Whether it is that, of Python, of a GPU, or of PyTorch on a CPU, which has no class of its own."""
+    """Whether it is that, of Python, of a GPU, or of PyTorch on a CPU, which has no class of its
+    own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and re.search("can't allocate memory|bad_alloc|out of memory", str(error)))
 
 
 def sentence_of(error: Exception) -> str:
-    """Returns what to tell of an error that a person can mend. Raises the error if it is another."""
+    """Returns what to tell of an error that a person can mend. Raises the error if it is
+    another."""
     if out_of_memory(error):
         reason = str(error).strip().splitlines()[:1]
         return (": ".join(["out of memory", *reason]) + ". A smaller --sampling-batch needs less; in training so do "
@@ -64,11 +68,12 @@ def sentence_of(error: Exception) -> str:
 
 
 def run_main(main) -> None:
-    """Runs main. What a person can mend ends the program with a sentence and exit status 1, everything else as always.
+    """Runs main. What a person can mend ends the program with a sentence and exit status 1,
+    everything else as always.
 
-    Under torchrun the sentence goes to torchrun's error file as well, which torchrun shows in its last lines, after
-    all that it has to say itself. If several ranks fail alike only rank 0 prints: torchrun ends the others as soon as
-    it has left."""
+    Under torchrun the sentence goes to torchrun's error file as well, which torchrun shows in its
+    last lines, after all that it has to say itself. If several ranks fail alike only rank 0 prints:
+    torchrun ends the others as soon as it has left."""
     open_screen()
     try:
         main()

@@ -1,8 +1,8 @@
 """Optimizers and the learning rate.
 
-With --precision bfloat16 weights and gradients are bfloat16, 4 bytes a parameter on every rank; the float32 weights and
-AdamW's two moments, 12 bytes a parameter, are sharded over the ranks. --offload-optimizer keeps these in the host's
-memory, where the host's cores update them.
+With --precision bfloat16 weights and gradients are bfloat16, 4 bytes a parameter on every rank; the
+float32 weights and AdamW's two moments, 12 bytes a parameter, are sharded over the ranks.
+--offload-optimizer keeps these in the host's memory, where the host's cores update them.
 """
 from collections.abc import Iterator
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW of bfloat16 weights: updates float32 copies ("master", part of the state), then rounds them to the weights.
-    Without the copies every update below 1/256 of a weight is lost, at a learning rate of 1e-6 nearly all of them.
-    host: the state lies in the host's memory, and the host updates it."""
+    """AdamW of bfloat16 weights: updates float32 copies ("master", part of the state), then rounds
+    them to the weights. Without the copies every update below 1/256 of a weight is lost, at a
+    learning rate of 1e-6 nearly all of them. host: the state lies in the host's memory, and the
+    host updates it."""
     def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8,
                  host: bool = False):
         self.host = host
@@ -39,8 +40,8 @@ class MasterAdamW(torch.optim.Optimizer):
             p.copy_(state["master"].to(p.dtype))
 
     def fetch(self, gradients: list[Tensor]) -> Iterator[Tensor]:
-        """The gradients where the state lies, in turn. From a GPU to the host the next one is on its way, into pinned
-        memory, while one is worked on."""
+        """The gradients where the state lies, in turn. From a GPU to the host the next one is on
+        its way, into pinned memory, while one is worked on."""
         if not self.host or not gradients or not gradients[0].is_cuda:
             yield from gradients
             return
@@ -71,13 +72,14 @@ def learn(model: nn.Module) -> list[nn.Parameter]:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Of the optimizer, over all ranks: two float32 moments, and of bfloat16 weights float32 copies."""
+    """Returns the size of the optimizer's state over all ranks: two float32 moments of each weight,
+    and a float32 copy of each bfloat16 one."""
     return sum(p.numel() * (12 if p.dtype == torch.bfloat16 else 8) for p in learn(model))
 
 
 def make_optimizers(cfg, model: nn.Module) -> list:
-    """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the same on all. Of the
-    parameters that are not frozen."""
+    """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the
+    same on all. Of the parameters that are not frozen."""
     parameters = learn(model)
     kind = MasterAdamW if any(p.dtype == torch.bfloat16 for p in parameters) else torch.optim.AdamW
     adamw: dict = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
@@ -97,15 +99,15 @@ def make_optimizers(cfg, model: nn.Module) -> list:
 
 
 def share_of_lr(cfg, step: int) -> float:
-    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last cfg.cooldown of all steps;
-    never below 0. step from 0."""
+    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last
+    cfg.cooldown of all steps; never below 0. step from 0."""
     up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     down = (cfg.steps - step) / (cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0
     return max(0.0, min(1.0, up, down))
 
 
 def short_run(cfg) -> str:
-    """What a person should know of a run whose warm-up and cool-down meet."""
+    """Returns a warning if warm-up and cool-down meet, so that the full rate is never reached."""
     most = max(share_of_lr(cfg, step) for step in range(min(cfg.steps, cfg.warmup_steps + 1)))
     return "" if most == 1 else (
         f"; {cfg.steps} steps are so few that the learning rate reaches {most * cfg.lr:.1e} only, of {cfg.lr:.1e} "

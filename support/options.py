@@ -1,4 +1,5 @@
-"""Command lines of a dataclass: one flag a field, grouped, with the defaults of a preset or of a run that goes on."""
+"""Command lines of a dataclass: one flag a field, grouped, with the defaults of a preset or of a
+run that goes on."""
 import argparse
 import dataclasses
 import difflib
@@ -23,9 +24,9 @@ FLAGS = {"--batch-size": "--prompts-per-step is the batch, --micro-rows and --sa
 
 def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None,
            resumable: bool = False):
-    """A field of the options: its default, the group and line of --help that it stands in, what it may be, and whether
-    a run that goes on may have another value. Numbers must be finite. A default of "" or None, or of a switch, is not
-    shown: the text says what happens without the option."""
+    """A field of the options: its default, the group and line of --help that it stands in, what it
+    may be, and whether a run that goes on may have another value. Numbers must be finite. A default
+    of "" or None, or of a switch, is not shown: the text says what happens without the option."""
     return dataclasses.field(default=default, metadata={
         "group": group, "help": text, "choices": choices or None, "least": least, "most": most, "above": above,
         "resumable": resumable})
@@ -37,7 +38,8 @@ def fixed(options) -> dict:
 
 
 def check_numbers(options) -> None:
-    """Raises Mistake if a number is not finite or not within the limits of its option, by its flag."""
+    """Raises Mistake if a number is not finite or not within the limits of its option, by its
+    flag."""
     for f in dataclasses.fields(options):
         value, limits = getattr(options, f.name), f.metadata
         if f.type not in (int, float):
@@ -54,10 +56,12 @@ def check_numbers(options) -> None:
 
 def parse(kind: type, script: str, description: str, arguments: list[str] | None = None,
           presets: dict[str, dict] | None = None, saved_options=None):
-    """Flags → a `kind`. Unknown flags are errors. --help shows the defaults that hold with the flags beside it.
+    """Flags → a `kind`. Unknown flags are errors. --help shows the defaults that hold with the
+    flags beside it.
 
-    presets: where `kind` has --preset and --resume. Defaults are then those of --preset or, with --resume RUN,
-    saved_options(RUN); then only options that are `resumable` can be given another value."""
+    presets: where `kind` has --preset and --resume. Defaults are then those of --preset or, with
+    --resume RUN, saved_options(RUN); then only options that are `resumable` can be given another
+    value."""
     arguments = sys.argv[1:] if arguments is None else arguments
     defaults, resume = {f.name: f.default for f in dataclasses.fields(kind)}, None
     if presets is not None:
@@ -106,7 +110,8 @@ def as_flag(name: str, value) -> str:
 
 
 def add_flag(group, f: dataclasses.Field, default) -> None:
-    """A flag with its line of --help. Of --X and --no-X that line names the one that changes something."""
+    """A flag with its line of --help. Of --X and --no-X that line names the one that changes
+    something."""
     flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
     if f.type is bool:
         for name, value in ((flag, True), (flag.replace("--", "--no-", 1), False)):
@@ -142,8 +147,8 @@ class Parser(argparse.ArgumentParser):
         raise Mistake(". ".join([message, *hints]) + " (--help lists all options)")
 
     def unknown(self, flag: str, actions: dict) -> list[str]:
-        """What to say of a flag that there is none of: what stands for it here; else one with a name like it or
-        explained by its words (--learning-rate: --lr, the learning rate)."""
+        """Returns what to say of an unknown flag: what stands for it here, or else a flag with a
+        similar name or explained by its words (--learning-rate: --lr, the learning rate)."""
         plain = flag.lower().replace("_", "-")
         for other in difflib.get_close_matches(plain, FLAGS, 1, 0.75) + [o for o in FLAGS if plain.endswith(o[1:])]:
             if not (here := FLAGS[other]).startswith("--") or here.split()[0] in actions:

@@ -10,8 +10,8 @@ WRONG, LINE = (200, 0, 0), 15
 
 
 def draw_items(picture: Image.Image, items: list[dict], ratio: float, colour, width: int) -> None:
-    """Boxes and points, in pixels of the picture divided by ratio. Of a box far outside the part near the picture is
-    drawn: Pillow takes seconds over a million pixels that no one sees."""
+    """Boxes and points, in pixels of the picture divided by ratio. Of a box far outside the part
+    near the picture is drawn: Pillow takes seconds over a million pixels that no one sees."""
     pen, limit = ImageDraw.Draw(picture), 2 * max(picture.size) + width
 
     def near(corners) -> list[float]:
@@ -30,8 +30,9 @@ def cut(text: str, width: int, lines: int) -> list[str]:
 
 
 def draw_sheet(shown: list[tuple], path: Path, columns: int = 4, side: int = 320) -> None:
-    """shown: (eval.Record, data.Prompt, reward terms, right?) of each answer. Its picture with the true boxes and masks
-    green and the predicted boxes red; below it the question, the truth, the answer and what it earned."""
+    """shown: (eval.Record, data.Prompt, reward terms, right?) of each answer. Its picture with the
+    true boxes and masks green and the predicted boxes red; below it the question, the truth, the
+    answer and what it earned."""
     width = side + 16
     cells = []
     for record, prompt, terms, right in shown:

@@ -1,4 +1,5 @@
-"""The ranks that torchrun started: joining and leaving them, and adding up over them. Without torchrun there is one."""
+"""The ranks that torchrun started: joining and leaving them, and adding up over them. Without
+torchrun there is one."""
 import contextlib
 import ctypes
 import json
@@ -14,15 +15,15 @@ import torch.distributed as dist
 
 from support.mistakes import Mistake
 
-# How long ranks wait for each other before they give up. What one rank does alone must end within it: the longest is a
-# checkpoint, of a 7B model 116 GB, which takes 20 minutes at 100 MB/s.
+# How long ranks wait for each other before they give up. What one rank does alone must end within
+# it: the longest is a checkpoint, of a 7B model 116 GB, which takes 20 minutes at 100 MB/s.
 TIMEOUT = timedelta(hours=1)
 processors: dist.ProcessGroup | None = None    # of all ranks, over their processors: NCCL cannot name who is missing
 
 
 def end_with_torchrun() -> None:
-    """From now on this process gets a SIGTERM when torchrun ends, whatever ends it (Linux alone knows how). Mistake: it
-    has ended before; joining would wait for it as long as TIMEOUT says."""
+    """From now on this process gets a SIGTERM when torchrun ends, whatever ends it (Linux alone
+    knows how). Raises Mistake if it has ended already: joining would wait for TIMEOUT."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":       # torchrun's store is there before its ranks
@@ -34,7 +35,8 @@ def end_with_torchrun() -> None:
 
 
 def start_ranks() -> tuple[int, int, torch.device]:
-    """Joins the process group that torchrun describes (alone without it). Returns rank, world size, device."""
+    """Joins the process group that torchrun describes (alone without it). Returns rank, world size,
+    device."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_torchrun()
     if "RANK" not in os.environ:
@@ -63,15 +65,16 @@ def start_ranks() -> tuple[int, int, torch.device]:
 
 
 def leave_ranks() -> None:
-    """Gloo's worker thread frees the tensors of its last collective, for which it needs the GIL; a process group (or a
-    DDP wrapper) freed at that moment holds the GIL and waits for the thread, for ever. So the thread goes first."""
+    """Gloo's worker thread frees the tensors of its last collective, for which it needs the GIL; a
+    process group (or a DDP wrapper) freed at that moment holds the GIL and waits for the thread,
+    for ever. So the thread goes first."""
     dist.barrier()
     time.sleep(0.2)
     dist.destroy_process_group()
 
 
 def gather_json(value, device) -> list:
-    """What every rank holds, in rank order, on every rank."""
+    """Returns the values of all ranks, in rank order, on every rank."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))
@@ -82,8 +85,8 @@ def gather_json(value, device) -> list:
 
 
 def check_same_weights(model: torch.nn.Module, device) -> None:
-    """Mistake: ranks hold other weights than rank 0, by a sum over their bits (a faulty device or link, or a change of
-    the code that lets ranks drift apart)."""
+    """Compares a sum over the bits of the weights. Raises Mistake if a rank differs from rank 0: a
+    faulty device or link, or a change of the code that lets ranks drift apart."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]
     first, *others = gather_json(torch.stack(sums).tolist(), device)
@@ -94,7 +97,7 @@ def check_same_weights(model: torch.nn.Module, device) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Until every rank is here. Mistake: some do not come within TIMEOUT; their numbers."""
+    """Waits for every rank. Raises Mistake, with their numbers, if some do not come within TIMEOUT."""
     try:
         dist.monitored_barrier(processors, TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:

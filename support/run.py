@@ -1,6 +1,8 @@
-"""A run keeps the book of a training: when to save, evaluate, stop and log; clocks, counters and the last word.
+"""A run keeps the book of a training: when to save, evaluate, stop and log; clocks, counters and
+the last word.
 
-It knows nothing of the method. train.loop asks it what is due, does that, and tells it what came of it.
+It knows nothing of the method. train.loop asks it what is due, does that, and tells it what came of
+it.
 """
 import contextlib
 import math
@@ -30,8 +32,9 @@ DRAWN_EVERY = 50        # steps between two drawings of curves.png
 
 
 def begin_or_resume(cfg, rank: int, device) -> tuple[Path | None, dict, list[str]]:
-    """Returns the checkpoint that --resume goes on from (None for a new run), the state to begin with, and what to say
-    of checkpoints that were passed over. Raises Mistake if the run cannot go on with these options."""
+    """Returns the checkpoint that --resume goes on from (None for a new run), the state to begin
+    with, and what to say of checkpoints that were passed over. Raises Mistake if the run cannot go
+    on with these options."""
     # Model and data are known by what they hold: `check_same`.
     options = {name: value for name, value in fixed(cfg).items() if name not in ("name", "model", "data")}
     if not cfg.resume:
@@ -53,8 +56,9 @@ def begin_or_resume(cfg, rank: int, device) -> tuple[Path | None, dict, list[str
 
 
 def check_same(cfg, state: dict, fingerprint: str, rank: int, device) -> None:
-    """Notes in the state which data is trained on, and which model stands behind an adapter or --kl, which is in no
-    checkpoint. Raises Mistake if the run had others. Rank 0's count: another node may hold a copy."""
+    """Notes in the state which data is trained on, and which model stands behind an adapter or
+    --kl, which is in no checkpoint. Raises Mistake if the run had others. Rank 0's count: another
+    node may hold a copy."""
     behind = cfg.lora_rank or cfg.kl
     base = model_digest(local_folder(cfg.model)) if rank == 0 and behind else ""
     fingerprint, base = gather_json([fingerprint, base], device)[0]
@@ -68,7 +72,8 @@ def check_same(cfg, state: dict, fingerprint: str, rank: int, device) -> None:
 
 
 def best_of(history: dict[str, dict], metric: str) -> int | None:
-    """Returns the step of the evaluation that was the first to be best by the metric, if any has it."""
+    """Returns the step of the evaluation that was the first to be best by the metric, if any has
+    it."""
     measured = {title: m[metric] for title, m in history.items() if metric and m.get(metric) is not None}
     return int(max(measured, key=lambda title: measured[title]).removeprefix("step ")) if measured else None
 
@@ -101,7 +106,8 @@ class Run:
             say(text)
 
     def log(self, line: dict) -> None:
-        """Adds a line to metrics.jsonl and to the event files. Draws the curves where that is due."""
+        """Adds a line to metrics.jsonl and to the event files. Draws the curves where that is
+        due."""
         if self.rank or not self.folder.name:
             return
         check_ours(self.folder)
@@ -113,7 +119,7 @@ class Run:
         if "eval" in line or line["step"] % DRAWN_EVERY == 0:
             draw_curves([self.folder], self.folder / "curves.png")
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Begin and end
 
     def is_finished(self, evaluates: bool) -> bool:
@@ -171,14 +177,15 @@ class Run:
         self.say(f"metrics: {self.folder}/metrics.jsonl   curves: {self.folder}/curves.png{pictures}   model: "
                  f"{checkpoints(self.folder)[self.cfg.steps]}{rows}")
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # What is due
 
     def is_done(self) -> bool:
         return self.step >= self.cfg.steps
 
     def goes_on(self, model: torch.nn.Module, optimizers: list) -> bool:
-        """Compares the ranks' weights and saves a checkpoint where that is due. False after a signal."""
+        """Compares the ranks' weights and saves a checkpoint where that is due. False after a
+        signal."""
         cfg, step = self.cfg, self.step
         self.stopping = self.any_signal()
         regular = cfg.save_every and step % cfg.save_every == 0
@@ -202,23 +209,23 @@ class Run:
         if self.rank == 0 and self.saved == self.step and self.folder.name:
             keep_newest(self.folder, self.cfg.keep, best_of(self.history, self.cfg.keep_best))
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Signals: one on any rank stops all
 
     def any_signal(self) -> bool:
         return any(gather_json(bool(self.signals), self.device))
 
     def leaves(self, last: bool) -> bool:
-        """Returns whether to leave what is at work, on this rank. last: it is the last part of it, which
-        no rank may miss: raises Stopped on all ranks if a signal has come on any."""
+        """Returns whether to leave what is at work, on this rank. last: it is the last part of it,
+        which no rank may miss: raises Stopped on all ranks if a signal has come on any."""
         if last and self.any_signal():
             raise Stopped
         return bool(self.signals)
 
     @contextlib.contextmanager
     def unless_stopped(self):
-        """Within it a signal leaves what is at work, which counts as not begun. Of a Mistake it says
-        which checkpoint is from before."""
+        """Within it a signal leaves what is at work, which counts as not begun. Of a Mistake it
+        says which checkpoint is from before."""
         try:
             yield
         except Stopped:
@@ -238,12 +245,12 @@ class Run:
         self.leaves(last=True)
         self.clock = {"begun": begun, "waited": waited, "ended": time.perf_counter()}
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
     # Steps and evaluations
 
     def begin_step(self, left_out: int) -> range:
-        """Returns the places of this rank's prompts in the endless sequence of examples. left_out: how
-        many rows of the data so far."""
+        """Returns the places of this rank's prompts in the endless sequence of examples. left_out:
+        how many rows of the data so far."""
         self.remove_old_checkpoints()
         self.meter, self.began, self.left_out = Meter(), time.perf_counter(), left_out
         share = self.cfg.prompts_per_step // self.world
@@ -253,7 +260,8 @@ class Run:
     def end_step(self, loss: float, norm: float, lr: float, drawn: int, trained: int, names: list[str],
                  left_out: int) -> dict:
         """Counts the step and logs it; returns its line of metrics.jsonl. drawn, trained: tokens of
-        rollouts and of rows; names: of the examples. Raises Mistake after MAX_BAD_STEPS bad ones."""
+        rollouts and of rows; names: of the examples. Raises Mistake after MAX_BAD_STEPS bad
+        ones."""
         state, ended = self.state, time.perf_counter()
         finite = math.isfinite(loss) and math.isfinite(norm)
         state.update(step=state["step"] + 1, cursor=state["cursor"] + self.cfg.prompts_per_step,
@@ -290,8 +298,9 @@ class Run:
         give_memory_back()
 
     def last_saved(self) -> str:
-        """Returns a sentence for a person whose run does not go on. The weights are those of the last step that was
-        not skipped: a checkpoint of that step holds them too, and would end in the same way."""
+        """Returns a sentence for a person whose run does not go on. The weights are those of the
+        last step that was not skipped: a checkpoint of that step holds them too, and would end in
+        the same way."""
         before = self.step - self.state["bad_steps"]
         earlier = [folder for step, folder in checkpoints(self.folder).items() if step < before]
         return f"Last checkpoint from before that: {earlier[-1] if earlier else 'none'}"

@@ -1,4 +1,5 @@
-"""Runs: what train.py leaves on disk beside its checkpoints (support/checkpoints.py), and who may write there.
+"""Runs: what train.py leaves on disk beside its checkpoints (support/checkpoints.py), and who may
+write there.
 
     runs/NAME/config.json            every option, the git commit, the versions, the prompts of the tasks; where the run
                                      went on with other options, those, and under "before" what held until which step
@@ -24,7 +25,8 @@ from support.mistakes import Mistake
 from support.ranks import gather_json
 
 NO_RUN_YET = {"config.json", ".lock"}      # all that a start leaves which was killed before its first line
-# folder → open file, which ends with its process, however that ends; what os.stat says of the folder
+# folder → open file, which ends with its process, however that ends; what os.stat says of the
+# folder
 locks: dict[str, tuple] = {}
 
 
@@ -38,8 +40,9 @@ def versions() -> dict[str, str]:
 
 
 def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tuple[Path, list[str]]:
-    """Creates runs/NAME with config.json; with cfg.resume re-opens it, cuts metrics.jsonl after step `start` and sets
-    later checkpoints aside. The same path on all ranks, and what to say. A run that exists is not overwritten."""
+    """Creates runs/NAME with config.json; with cfg.resume re-opens it, cuts metrics.jsonl after
+    step `start` and sets later checkpoints aside. The same path on all ranks, and what to say. A
+    run that exists is not overwritten."""
     named = Path("runs") / (cfg.name or time.strftime(f"{cfg.method}-%Y%m%d-%H%M%S"))
     run = run_and_step(Path(cfg.resume))[0] if cfg.resume else named
     taken = run.exists() and not (run.is_dir() and {p.name for p in run.iterdir()} <= NO_RUN_YET)
@@ -71,7 +74,7 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
 
 
 def wait_until_seen(run: Path, rank: int, seconds: int = 60) -> None:
-    """A shared disk may show a new folder late. Mistake: this rank never sees it."""
+    """Waits, as a shared disk may show a new folder late. Raises Mistake if it never does."""
     for _ in range(seconds):
         if run.is_dir():
             return
@@ -82,7 +85,8 @@ def wait_until_seen(run: Path, rank: int, seconds: int = 60) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Until this process ends, no other one writes to the folder. Raises Mistake if another one does."""
+    """Until this process ends, no other one writes to the folder. Raises Mistake if another one
+    does."""
     name = os.path.abspath(folder)
     if name in locks:
         return
@@ -103,7 +107,8 @@ def lock(folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder is the one that was locked: not removed, and no other one or link in its place."""
+    """Whether the folder is the one that was locked: not removed, and no other one or link in its
+    place."""
     try:
         return os.path.samestat(os.stat(folder), locks[os.path.abspath(folder)][1])
     except (OSError, KeyError):
@@ -118,8 +123,8 @@ def check_ours(run: Path) -> None:
 
 
 def read_log(run: Path) -> tuple[list[dict], int]:
-    """metrics.jsonl: its records, none before the first step, and how many lines are none (cut off by a full disk or a
-    crash of the machine)."""
+    """metrics.jsonl: its records, none before the first step, and how many lines are none (cut off
+    by a full disk or a crash of the machine)."""
     def number(value) -> bool:
         return type(value) in (int, float)
 
@@ -146,14 +151,15 @@ def read_config(run: Path) -> dict:
 
 
 def did_you_mean(name) -> str:
-    """What to add to a sentence about a folder that is not there."""
+    """Returns what to add to a sentence about a folder that is not there."""
     meant = Path("runs") / name
     return f"; did you mean {meant}?" if meant.is_dir() else ""
 
 
 def saved_options(run: Path) -> dict:
-    """Returns the options of the run that --resume names, under today's names: runs/NAME or, for the checkpoint that it
-    is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it names something else."""
+    """Returns the options of the run that --resume names, under today's names: runs/NAME or, for
+    the checkpoint that it is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it
+    names something else."""
     saved = read_config(run_and_step(run)[0])["config"]
     for name in ("image_cache", "from_step"):       # of earlier versions; they changed no number
         saved.pop(name, None)

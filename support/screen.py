@@ -1,4 +1,4 @@
-"""What reaches the screen: text without control characters, in any encoding, read by somebody or not."""
+"""Printing: text without control characters, in any encoding, whether somebody reads it or not."""
 import errno
 import io
 import os
@@ -7,7 +7,8 @@ import sys
 
 from tqdm import tqdm
 
-# All but tab and newline: a terminal obeys some of them, some turn the direction of writing, some are half a character.
+# All but tab and newline: a terminal obeys some of them, some turn the direction of writing, some
+# are half a character.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -21,7 +22,7 @@ def clean(text: str) -> str:
 
 
 def one_line(text) -> str:
-    """What others wrote, for a sentence of ours."""
+    """Returns text of others as one short line, for a sentence of ours."""
     line = clean(" ".join(str(text)[:1000].split()))
     return line if len(line) <= 400 else line[:400] + " …"
 
@@ -33,8 +34,8 @@ def say(text: str, file=None) -> None:
 
 
 class Screen:
-    """A standard stream that nobody needs to read: after `| head` has gone, or the terminal, what is written goes
-    nowhere, and the program goes on."""
+    """A standard stream that nobody needs to read: after `| head` has gone, or the terminal, what
+    is written goes nowhere, and the program goes on."""
     def __init__(self, stream):
         self.stream = stream if stream is not None else open(os.devnull, "w")
         if isinstance(self.stream, io.TextIOWrapper):

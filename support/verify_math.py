@@ -1,11 +1,13 @@
 """Whether two LaTeX answers have the same value, by math-verify, in a process of its own.
 
-Sympy can be sent into hours of work, or out of memory, by a short text (9^{9^{9^{9}}}), in C code that no Python signal
-handler interrupts. So it runs in a child (a JSON pair a line in; true, false or ended a line out). The child imports
-math-verify once and forks a worker, which the kernel ends when a question has used SECONDS of processor time or, where
-it keeps such a limit (macOS does not), BYTES of memory; the next worker is forked within milliseconds.
+Sympy can be sent into hours of work, or out of memory, by a short text (9^{9^{9^{9}}}), in C code
+that no Python signal handler interrupts. So it runs in a child (a JSON pair a line in; true, false
+or ended a line out). The child imports math-verify once and forks a worker, which the kernel ends
+when a question has used SECONDS of processor time or, where it keeps such a limit (macOS does not),
+BYTES of memory; the next worker is forked within milliseconds.
 
-Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which evaluates it as Python.
+Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which
+evaluates it as Python.
 """
 import contextlib
 import ctypes
@@ -28,7 +30,8 @@ ended = 0       # questions so far that the kernel ended, or over which the chil
 
 
 def too_complex(text: str) -> bool:
-    """Longer than CHARACTERS, or brackets nested deeper than DEPTH: sympy's reader takes seconds over sixty of them."""
+    """Longer than CHARACTERS, or brackets nested deeper than DEPTH: sympy's reader takes seconds
+    over sixty of them."""
     depth = deepest = 0
     for mark in re.findall(r"[][(){}]", text):
         depth += 1 if mark in "[({" else -1
@@ -57,8 +60,8 @@ def child_says(line: str) -> str:
 
 @functools.lru_cache(maxsize=4096)  # rollouts repeat each other
 def same_value(answer: str, truth: str) -> bool:
-    """Texts that are too complex, cannot be read, or take too long have no value, and so not the same one. Mistake: the
-    child does not start."""
+    """Texts that are too complex, cannot be read, or take too long have no value, and so not the
+    same one. Raises Mistake if the child does not start."""
     global child, ended
     if too_complex(answer) or too_complex(truth):
         return False
@@ -84,7 +87,7 @@ def ended_now() -> int:
     return number
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The child
 
 def end_with_parent(parent: int) -> None:
@@ -97,7 +100,8 @@ def end_with_parent(parent: int) -> None:
 
 
 def fork_worker(compare):
-    """A worker that answers lines of JSON pairs. Returns its process id and the files to ask and to hear."""
+    """A worker that answers lines of JSON pairs. Returns its process id and the files to ask and to
+    hear."""
     me = os.getpid()
     their_questions, questions = os.pipe()
     answers, their_answers = os.pipe()

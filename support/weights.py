@@ -1,4 +1,5 @@
-"""Model folders in the Hugging Face layout, hub ids, weights as safetensors. Nothing is ever unpickled."""
+"""Model folders in the Hugging Face layout, hub ids, weights as safetensors. Nothing is ever
+unpickled."""
 import hashlib
 import json
 import re
@@ -21,17 +22,18 @@ COMPANIONS = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "sp
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-# The largest numbers that config.json may hold, and 2^16 in other fields: far above those of the published models (80
-# layers, 152,064 tokens). More would take hours or all memory before the weights are compared with them.
+# The largest numbers that config.json may hold, and 2^16 in other fields: far above those of the
+# published models (80 layers, 152,064 tokens). More would take hours or all memory before the
+# weights are compared with them.
 MOST = {"num_hidden_layers": 512, "vision_depth": 512, "vocab_size": 2 ** 20, "intermediate_size": 2 ** 18,
         "vision_patch_size": 64, "vision_temporal_patch_size": 8, "vision_spatial_merge_size": 8,
         **dict.fromkeys(VISION_TOKENS, 2 ** 20)}
 
 
 def local_folder(name, what: str = "--model") -> Path:
-    """The folder of a model: a folder, also one of this repository wherever the program is started (assets/tiny); a run
-    of train.py, whose newest sound checkpoint it then is; else a hub id, downloaded (weights as safetensors only).
-    what: begins the sentence if there is none."""
+    """The folder of a model: a folder, also one of this repository wherever the program is started
+    (assets/tiny); a run of train.py, whose newest sound checkpoint it then is; else a hub id,
+    downloaded (weights as safetensors only). what: begins the sentence if there is none."""
     folder = Path(name)
     if not folder.is_dir() and (REPOSITORY / name).is_dir():
         folder = REPOSITORY / name
@@ -65,7 +67,8 @@ def shown(value) -> str:
 
 
 class Section:
-    """An object of config.json; `name` stands before its fields in messages: "", "vision_config." …"""
+    """An object of config.json; `name` stands before its fields in messages: "", "vision_config."
+    …"""
     def __init__(self, path: Path, name: str, fields: dict):
         self.path, self.name, self.fields = path, name, fields
 
@@ -84,7 +87,8 @@ class Section:
         return value
 
     def only(self, /, **supported: tuple) -> None:
-        """Raises Mistake if a field has none of the values supported, the first of which a missing one means."""
+        """Raises Mistake if a field has none of the values supported, the first of which a missing
+        one means."""
         for name, values in supported.items():
             if self.fields.get(name, values[0]) not in values:
                 raise Mistake(f"{self.path}: {self.name}{name} is {shown(self.fields[name])}; only "
@@ -92,10 +96,11 @@ class Section:
 
 
 def read_config(path: Path) -> tuple[str, dict]:
-    """Returns the family ("qwen2_5_vl" or "qwen3_vl") and the fields of config.json that the model is built from, those
-    of the vision tower as vision_NAME. Reads what transformers reads: text fields under text_config or, in Qwen2.5-VL's
-    older layout, at the top level. Raises Mistake if a field that changes the numbers has a value that this code does
-    not compute; tests/test_config.py goes through the fields one by one."""
+    """Returns the family ("qwen2_5_vl" or "qwen3_vl") and the fields of config.json that the model
+    is built from, those of the vision tower as vision_NAME. Reads what transformers reads: text
+    fields under text_config or, in Qwen2.5-VL's older layout, at the top level. Raises Mistake if a
+    field that changes the numbers has a value that this code does not compute; tests/test_config.py
+    goes through the fields one by one."""
     top = Section(path, "", read_record(path))
     family = top.fields.get("model_type")
     if family not in ("qwen2_5_vl", "qwen3_vl"):
@@ -166,7 +171,8 @@ def read_config(path: Path) -> tuple[str, dict]:
 
 
 def check_fields(path: Path, fields: dict) -> None:
-    """Raises Mistake if a field of config.json is not the kind of number that it must be, or is absurdly large."""
+    """Raises Mistake if a field of config.json is not the kind of number that it must be, or is
+    absurdly large."""
     def whole(value, least: int, most: int) -> bool:
         return type(value) is int and least <= value <= most
 
@@ -246,7 +252,8 @@ def open_safetensors(path: Path):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: model.safetensors, or those that model.safetensors.index.json names."""
+    """The files that hold the weights: model.safetensors, or those that
+    model.safetensors.index.json names."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
@@ -257,16 +264,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 of a model's config and weights: whether it is the one that was trained. Of an adapter: of its config and
-    matrices, which know their base (`base_of`)."""
+    """SHA-256 of a model's config and weights: whether it is the one that was trained. Of an
+    adapter: of its config and matrices, which know their base (`base_of`)."""
     names = ("config.json", lora.CONFIG, lora.WEIGHTS, "model*.safetensors")
     files = sorted(path for name in names for path in folder.glob(name))
     return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in files).encode()).hexdigest()
 
 
 def base_of(adapter: lora.Adapter) -> Path:
-    """The folder of an adapter's base. Raises Mistake if it is not there, or not the model that the adapter was trained
-    on, which an adapter of other programs does not say."""
+    """The folder of an adapter's base. Raises Mistake if it is not there, or not the model that the
+    adapter was trained on, which an adapter of other programs does not say."""
     folder = local_folder(adapter.of, f"{adapter.folder} is an adapter of")
     if adapter.base not in ("", model_digest(folder)):
         raise Mistake(f"{adapter.folder}: the base of the adapter, {folder}, is not the model that it was trained on: "
@@ -275,9 +282,10 @@ def base_of(adapter: lora.Adapter) -> Path:
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Reads *.safetensors (single or sharded) tensor by tensor. Both generations of names are understood:
-    visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer `transformers` saves). Of an adapter
-    (support/lora.py) the base is read, and the adapter merged into it."""
+    """Reads *.safetensors (single or sharded) tensor by tensor. Both generations of names are
+    understood: visual.*, model.* (the hub's) and model.visual.*, model.language_model.* (newer
+    `transformers` saves). Of an adapter (support/lora.py) the base is read, and the adapter merged
+    into it."""
     if (folder / lora.CONFIG).exists():
         adapter = lora.read_adapter(folder)
         load_weights(model, base_of(adapter), dtype)
@@ -314,8 +322,8 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 
 
 def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
-    """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer, processor files. Of a
-    model with adapters these, in the place of the weights."""
+    """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer,
+    processor files. Of a model with adapters these, in the place of the weights."""
     from huggingface_hub import save_torch_state_dict
     if model.folder is None:
         raise Mistake("this model was not loaded from a folder, so its config.json and tokenizer are unknown")
