@@ -49,7 +49,7 @@ def measure_groups(groups: list, meter: Meter) -> None:
         meter.total("errors/math_ended", unverified)
     for group in groups:
         rollouts, ys = group.rollouts, [o for o in group.responses if o.is_y and o.reward is not None]
-        if not rollouts:        # sft
+        if not rollouts:        # nothing was rewarded
             continue
         for who, responses in (("rollouts", rollouts), ("y", ys)):
             for o in responses:

@@ -35,7 +35,7 @@ TESTS = {        # file → the tests that look at it, as pytest is told, the qu
     "support/optimizers.py": ("test_optimizers.py",), "support/boxes.py": ("test_metrics.py", "test_rewards.py", "test_data.py"),
     **{f"support/{name}.py": ("test_rewards.py",) for name in ("answers", "cells", "math_answers", "verify_math")},
     **{f"support/{name}.py": ("test_rollout.py",) for name in ("graphs", "penalty")},
-    "support/run.py": ("test_train.py", "test_checkpoints.py"), "support/scenes.py": ("test_data.py",),
+    "support/run.py": ("test_train.py", "test_checkpoints.py"), "support/probe.py": ("test_objective.py",), "support/scenes.py": ("test_data.py",),
     "support/folders.py": ("test_data.py",),
 }
 SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
