@@ -15,7 +15,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class Unfit(ValueError):
-    """A picture that can be decoded, but not without a loss or a guess."""
+    """Tells of a picture that can be decoded, but not without a loss or a guess."""
 
 
 @contextlib.contextmanager
@@ -84,8 +84,9 @@ def open_image(content, rotate: bool = False, size: tuple[int, int] | None = Non
 
 
 def picture_in(value, folder: Path):
-    """A cell of a picture column → path or open file, or None where there is none. A cell is
-    {"bytes": …, "path": …}, bytes, a path relative to `folder`, a list of one of these, or null."""
+    """Returns the path or open file in a cell of a picture column, or None if there is none. A cell
+    is {"bytes": …, "path": …}, bytes, a path relative to `folder`, a list of one of these, or
+    null."""
     if isinstance(value, list):
         if len(value) > 1:
             raise ValueError(f"{len(value)} pictures in one row; only one is supported")
@@ -106,7 +107,8 @@ def picture_in(value, folder: Path):
 
 
 def picture_file(name: str, folder: Path) -> Path:
-    """The file of a picture. ValueError: it is none (to open a pipe would wait for ever)."""
+    """Returns the file of a picture. Raises ValueError if it is none: to open a pipe would wait for
+    ever."""
     shown = name if len(name) <= 80 else name[:60] + " …"
     if name.lower().startswith("data:"):
         raise ValueError(f"the image is a data: URI ({shown[:30]}); store it as a file or as bytes")

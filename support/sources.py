@@ -7,13 +7,15 @@
     OWNER/NAME              a data set of the Hugging Face hub, downloaded once (its token and offline mode count)
     DATA:SPLIT, DATA:CONFIG:SPLIT     of a folder or hub id that has more than one
 
-The library `datasets` finds configurations and splits, and keeps Parquet files as memory-mapped Arrow in its cache.
-JSON lines are read here, for the sake of their line numbers. No code of a data set is run.
+The library `datasets` finds configurations and splits, and keeps Parquet files as memory-mapped
+Arrow in its cache. JSON lines are read here, for the sake of their line numbers. No code of a data
+set is run.
 
-Columns that are found by themselves: QUESTION, ANSWER, CHOICES, PICTURES and NAMES below, besides them bbox, mask, task
-and thought; --columns names any other. docs/data.md shows the layouts in use. A picture is as large as its own header
-says; columns like img_width are not read: in the authors' data they hold the size before the picture was resized. Texts
-are read and checked when the data is opened; pictures and masks stay on disk until they are wanted.
+Columns that are found by themselves: QUESTION, ANSWER, CHOICES, PICTURES and NAMES below, besides
+them bbox, mask, task and thought; --columns names any other. docs/data.md shows the layouts in use.
+A picture is as large as its own header says; columns like img_width are not read: in the authors'
+data they hold the size before the picture was resized. Texts are read and checked when the data is
+opened; pictures and masks stay on disk until they are wanted.
 """
 import contextlib
 import functools
@@ -60,8 +62,9 @@ PLACEHOLDER = re.compile(r"(?i:</?(?:(image|img)|video|audio)[ _-]?(\d*)(?:here|
 
 @dataclass
 class Example:
-    """image: RGB, or None. answer: text; for tasks with boxes, JSON in the image's own pixels. thought: reasoning in
-    front of the label, which only pretraining data has. mask: bool [height, width], for evaluation."""
+    """Holds a row. image: RGB, or None. answer: text; for tasks with boxes, JSON in the image's own
+    pixels. thought: reasoning in front of the label, which only pretraining data has. mask: bool
+    [height, width], for evaluation."""
     id: str
     image: Image.Image | None
     question: str
@@ -72,15 +75,15 @@ class Example:
 
 
 class BadRow(Mistake):
-    """A row that cannot be used: the message names file, row and reason."""
+    """Tells of a row that cannot be used: the message names file, row and reason."""
 
 
 @dataclass
 class Rules:
-    """What a source needs to know of the seven scripts. tasks: name → a record of which `boxes` says whether its
-    answers are boxes. read_label(task, cell, choices) → the answer. check(example, (width, height) or None) → a list
-    of (kind of oddity, what it is in this example). Both raise ValueError: why the row cannot be used. longest: text
-    that is read, in characters."""
+    """Holds what a source needs to know of the seven scripts. tasks: name → a record of which
+    `boxes` says whether its answers are boxes. read_label(task, cell, choices) → the answer.
+    check(example, (width, height) or None) → a list of (kind of oddity, details). Both raise
+    ValueError, which says why the row cannot be used. longest: text that is read, in characters."""
     tasks: dict
     read_label: Callable
     check: Callable
@@ -88,7 +91,7 @@ class Rules:
 
 
 class Scenes:
-    """The built-in world, `scenes:SPLIT`."""
+    """Draws the built-in world, `scenes:SPLIT`."""
     bad: tuple = ()
     has_masks = False
 
@@ -107,8 +110,8 @@ class Scenes:
         return Example(**scenes.make(self.split, index))
 
     def look_at_some(self, check: Callable, name: str) -> None:
-        """Checks 64 examples, which stand for all: each is drawn when it is wanted. Raises Mistake, which
-        names the data, if one cannot be used. check: as in Rules."""
+        """Checks 64 examples, which stand for all: each is drawn when it is wanted. Raises Mistake,
+        which names the data, if one cannot be used. check: as in Rules."""
         for index in range(0, len(self), -(-len(self) // 64)):
             self.judged += 1
             example = self[index]
@@ -119,11 +122,11 @@ class Scenes:
                 raise Mistake(f"{name}: example {example.id}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files: each yields its rows once, the pictures unread, and the pictures and masks of any row on demand
 
 def picture_columns(names, typed: list[str], chosen: str | None) -> list[str]:
-    """Which of these columns may hold the picture. typed: those of image type."""
+    """Returns the columns that may hold the picture. typed: those of image type."""
     if chosen:
         return [chosen] if chosen in names else []
     if "decoded_image" in names:
@@ -132,13 +135,13 @@ def picture_columns(names, typed: list[str], chosen: str | None) -> list[str]:
 
 
 def columns_read(columns: dict[str, str]) -> set[str]:
-    """The names of all columns that texts are read from."""
+    """Returns the names of all columns that texts are read from."""
     return {*QUESTION, *ANSWER, *CHOICES, *NAMES, "bbox", "task", "thought", "image_id", "ann_id", *columns.values(),
             *(name.split(".")[0] for name in columns.values())}
 
 
 class JsonlFile:
-    """One JSON object a line."""
+    """Reads one JSON object a line."""
     has_masks, media = False, frozenset[str]()
 
     def __init__(self, path: Path, columns: dict[str, str]):
@@ -148,7 +151,7 @@ class JsonlFile:
             raise Mistake(f"{path} is a JSON list, not one object a line: {AS_LINES}")
 
     def lines(self) -> Iterator[bytes]:
-        """The lines, of a longer one the first MAX_LINE + 1 bytes."""
+        """Yields the lines; of a longer one the first MAX_LINE + 1 bytes."""
         with open(self.path, "rb") as file:
             while line := file.readline(MAX_LINE + 1):
                 yield line
@@ -156,7 +159,8 @@ class JsonlFile:
                     pass
 
     def rows(self) -> Iterator[tuple[int, dict | str, list]]:
-        """Each row's number, as an editor counts lines; its columns, or why it has none; its picture cells."""
+        """Yields each row's number, as an editor counts lines; its columns, or why it has none; its
+        picture cells."""
         for number, line in enumerate(self.lines(), 1):
             if not line.strip():
                 continue
@@ -179,7 +183,8 @@ class JsonlFile:
 
 
 class ArrowTable:
-    """A Parquet file or a folder of save_to_disk, through the library `datasets`: memory-mapped, nothing decoded."""
+    """Reads a Parquet file or a folder of save_to_disk, through the library `datasets`:
+    memory-mapped, nothing decoded."""
     mapped: "ArrowTable | None" = None      # the one whose memory map is open, whatever the number of files
 
     def __init__(self, path: Path, columns: dict[str, str]):
@@ -221,8 +226,9 @@ class ArrowTable:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in self.files])
 
     def part(self, start: int, stop: int):
-        """Rows as an Arrow table. What a memory map has read counts as this process's memory until it is closed: so it
-        is opened anew after MAPPED bytes. Raises Mistake if a file has changed: reading past its end would be fatal."""
+        """Returns rows as an Arrow table. What a memory map has read counts as this process's
+        memory until it is closed: so it is opened anew after MAPPED bytes. Raises Mistake if a file
+        has changed: reading past its end would be fatal."""
         for file, before in self.files.items():
             if before != (file.exists() and stat_of(file)):
                 raise Mistake(f"{file} was changed, cut or removed since the data was opened. Bring it back as it was")
@@ -246,14 +252,15 @@ class ArrowTable:
                     yield start + i + 1, f"it cannot be read ({reason_of(error)})", []
 
     def heavy(self, number: int) -> tuple[list, object]:
-        """The picture cells of a row, and its mask."""
+        """Returns the picture cells of a row, and its mask."""
         row = self.part(number - 1, number)
         return ([in_python(row.column(name)[0]) for name in self.pictures],
                 row.column("mask")[0].as_py() if self.has_masks else None)
 
 
 def listed_in(record: Path, key: str) -> list[Path]:
-    """The files or folders that a record of save_to_disk lists. Raises Mistake if they do not all lie beside it."""
+    """Returns the files or folders that a record of save_to_disk lists. Raises Mistake if they do
+    not all lie beside it."""
     entries = read_record(record).get(key) if record.is_file() else None
     names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in
              (entries if isinstance(entries, list) else [])]
@@ -264,8 +271,9 @@ def listed_in(record: Path, key: str) -> list[Path]:
 
 
 def parquet_as_arrow(path: Path) -> list[Path]:
-    """The Arrow files that `datasets` keeps of a Parquet file in its cache, made at the first opening: a few rows at a
-    time, as its default of whole row groups, read ahead, takes gigabytes of memory."""
+    """Returns the Arrow files that `datasets` keeps of a Parquet file in its cache. They are made
+    at the first opening, a few rows at a time: its default, whole row groups read ahead, takes
+    gigabytes of memory."""
     import datasets
     import pyarrow.dataset
     streamed = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
@@ -275,7 +283,8 @@ def parquet_as_arrow(path: Path) -> list[Path]:
 
 
 def in_python(cell):
-    """An Arrow cell as Python has it; bytes become an open file, of which only what is read is copied."""
+    """Returns an Arrow cell as Python has it. Bytes become an open file, of which only what is read
+    is copied."""
     import pyarrow
     if not cell.is_valid:
         return None
@@ -289,7 +298,7 @@ def in_python(cell):
 
 
 def reason_of(error: BaseException) -> str:
-    """An error of a library, short; of a chain of them the first, which says why."""
+    """Returns an error of a library in short; of a chain of them the first, which says why."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
@@ -297,7 +306,8 @@ def reason_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet(datasets):
-    """One rank shows the bars of `datasets`; its log repeats what our sentences say."""
+    """Lets one rank show the bars of `datasets`, and none its log, which repeats what our sentences
+    say."""
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if os.environ.get("RANK", "0") != "0":
@@ -308,11 +318,11 @@ def quiet(datasets):
         datasets.logging.set_verbosity(level)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows
 
 def lookup(row: dict, name: str):
-    """A column, or with dots a field of a record: reward_model.ground_truth."""
+    """Returns a column, or with dots a field of a record: reward_model.ground_truth."""
     if name in row or "." not in name:
         return row.get(name)
     root, _, rest = name.partition(".")
@@ -320,7 +330,8 @@ def lookup(row: dict, name: str):
 
 
 def holds_media(name: str, cell, meant: bool = False) -> bool:
-    """Whether a cell, by its column's name or a file's ending, holds a video or a sound. meant: unless it is empty."""
+    """Tells whether a cell, by its column's name or a file's ending, holds a video or a sound.
+    meant: it does unless it is empty."""
     meant = meant or MEDIA.fullmatch(name) is not None
     if isinstance(cell, dict):
         return any(holds_media(field, part, meant) for field, part in cell.items())
@@ -330,7 +341,7 @@ def holds_media(name: str, cell, meant: bool = False) -> bool:
 
 
 def part_of_question(part) -> str:
-    """A part of a message as text; a picture as <image>."""
+    """Returns a part of a message as text; a picture as <image>."""
     kind = part.get("type", "text") if isinstance(part, dict) else f"{type(part).__name__} without a type"
     if kind == "image":
         return "<image>"
@@ -357,7 +368,8 @@ def question_in(value) -> str:
 
 
 def light_example(row: dict, number: int, task: str, columns: dict[str, str], has_masks: bool, rules: Rules) -> Example:
-    """The example of a row, still without its picture. ValueError: why the row cannot be used."""
+    """Returns the example of a row, still without its picture. Raises ValueError, which says why
+    the row cannot be used."""
     def held(*names: str) -> list[str]:
         return [name for name in names if lookup(row, name) not in (None, "")]
 
@@ -406,7 +418,7 @@ def light_example(row: dict, number: int, task: str, columns: dict[str, str], ha
 
 
 def read_mask(value) -> np.ndarray | None:
-    """A list of rows of bool → bool [height, width]."""
+    """Returns a mask, bool [height, width], from a list of rows."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
@@ -419,8 +431,9 @@ def read_mask(value) -> np.ndarray | None:
 
 
 class StoredExamples:
-    """The rows of one or more files, checked when they are opened. bad: what was left out under skip_bad_rows, one line
-    each; odd: what was noticed, and how often; fingerprint: of all rows and of the files that hold their pictures."""
+    """Holds the rows of one or more files, checked when they are opened. bad: what was left out
+    under skip_bad_rows, one line each. odd: what was noticed, and how often. fingerprint: of all
+    rows and of the files that hold their pictures."""
     def __init__(self, files: list, columns: dict[str, str], rules: Rules, task: str = "", skip_bad_rows: bool = False):
         self.columns, self.rules, self.skip = columns, rules, skip_bad_rows
         self.bad: list[str] = []
@@ -454,7 +467,8 @@ class StoredExamples:
         self.has_masks = any(file.has_masks for file in files)
 
     def leave_out(self, error: BadRow, report: bool = True) -> None:
-        """BadRow, unless such rows are to be left out: then its reason is noted and, with `report` printed at once."""
+        """Raises BadRow, unless such rows are to be left out: then its reason is noted and, with
+        `report`, printed at once."""
         if not self.skip:
             raise BadRow(f"{error} (--skip-bad-rows leaves such rows out)") from None
         self.bad.append(str(error))
@@ -462,8 +476,8 @@ class StoredExamples:
             say(f"left out: {error}")
 
     def check(self, file, row: dict | str, cells: list, number: int, task: str):
-        """Returns the example of a row, its picture as path or open file, and the picture's size. Raises ValueError
-        if the row cannot be used."""
+        """Returns the example of a row, its picture as path or open file, and the picture's size.
+        Raises ValueError if the row cannot be used."""
         if isinstance(row, str):
             raise ValueError(row)
         for name in row.keys() - columns_read(self.columns):
@@ -513,15 +527,16 @@ class StoredExamples:
         return found[0] if found else None
 
     def may_rotate(self, example: Example, file) -> bool:
-        """Tells whether a picture may be rotated as its EXIF says: not if boxes or a mask may belong to
-        the stored one."""
+        """Tells whether a picture may be rotated as its EXIF says: not if boxes or a mask may
+        belong to the stored one."""
         return not file.has_masks and (not self.rules.tasks[example.task].boxes or example.answer == "[]")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """The example with its picture, which is decoded now. BadRow if that fails."""
+        """Returns the example with its picture, which is decoded now. Raises BadRow if that
+        fails."""
         file, number, example, path, size = self.rows[index]
         try:
             cells, mask = file.heavy(number)
@@ -553,18 +568,18 @@ Source = Scenes | StoredExamples
 
 
 def stat_of(path: Path) -> tuple[int, int]:
-    """What changes when a file does: its size and the time of its last change."""
+    """Returns what changes when a file does: its size and the time of its last change."""
     return path.stat().st_size, path.stat().st_mtime_ns
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --data
 
 def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
-    """(configuration, split) → the files, or folders of save_to_disk, that hold it. What the data set's README.md
-    declares counts; else `datasets` finds the splits by the names of files and folders. Where it would pour together
-    files of different folders or names (a.parquet, b.parquet), each of these is kept apart; 0000, 0001 and
-    train-00000-of-00002 are parts of one."""
+    """Returns (configuration, split) → the files, or folders of save_to_disk, that hold it. What
+    the data set's README.md declares counts; else `datasets` finds the splits by the names of files
+    and folders. It would pour together files of different folders or names (a.parquet, b.parquet):
+    each of these is kept apart. 0000, 0001 and train-00000-of-00002 are parts of one."""
     if (folder / "dataset_dict.json").exists():
         return {("", path.name): [path] for path in listed_in(folder / "dataset_dict.json", "splits")}
     if (folder / "state.json").exists():
@@ -604,7 +619,8 @@ def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
 
 def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, columns: str = "",
          flag: str = "--data") -> Scenes | StoredExamples:
-    """The source that the string of `flag` names. task: of rows that do not say theirs; columns: field=NAME,…"""
+    """Returns the source that the string of `flag` names. task: of rows that do not say theirs;
+    columns: field=NAME,…"""
     named = dict(part.partition("=")[::2] for part in columns.split(",")) if columns else {}
     if wrong := [field for field, name in named.items() if field not in MAPPABLE or not name]:
         raise Mistake(f"--columns {columns}: {wrong[0]!r} cannot be; give FIELD=NAME,… with the fields "
@@ -647,7 +663,7 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
 
 
 def download(name: str, flag: str) -> Path:
-    """A data set of the hub, in huggingface_hub's cache."""
+    """Returns a data set of the hub, in huggingface_hub's cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise Mistake(f"{flag} {name or repr(name)}: give scenes:SPLIT, a .jsonl or .parquet file, a folder, or a hub "
                       "id OWNER/NAME" + '; an empty --eval-data "" means never' * (flag == "--eval-data"))
@@ -661,13 +677,14 @@ def download(name: str, flag: str) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits n examples: a permutation, a pure function of (seed, epoch)."""
+    """Returns the order in which an epoch visits n examples: a permutation, a pure function of
+    (seed, epoch)."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def take(source, numbers: range, seed: int) -> list[Example]:
-    """The examples of these numbers in the endless sequence of epochs. No remainder is dropped. Where the source skips
-    bad rows, the row after a bad one stands in for it."""
+    """Returns the examples of these numbers in the endless sequence of epochs. No remainder is
+    dropped. If the source skips bad rows, the row after a bad one stands in for it."""
     n, taken = len(source), []
     for number in numbers:
         index = int(order(n, seed, number // n)[number % n])
@@ -684,7 +701,8 @@ def take(source, numbers: range, seed: int) -> list[Example]:
 
 
 def read(source, numbers, report: bool = True) -> Iterator[tuple[int, Example]]:
-    """The examples of these rows, with their numbers. Where the source skips bad rows, without those."""
+    """Yields the examples of these rows, with their numbers. If the source skips bad rows, those
+    are left out."""
     for number in numbers:
         try:
             yield number, source[number]
@@ -693,6 +711,6 @@ def read(source, numbers, report: bool = True) -> Iterator[tuple[int, Example]]:
 
 
 def noticed(source) -> list[str]:
-    """What was found when the data was opened: rows left out, and what is odd."""
+    """Returns what was found when the data was opened: rows left out, and what is odd."""
     return [*(f"left out: {reason}" for reason in source.bad),
             *(f"{count} of {source.judged} {what}; the first: {first}" for what, (count, first) in source.odd.items())]
