@@ -67,9 +67,10 @@ class Task:
     """Holds all that a task is."""
     prompt: str                            # the user's turn; {question} stands for the question
     render: Callable[[str, str], str]      # (answer, style) → the text of y
-    reward: Callable[..., Reward]          # (response, answer) → named terms; of boxes also side=…
+    reward: Callable[..., Reward]          # (response, answer) → named terms
     metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: eval.py's
     boxes: bool = False                    # answers are JSON boxes, converted with the image
+    side: int | None = None                # of the frame; None: the reward does not depend on it
     frame: tuple[int, int] | None = None   # (width, height) of every image, whatever its aspect was
     strip: str | None = None               # cut off the lower-cased question; None: it stays
     read: Callable[[object, object], str] = read_plain      # (cell, its choices) → the answer
@@ -187,10 +188,10 @@ def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
 
 
 def reward_in(task: str, side: int | None) -> Callable[[str, str], Reward]:
-    """Returns the task's reward for boxes in a frame of this side, or of the task's own if it is
-    None (`Prompt.side`). Answers without boxes have no frame."""
-    reward = TASKS[task].reward
-    return functools.partial(reward, side=side) if side and TASKS[task].boxes else reward
+    """Returns the task's reward in a frame of this side, or of the task's own if it is None
+    (`Prompt.side`)."""
+    reward, own = TASKS[task].reward, TASKS[task].side
+    return functools.partial(reward, side=side or own) if own else reward
 
 
 def score(task: str, response: str, answer: str, side: int | None = None) -> Reward:
@@ -347,7 +348,8 @@ MATH_PROMPT = (
 SHORT_PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
 GROUNDING = Task(prompt=GROUNDING_PROMPT, render=render_grounding, reward=grounding_reward,
-                 metric=None, boxes=True, frame=(840, 840), strip='."?!', read=read_boxes)
+                 metric=None, boxes=True, side=840, frame=(840, 840), strip='."?!',
+                 read=read_boxes)
 MATH = Task(prompt=MATH_PROMPT, render=render_boxed, reward=math_reward, metric=math_metric,
             strip='"!', read=read_math)
 VQA = Task(prompt="{question}", render=render_short, reward=vqa_reward,
@@ -362,7 +364,6 @@ TASKS = {
                       metric=accuracy_of(document_reward)),
     "vqa": VQA,
     # The built-in world asks in fewer words, for speed, about pictures of 112×112.
-    "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None,
-                               reward=functools.partial(grounding_reward, side=scenes.SIZE)),
+    "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None, side=scenes.SIZE),
     "scene_math": replace(MATH, prompt="{question}", strip=None),
 }

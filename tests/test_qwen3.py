@@ -1,6 +1,7 @@
 """Qwen3-VL from a picture to a trained model; tests/test_model.py and tests/test_rollout.py have its layers and its
 sampling."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,8 +76,13 @@ def test_the_limits_of_the_reward_are_the_same_shares_of_a_side(qwen3_folder, or
     assert rewards.TASKS == tasks
 
 
-def test_only_boxes_have_a_frame():
+def test_a_reward_that_does_not_depend_on_the_frame_is_not_told_of_it(monkeypatch):
+    """Nor is one for boxes, of a task of one's own."""
     assert rewards.score("vqa", "a cup", "A cup.", 1000).total == 1
+    own = replace(rewards.TASKS["grounding"], side=None,
+                  reward=lambda response, answer: rewards.Reward({"accuracy": 0.5}))
+    monkeypatch.setitem(rewards.TASKS, "own", own)
+    assert rewards.score("own", "[]", "[]", 1000) == rewards.label_reward("own", "[]", "[]") == own.reward("", "")
 
 
 def test_a_run(qwen3_folder, tmp_path):

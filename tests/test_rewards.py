@@ -201,7 +201,7 @@ def test_limits_shrink_with_the_picture(box, point, expected):
     """In 112×112 pixels the corners must be closer than 10 · 112 / 840 = 4/3 px, the points than 4 px."""
     item, truth = {"bbox_2d": box, "point_2d": point}, {"bbox_2d": [20, 20, 59, 59], "point_2d": [40, 40]}
     assert accuracy([item], [truth], 112) == expected and accuracy([item], [truth]) == 3
-    reward = TASKS["scene_grounding"].reward(answer(item), json.dumps([truth]))
+    reward = score("scene_grounding", answer(item), json.dumps([truth]))
     assert reward.terms["accuracy"] == expected
 
 
