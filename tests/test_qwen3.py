@@ -68,7 +68,8 @@ def test_the_limits_of_the_reward_are_the_same_shares_of_a_side(qwen3_folder, or
         [true] = json.loads(prompt.answer)
         moved = [json.dumps([true | {"bbox_2d": [c + off * frame / 840 for c in true["bbox_2d"]]}]) for off in (9, 11)]
         y, *rollouts = (f"<answer>{text}</answer>" for text in (prompt.answer, *moved))
-        found, r, _ = rewards.reward_group(cfg, task, prompt.answer, y, rollouts, prompt.side)
+        found, r, _ = rewards.reward_group(cfg, task, prompt.answer, y, rollouts, prompt.side, length_y=9,
+                                           lengths=[9, 9], truncated=[False] * 2, group=0, step=0, steps=1)
         assert [reward.terms["accuracy"] for reward in found] == [3, 3, 2] and r[1:] == [6, 5]
         assert found[0] == rewards.label_reward(task, y, prompt.answer, side=prompt.side)
         pairs = [(judge(prompt, text, 1), prompt) for text in (y, *rollouts)]
