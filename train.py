@@ -1,20 +1,26 @@
 """ViSurf (arXiv 2510.10606) in plain PyTorch DDP: supervised and reinforcement fine-tuning in one
 stage.
 
-    torchrun train.py                                      the built-in world and the tiny model: minutes on a laptop
+    torchrun train.py                                      the built-in world, on a laptop
     torchrun --nproc-per-node 8 train.py --preset paper    Qwen2.5-VL-7B on the authors' data
 
-One step: sample G rollouts of each prompt (rollout.py), reward them and the label y side by side,
-with the three controls (rewards.py), normalise the G+1 rewards (objective.py), score every group as
-one packed row (data.py, model.py), one optimizer step. Every metric that is logged is defined in
-docs/logged.md.
+One step, `train_step`:
+    prompts    the next examples, as the model sees them (data.py)
+    groups     G rollouts of each (rollout.py), rewarded side by side with the label y, with the
+               three controls (rewards.py), and normalised together: Eq. 6 and 7 (objective.py)
+    update     every group as one row, scored in one pass (model.py); the loss, Eq. 8, and one
+               optimizer step, Eq. 9
+support/run.py decides when to save, evaluate, stop and log. docs/logged.md defines every metric.
 
 Glossary
-    y, o       the label of a prompt, as text; a rollout: an answer sampled from the policy. Both are responses
+    y, o       the label of a prompt, as text; a rollout: an answer sampled from the policy. Both
+               are responses
     group      a prompt with its responses: G rollouts and, with --method visurf, y before them
     r, Â       reward of a response; its advantage, normalised over the group
-    row        a group as one sequence: the prompt once, then the responses (data.py); micro-batch: rows scored together
-    step       a sampling round: --prompts-per-step groups, and one optimizer step on them (or --inner-epochs of them)
+    row        a group as one sequence: the prompt once, then the responses (data.py)
+    micro-batch  rows that are scored together
+    step       one round of sampling and its update. With --inner-epochs E the update is E optimizer
+               steps
     [recipe]   in --help, a value of the authors' earlier public trainer (docs/paper.md, section 1)
 """
 import contextlib
