@@ -170,15 +170,14 @@ class Processor:
         return Prompt(example, tokens, position, patches, grids, answer, *sizes, image,
                       self.config.boxes_in)
 
-    def check_label(self, example: Example, size: tuple[int, int] | None, styles: tuple[str, ...],
+    def check_label(self, example: Example, size: tuple[int, int] | None, style: str,
                     longest: int, max_row_tokens: int = 0, sampled: bool = True,
                     thought: bool = False) -> list[tuple[str, str]]:
         """Returns what is odd, as check_example does: y is longer than a rollout. Raises ValueError
         if the text that comes back from y's own tokens earns less than y, so that no rollout can
         equal it; or if the prompt with y, or with a rollout of `longest` tokens, exceeds
         max_row_tokens (0: no limit). size: (width, height) of the picture, which is not decoded for
-        this. styles: those that y may have. sampled: there are rollouts. thought: y may have the
-        thought of one."""
+        this. style: of y. sampled: there are rollouts. thought: y may have the thought of one."""
         task, answer, seen = TASKS[example.task], example.answer, size
         if size is not None:
             side = self.config.vision_patch_size * self.config.vision_spatial_merge_size
@@ -187,18 +186,16 @@ class Processor:
             if task.boxes:      # no answer yet: the box around a mask, at most so many digits
                 parts, answer = self.config.boxes_in, answer or task.read([*size, *size], None)
                 answer = convert_boxes(answer, size, (parts, parts) if parts else seen)
-        label = 0
-        texts = {label_text(example.task, answer, style, example.thought) for style in styles}
-        for y in sorted(texts):
-            tokens = self.encode(y)
-            label = max(label, len(tokens))
-            if (back := self.decode(tokens)) != y:
-                points, most = (score(example.task, text, answer, self.config.boxes_in).total
-                                for text in (back, y))
-                if points < most:
-                    raise ValueError("no rollout can equal the label: its text comes back from its "
-                                     f"own tokens as {back[:99]!a}, which earns {points:g} and not "
-                                     f"{most:g}; it was {y[:99]!a}")
+        y = label_text(example.task, answer, style, example.thought)
+        tokens = self.encode(y)
+        if (back := self.decode(tokens)) != y:
+            points, most = (score(example.task, text, answer, self.config.boxes_in).total
+                            for text in (back, y))
+            if points < most:
+                raise ValueError("no rollout can equal the label: its text comes back from its "
+                                 f"own tokens as {back[:99]!a}, which earns {points:g} and not "
+                                 f"{most:g}; it was {y[:99]!a}")
+        label = len(tokens)
         if max_row_tokens:
             pieces = self.chat(user_text(example.task, example.question), size is not None)
             count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)

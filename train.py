@@ -102,8 +102,8 @@ class Config:
     inner_epochs: int = option(1, "method", "optimizer steps per sampling round [recipe 1]", least=1)
     kl: float = option(0.0, "method", "weight of the k3 KL to the frozen initial model; ViSurf has none", least=0)
 
-    label_style: str = option("spaced", "controls", "control 1, the text of y: spaced (the paper's), compact (off), "
-                              "auto (what the policy finds likeliest)", (*LABEL_STYLES, "auto"))
+    label_style: str = option("spaced", "controls", "control 1, the text of y: spaced (the paper's), compact (off)",
+                              tuple(LABEL_STYLES))
     label_thought: str = option("none", "controls", "what y says in front of its answer: none (the paper's), rollout "
                                 "(the thought of a rollout of its group, y then being rewarded for it)",
                                 ("none", "rollout"))
@@ -241,20 +241,13 @@ class Group:
         return [o for o in self.responses if not o.is_y]
 
 
-def label_tokens(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompt: Prompt, before: str = ""
+def label_tokens(cfg: Config, processor: Processor, prompt: Prompt, before: str = ""
                  ) -> tuple[str, list[int]]:
-    """Control 1: the text of y and its ids, tok(y) + EOS. before: a borrowed thought
+    """Control 1: returns the text of y and its ids, tok(y) + EOS. before: a borrowed thought
     (rewards.borrowed_thought)."""
-    styles = LABEL_STYLES if cfg.label_style == "auto" else (cfg.label_style,)
-    texts = [label_text(prompt.example.task, prompt.answer, style, prompt.example.thought, before) for style in styles]
-    ids = [processor.encode(text) for text in texts]
-    best = 0
-    if len(set(texts)) > 1:
-        batch = collate(pack_group(prompt, [Response(each) for each in ids]), model.lm_head.weight.device)
-        with torch.no_grad():
-            logp, _ = model(**vars(batch), temperature=cfg.temperature)
-        best = max(range(len(ids)), key=lambda s: float(logp[batch.segment == s + 1].sum()))
-    return texts[best], ids[best]
+    example = prompt.example
+    text = label_text(example.task, prompt.answer, cfg.label_style, example.thought, before)
+    return text, processor.encode(text)
 
 
 def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt],
@@ -278,9 +271,9 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         rollouts = [processor.decode(o.tokens) for o in drawn]
         if method.y:
             before = borrowed_thought(rollouts, cfg.seed, place) if thinks else ""
-            y, ids = label_tokens(cfg, model, processor, prompt, before)
+            y, ids = label_tokens(cfg, processor, prompt, before)
             if before and 0 < cfg.max_row_tokens < len(prompt.tokens) + len(ids):
-                y, ids = label_tokens(cfg, model, processor, prompt)    # its thought has more tokens than as sampled
+                y, ids = label_tokens(cfg, processor, prompt)    # its thought has more tokens than as sampled
             responses, length_y = [Response(ids, is_y=True), *drawn], len(ids)
         if not method.rollouts:         # nothing to compare y with: it is not rewarded
             responses[0].advantage = float(method.advantages(cfg, torch.zeros(1)))
@@ -495,10 +488,9 @@ def run_evaluation(job: Job) -> None:
 def open_data(cfg: Config, processor: Processor, data: str):
     """The source of --data or --eval-data, by the same options."""
     flag = "--data" if data == cfg.data else "--eval-data"
-    styles = tuple(LABEL_STYLES) if cfg.label_style == "auto" else (cfg.label_style,)
 
     def fits(example, size) -> list[tuple[str, str]]:
-        return processor.check_label(example, size, styles, cfg.max_new_tokens, cfg.max_row_tokens, cfg.G > 0,
+        return processor.check_label(example, size, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens, cfg.G > 0,
                                      cfg.label_thought == "rollout")
     return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag)
 
@@ -566,8 +558,7 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     first = run.state["cursor"]
     [example] = take(job.source, range(first, first + 1), cfg.seed)
     prompt = job.processor.prompt(example)
-    style = "compact" if cfg.label_style == "compact" else "spaced"      # auto: either, as the policy finds likelier
-    y = label_text(example.task, prompt.answer, style, example.thought)
+    y, _ = label_tokens(cfg, job.processor, prompt)
     reward = label_reward(example.task, y, prompt.answer, cfg.reward_label_thinking, prompt.side)
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     side = job.processor.config.vision_patch_size

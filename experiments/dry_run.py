@@ -26,7 +26,7 @@ def dry_run(job, Group, label_tokens, update) -> None:
     groups, together = min(share, cfg.micro_rows), min(share, cfg.sampling_batch)
     fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0) for _ in range(S)])
     if cfg.label_thought == "rollout":      # y is as long as the longest thought and its answer
-        fake.responses[0].tokens = fake.responses[0].tokens + label_tokens(cfg, model, job.processor, prompt)[1]
+        fake.responses[0].tokens = fake.responses[0].tokens + label_tokens(cfg, job.processor, prompt)[1]
     rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
     job.run.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
             f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")

@@ -1035,7 +1035,7 @@ def test_a_row_over_the_limit_is_found_when_the_data_is_opened(tmp_path):
     lengths = [len(p.tokens) + len(processor.encode(f"<answer>{p.answer}</answer>")) for p in prompts]
 
     def fits(limit: int, longest: int, thought: bool = False):
-        return lambda example, size: processor.check_label(example, size, ("spaced",), longest, limit, thought=thought)
+        return lambda example, size: processor.check_label(example, size, "spaced", longest, limit, thought=thought)
     assert len(load(path, fits=fits(max(lengths), 1))) == 3          # the very number of tokens that a row has
     for limit, left in ((max(lengths) - 1, 2), (sorted(lengths)[1] - 1, 1), (min(lengths) - 1, 0)):
         with pytest.raises(BadRow, match=f"exceed --max-row-tokens {limit}"):
@@ -1050,9 +1050,6 @@ def test_a_row_over_the_limit_is_found_when_the_data_is_opened(tmp_path):
         load(path, fits=fits(max(lengths) + 8, 9, thought=True))
 
 
-STYLES = {"spaced": ("spaced",), "compact": ("compact",), "auto": tuple(rewards.LABEL_STYLES)}
-
-
 @pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
 def test_what_was_opened_can_be_packed(family, qwen3_folder):
     """Labels of every kind, in pictures of every size: under the smallest limit that the check at opening lets pass, y
@@ -1065,18 +1062,17 @@ def test_what_was_opened_can_be_packed(family, qwen3_folder):
         task, answer = rng.choice([("grounding", json.dumps([item] * rng.randint(0, 5))), ("scene_grounding", json.dumps([item])),
                                    ("vqa", "word " * rng.randint(1, 9)), ("math", "12")])
         example = Example("x", Image.new("RGB", size), "cup " * rng.randint(1, 9), answer, task, rng.choice(["", "It is."]))
-        longest, styles = rng.choice([1, 30, 90]), rng.choice([*STYLES.values()])
+        longest, style = rng.choice([1, 30, 90]), rng.choice([*rewards.LABEL_STYLES])
         prompt = processor.prompt(example)
-        labels = [Response(processor.encode(rewards.label_text(task, prompt.answer, style, example.thought))) for style in styles]
-        most = len(prompt.tokens) + max(longest, *(len(y.tokens) for y in labels))
-        raw = max(len(processor.encode(rewards.label_text(task, answer, style, example.thought))) for style in styles)
-        longer += max(len(y.tokens) for y in labels) > max(raw, longest)
-        odd = processor.check_label(example, size, styles, longest, most)
-        assert bool(odd) == (max(len(y.tokens) for y in labels) > longest)
-        for y in labels:
-            pack_group(prompt, [y, Response([5] * longest)], most)
+        y = Response(processor.encode(rewards.label_text(task, prompt.answer, style, example.thought)))
+        most = len(prompt.tokens) + max(longest, len(y.tokens))
+        raw = len(processor.encode(rewards.label_text(task, answer, style, example.thought)))
+        longer += len(y.tokens) > max(raw, longest)
+        odd = processor.check_label(example, size, style, longest, most)
+        assert bool(odd) == (len(y.tokens) > longest)
+        pack_group(prompt, [y, Response([5] * longest)], most)
         with pytest.raises(ValueError, match=f"exceed --max-row-tokens {most - 1}"):
-            processor.check_label(example, size, styles, longest, most - 1)
+            processor.check_label(example, size, style, longest, most - 1)
     assert longer > 3       # y was longer in the frame than in the picture's own pixels
 
 
@@ -1092,7 +1088,7 @@ def test_a_box_around_a_mask_is_counted_before_it_is_known(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [benchmark_row(0)])
 
     def fits(limit: int):
-        return lambda example, size: processor.check_label(example, size, ("spaced",), 1, limit)
+        return lambda example, size: processor.check_label(example, size, "spaced", 1, limit)
     prompt = processor.prompt(load(path, "grounding")[0])
     y = Response(processor.encode(rewards.label_text("grounding", prompt.answer, "spaced")))
     most = len(prompt.tokens) + len(processor.encode(rewards.label_text("grounding", json.dumps(
@@ -1115,7 +1111,7 @@ def test_labels_are_brought_to_the_form_that_tokenizers_give_back(tmp_path, task
     row = {"text": {"solution": text}, "list": {"solution": ["x", composed, text]},
            "choices": {"solution": composed, "choices": ["x", text]}}[kind]
     path = lines_of(tmp_path, row | {"problem": f"a {text}?", "task": task, "thought": text})
-    source = load(path, fits=lambda example, size: processor.check_label(example, size, ("spaced",), 99))
+    source = load(path, fits=lambda example, size: processor.check_label(example, size, "spaced", 99))
     example = source[0]
     y = rewards.label_text(task, example.answer, "spaced")
     assert composed in y and example.question.startswith(f"a {composed}?") and example.thought == composed
@@ -1137,7 +1133,7 @@ def test_a_label_that_no_rollout_can_equal(tmp_path, normalizer, task, answer, l
     path = lines_of(tmp_path, {"solution": answer, "task": task})
 
     def open_it(skip: bool = False):
-        return load(path, "", skip, fits=lambda example, size: processor.check_label(example, size, ("spaced",), 999))
+        return load(path, "", skip, fits=lambda example, size: processor.check_label(example, size, "spaced", 999))
     if not lost:
         assert len(open_it()) == 1 and not noticed(open_it())
         return
@@ -1151,7 +1147,7 @@ def test_labels_longer_than_any_rollout_are_told_once(tmp_path, monkeypatch):
     aside = {"bbox_2d": [10, 5, 30, 25], "point_2d": [40, 15]}
     path = lines_of(tmp_path, {}, {"solution": [BOX, aside]}, {"solution": [BOX]})
     processor = Processor(ROOT / "assets/tiny")
-    for method, style in (("visurf", "spaced"), ("sft", "auto"), ("rlvr", "compact")):
+    for method, style in (("visurf", "spaced"), ("sft", "compact"), ("rlvr", "compact")):
         cfg = train.Config(method=method, label_style=style, max_new_tokens=20)
         lines = noticed(train.open_data(cfg, processor, path))
         assert len(lines) == 2 and lines[0].startswith("1 of 3 labels earn less than full accuracy")
