@@ -37,11 +37,11 @@ TIED = 1e-6  # a group with a smaller std says nothing about which response is b
 
 
 def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sampled_logp: Tensor,
-         entropy: Tensor, advantage: Tensor, reward: Tensor, length: Tensor, truncated: Tensor,
+         entropy: Tensor, advantage: Tensor, r: Tensor, length: Tensor, truncated: Tensor,
          is_y: Tensor, group: Tensor, segment: Tensor, weight: Tensor, denominator: int,
          tokens: int, responses: int, step: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns what is minimised, summed over the rows given, and what is logged of it. A new term
-    is a line here. Those that are here do not use reward, length, truncated, group, segment,
+    is a line here. Those that are here do not use r, length, truncated, group, segment,
     tokens, responses, step and steps.
 
     cfg            the options of train.py
@@ -55,7 +55,7 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
                    (`token_weight`, `divisor`); the weight is 0 outside the responses
 
     Of the response that a token belongs to, 0 outside the responses:
-    advantage, reward      Â, and r after the controls
+    advantage, r           Â, and r after the controls
     length, truncated      its number of tokens; whether --max-new-tokens cut it off
     is_y           whether it is y
 

@@ -296,7 +296,7 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
 # The update
 
 # What `objective.loss` takes by name and is one number of a response.
-OF_RESPONSE = {"advantage": lambda o: o.advantage, "reward": lambda o: o.r,
+OF_RESPONSE = {"advantage": lambda o: o.advantage, "r": lambda o: o.r,
                "is_y": lambda o: o.is_y, "length": lambda o: len(o.tokens),
                "truncated": lambda o: o.truncated}
 

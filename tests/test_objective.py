@@ -82,7 +82,7 @@ def call_loss(logp, segment, options=None, loss=None, **given):
     zero = torch.zeros_like(logp)
     return (loss or objective.loss)(cfg, **{
         "logp": logp, "old_logp": logp.detach(), "ref_logp": logp.detach(), "sampled_logp": logp.detach(), "entropy": zero,
-        "advantage": zero, "reward": zero, "length": length, "truncated": zero > 0, "is_y": segment == 1, "segment": segment,
+        "advantage": zero, "r": zero, "length": length, "truncated": zero > 0, "is_y": segment == 1, "segment": segment,
         "group": torch.arange(len(logp))[:, None].expand_as(segment), "weight": weight, "tokens": tokens, "responses": responses,
         "denominator": divisor(tokens, responses, cfg.normaliser), "step": 0, "steps": cfg.steps, **given})
 
@@ -434,7 +434,7 @@ def probe(options, advantage, is_y, reward=None):
     fixed = {"tokens": 4 * len(is_y), "responses": len(is_y), "step": 0, "steps": 9}
     number = torch.zeros(len(is_y), dtype=torch.long)
     return trained_on(partial(objective.loss, Config(**options), **fixed), {
-        "advantage": advantage, "reward": advantage if reward is None else reward, "is_y": is_y, "length": number + 4,
+        "advantage": advantage, "r": advantage if reward is None else reward, "is_y": is_y, "length": number + 4,
         "truncated": number > 0, "group": number})
 
 
@@ -456,7 +456,7 @@ def summed(loss, cfg, micro_batches, moved=0.3):
     of_token = lambda: torch.randn(sum(LENGTHS) + 1, generator=generator, dtype=torch.float64)  # noqa: E731
     logp, entropy = (-3 * of_token().abs()).requires_grad_(), of_token().abs().requires_grad_()
     terms = {"old_logp": logp.detach() + moved * of_token(), "ref_logp": logp.detach() + of_token(), "sampled_logp": logp.detach() + moved * of_token()}
-    of_response = {"advantage": of_token()[:12], "reward": of_token()[:12], "is_y": torch.arange(12) % 4 == 0,
+    of_response = {"advantage": of_token()[:12], "r": of_token()[:12], "is_y": torch.arange(12) % 4 == 0,
                    "length": torch.tensor(LENGTHS), "truncated": torch.arange(12) % 5 == 1, "group": torch.arange(12) // 4}
     terms["sampled_logp"][1:][of_response["is_y"].repeat_interleave(of_response["length"])] = math.nan
     places = torch.arange(1, sum(LENGTHS) + 1).split(LENGTHS)       # place 0 is a prompt's or padding
@@ -616,9 +616,9 @@ def test_a_new_term_keeps_what_it_moves(monkeypatch):
     def of_sequence(t):
         """GSPO's ratio: a sum for every segment, with a column for the prompt."""
         summed = torch.zeros_like(t["logp"]).scatter_add(1, t["segment"].clamp(min=0), t["logp"] - t["old_logp"])
-        return (summed.gather(1, t["segment"].clamp(min=0)) / t["length"].clamp(min=1)).exp() * t["reward"]
+        return (summed.gather(1, t["segment"].clamp(min=0)) / t["length"].clamp(min=1)).exp() * t["r"]
     plain = objective.loss
-    terms = {"reward": lambda t: t["reward"] * t["logp"], "y": lambda t: t["is_y"] * t["logp"],
+    terms = {"r": lambda t: t["r"] * t["logp"], "y": lambda t: t["is_y"] * t["logp"],
              "sequence": of_sequence, "truncated": lambda t: t["truncated"] * t["logp"],
              "hinge": lambda t: (0.5 - t["entropy"]).clamp(min=0), "unlikely": lambda t: (t["logp"] + 20).clamp(max=0)}
     found = {}
@@ -626,7 +626,7 @@ def test_a_new_term_keeps_what_it_moves(monkeypatch):
         monkeypatch.setattr(objective, "loss", lambda cfg, term=term, **t: (plain(cfg, **t)[0] + term(t).sum(), {}))
         kept, by_entropy = probe({}, torch.zeros(3), torch.tensor([True, False, False]), torch.tensor([0., 2., 0.]))
         found[name] = [*kept.tolist(), by_entropy]
-    assert found == {"reward": [False, True, False, False], "sequence": [False, True, False, False], "truncated": [False] * 4,
+    assert found == {"r": [False, True, False, False], "sequence": [False, True, False, False], "truncated": [False] * 4,
                      "y": [True, False, False, False],
                      "hinge": [True, True, True, True], "unlikely": [True, True, True, False]}
 

@@ -227,7 +227,7 @@ def test_a_micro_batch_by_hand():
     rows = [(7, row) for row in [*pack_group(prompt, [y, *o]), *pack_group(prompt, o[:1])]]
     terms = train.micro_batch(train.Config(normaliser="seq-mean"), rows, "cpu", False).terms
     expected = {"advantage": ([0.5, 0.5, -1.5, 0.25, 0.25, 0.25], [-1.5] + [0] * 5),
-                "reward": ([6, 6, 1, 5, 5, 5], [1] + [0] * 5), "is_y": ([1, 1, 0, 0, 0, 0], [0] * 6),
+                "r": ([6, 6, 1, 5, 5, 5], [1] + [0] * 5), "is_y": ([1, 1, 0, 0, 0, 0], [0] * 6),
                 "length": ([2, 2, 1, 3, 3, 3], [1] + [0] * 5), "truncated": ([0] * 6, [0] * 6),
                 "sampled_logp": ([nan, nan, -1, -2, -3, -4], [-1] + [0] * 5),
                 "weight": ([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3], [1] + [0] * 5)}
