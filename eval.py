@@ -6,8 +6,9 @@
 
     python eval.py --model assets/tiny --image photo.png --question "red ring"
 
-MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one line an example as
-it goes; the same command again goes on where it was interrupted. The metrics are those of docs/paper.md, section 5.
+MODEL is a model folder, a run of train.py, or a hub id. Each rank answers its share and writes one
+line an example as it goes; the same command again goes on where it was interrupted. The metrics are
+those of docs/paper.md, section 5.
 
 Glossary
     record     an example with its answer and all that the metrics need of both; a line of records.jsonl
@@ -53,8 +54,9 @@ from support.runs import lock
 from support.screen import say
 from support.sources import Example, noticed, read, stat_of
 
-# What the table shows: without --benchmark, and with one (task of rows that do not name theirs, metrics). "answers",
-# the mean score of the tasks without boxes, has a name of its own in each benchmark: "name = answers".
+# What the table shows: without --benchmark, and with one (task of rows that do not name theirs,
+# metrics). "answers", the mean score of the tasks without boxes, has a name of its own in each
+# benchmark: "name = answers".
 SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc", "bbox accuracy", "targets IoU>0.5",
          "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent", "length", "examples")
@@ -102,7 +104,7 @@ class Options:
                       "evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); with --image the picture")
 
     def check(self) -> None:
-        """Mistake: options that cannot be together."""
+        """Raises Mistake if options cannot be together."""
         if not self.model:
             raise Mistake("--model is missing: give a model folder, a run folder of train.py, or a hub id")
         if self.question is not None and not self.image:
@@ -118,13 +120,13 @@ smallest square squares sum the there three topmost two what where white yellow"
 
 
 def is_tiny(model: Qwen2_5_VL) -> bool:
-    """Whether it is of the size of assets/tiny, which knows pictures of the built-in world only."""
+    """Returns whether it is of the size of assets/tiny, which knows the built-in world only."""
     return model.config.vocab_size < 1000
 
 
 def unknown_to(model: Qwen2_5_VL, question: str, size: tuple[int, int]) -> list[str]:
-    """What to say where the tiny model is asked for what it cannot know; nothing of any other model. size: (width,
-    height) of the picture, (0, 0) without one."""
+    """Returns what to say if the tiny model is asked for what it cannot know; nothing for any other
+    model. size: (width, height) of the picture, (0, 0) without one."""
     words = re.findall(r"[^\W\d_]+", question)
     foreign = [f"the word {word!r}" for word in words if word.lower() not in WORDS][:1]
     if size not in ((0, 0), (scenes.SIZE, scenes.SIZE)):
@@ -136,11 +138,11 @@ def unknown_to(model: Qwen2_5_VL, question: str, size: tuple[int, int]) -> list[
 
 
 def longest_answer(cfg: Options, model: Qwen2_5_VL) -> int:
-    """Tokens."""
+    """Returns how many tokens an answer may have."""
     return cfg.max_new_tokens or (128 if is_tiny(model) else 2048)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics, as pure functions of predictions and truths
 
 RECORD_FORMAT = 2     # of records.jsonl; an evaluation that an earlier one left is not gone on with
@@ -148,7 +150,8 @@ RECORD_FORMAT = 2     # of records.jsonl; an evaluation that an earlier one left
 
 @dataclass
 class Record:
-    """One evaluated example. Boxes are in the frame the model saw, masks in the picture as it was given."""
+    """Holds one evaluated example. Boxes are in the frame the model saw, masks in the picture as it
+    was given."""
     id: str
     task: str
     question: str
@@ -170,9 +173,10 @@ class Record:
 
 
 def official_reading(response: str, scale: tuple[float, float]) -> tuple[list, list]:
-    """The boxes [x1, y1, x2, y2] and points [x, y] that the authors' scripts read (visurf_model.py), times scale =
-    (original / seen) of width and height. Boxes are read first: if one item has none, there are neither boxes nor
-    points. Then the points: if one item has none, the boxes stay, but there are no points."""
+    """Returns the boxes [x1, y1, x2, y2] and points [x, y] that the authors' scripts read
+    (visurf_model.py), times scale = (original / seen) of width and height. Boxes are read first: if
+    one item has none, there are neither boxes nor points. Then the points: if one item has none,
+    the boxes stay, but there are no points."""
     text = answer_text(response)
     items = parse_json(text, list_only=False)[0] if text is not None else []
 
@@ -188,20 +192,20 @@ def official_reading(response: str, scale: tuple[float, float]) -> tuple[list, l
 
 
 def intersection_union(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
-    """Pixels in both masks, pixels in either."""
+    """Counts the pixels in both masks, and those in either."""
     return int((a & b).sum()), int((a | b).sum())
 
 
 def mask_iou(record: Record) -> float:
-    """I/U; 1 if the truth is empty and no box was read; 0 if U = 0 otherwise."""
+    """Returns I/U; 1 if the truth is empty and no box was read; 0 if U = 0 otherwise."""
     if not record.truth and not record.official_boxes:
         return 1.0
     return record.intersection / record.union if record.union else 0.0
 
 
 def roc_auc(scores: list[float], labels: list[bool]) -> float | None:
-    """The chance that a positive scores above a negative, ties counting half; None unless there are both. For scores of
-    0 and 1 it is the balanced accuracy.
+    """Returns the chance that a positive scores above a negative, ties counting half; None unless
+    there are both. For scores of 0 and 1 it is the balanced accuracy.
 
     >>> roc_auc([1, 0, 1, 0], [True, True, False, False]), roc_auc([3, 1, 2], [True, False, False])
     (0.5, 1.0)
@@ -215,14 +219,16 @@ def roc_auc(scores: list[float], labels: list[bool]) -> float | None:
 
 
 def mean(values) -> float | None:
-    """None where there is nothing to average: the table shows a dash, never a 0 that was not measured."""
+    """Returns the mean, or None if there is nothing to average: the table then shows a dash, never
+    a 0 that nobody measured."""
     values = list(values)
     return float(statistics.fmean(values)) if values else None
 
 
 def summarise(records: list[Record]) -> dict[str, float | None]:
-    """Every metric of the table. Present and absent: grounding questions with and without a true box. "official": as
-    the authors' scripts compute it, where that is not what the name says: over all questions, by `official_reading`."""
+    """Returns every metric of the table. Present and absent: grounding questions with and without a
+    true box. "official": as the authors' scripts compute it, where that is not what the name says:
+    over all questions, by `official_reading`."""
     grounding = [r for r in records if TASKS[r.task].boxes]
     present, absent = [r for r in grounding if r.truth], [r for r in grounding if not r.truth]
     others = [r for r in records if not TASKS[r.task].boxes]
@@ -254,14 +260,14 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answering
 
 def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_new_tokens: int, batch: int = 64,
              repetition_penalty: float = 1.0, segmenter: Segmenter | None = None, stop: Sequence = ()
              ) -> Iterator[tuple[Record, Prompt]]:
-    """Greedy answers to the examples, in order, `batch` at a time: each one's record, and its prompt for pictures.
-    Stopped: as soon as `stop` is not empty."""
+    """Answers the examples greedily, in order, `batch` at a time. Yields the record of each, and
+    its prompt for pictures. Raises Stopped as soon as `stop` is not empty."""
     examples = iter(examples)
     while chunk := [processor.prompt(e) for e in itertools.islice(examples, batch)]:
         penalty = RepetitionPenalty(repetition_penalty, [prompt.tokens for prompt in chunk])
@@ -307,7 +313,8 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
 
 
 def for_sheet(pairs: list[tuple[Record, Prompt]]) -> list[tuple]:
-    """What support.pictures.draw_sheet shows of each answer: its reward's terms, and whether it is right."""
+    """Returns what support.pictures.draw_sheet shows of each answer: its reward's terms, and
+    whether it is right."""
     shown = []
     for record, prompt in pairs:
         if TASKS[record.task].boxes:
@@ -320,15 +327,16 @@ def for_sheet(pairs: list[tuple[Record, Prompt]]) -> list[tuple]:
 
 
 def original_frame(items: list[dict], prompt: Prompt) -> list[dict]:
-    """Boxes in the frame the model saw → in the pixels of the picture as it was given."""
+    """Converts boxes from the frame the model saw to the pixels of the picture as it was given."""
     return json.loads(convert_boxes(json.dumps(items), prompt.size, prompt.original_size))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a person sees
 
 def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = SHOWN) -> str:
-    """{title: metrics} → a text table, one metric a line, without those that none has."""
+    """Returns a table of {title: metrics} as text, one metric a line, without those that none
+    has."""
     def cell(name: str, value) -> str:
         if value is None:
             return "–"
@@ -345,8 +353,9 @@ def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = 
 
 
 def predict(cfg: Options, model: Qwen2_5_VL) -> None:
-    """The answers to --question about --image, or to one line of standard input after the other: printed, with boxes in
-    the photo's own pixels, and drawn beside the photo as NAME.answer.png, NAME.answer-2.png, …"""
+    """Answers --question about --image, or one line of standard input after the other. Prints the
+    answers, with boxes in the photo's own pixels, and draws them as NAME.answer.png,
+    NAME.answer-2.png, …"""
     task = cfg.task or ("scene_grounding" if is_tiny(model) else "grounding")
     try:
         image = open_image(picture_file(cfg.image, Path()), rotate=True)
@@ -385,7 +394,7 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
 
 
 def questions() -> Iterator[str]:
-    """Lines of standard input, empty ones left out; a sign asks a person for them."""
+    """Yields the lines of standard input that are not empty; asks for them if a person types."""
     while True:
         if sys.stdin.isatty():
             print("question (Ctrl-D ends): ", end="", flush=True)
@@ -395,11 +404,12 @@ def questions() -> Iterator[str]:
             yield line.strip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The evaluation as a resumable job
 
 def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
-    """All that an answer and its score depend on. Finished records count only where every one of these is the same."""
+    """Returns all that an answer and its score depend on. Finished records count only if every one
+    of these is the same."""
     def digest(*parts: bytes) -> str:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
@@ -416,8 +426,8 @@ def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
 
 
 def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:    # type: ignore[return]
-    """The folder for the results, and what to say of it: without --out, where the usual one holds results of something
-    else, the next that does not. Mistake: --out holds such."""
+    """Returns where the results go, and a notice. If the usual folder holds another evaluation,
+    NAME-2, NAME-3 … is taken. Raises Mistake if --out itself does."""
     usual = out = Path(cfg.out) if cfg.out else default_folder(cfg, model)
     said = ""
     for attempt in itertools.count(2):
@@ -440,8 +450,8 @@ def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Pat
 
 
 def read_finished(out: Path) -> tuple[dict[int, dict], int]:
-    """The records that an interrupted evaluation left in `out`, by example number; and how many of its lines hold none,
-    such as the one that was being written."""
+    """Returns the records that an interrupted evaluation left in `out`, by example number; and how
+    many of its lines hold none, such as the one that was being written."""
     def fits(line: dict) -> bool:
         try:
             summarise([record_of(line)])
@@ -458,8 +468,8 @@ def record_of(line: dict) -> Record:
 
 
 def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
-    """In a run of ours, with the checkpoint's step, else in the current folder: a model folder is never written into.
-    Another --limit is another evaluation."""
+    """Returns a folder in the run, with the checkpoint's step, or else in the current folder: a
+    model folder is never written into. Another --limit is another evaluation."""
     def plain(name: str) -> str:
         return re.sub(r"[^\w.-]+", "-", name).strip("-.")
     data = plain(cfg.data) + (f"-first{cfg.limit}" if cfg.limit else "")
@@ -469,7 +479,8 @@ def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
 
 
 def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, device) -> None:
-    """Every rank answers its share of the examples that no interrupted evaluation has left; rank 0 sums up."""
+    """Every rank answers its share of the examples that no interrupted evaluation has left; rank 0
+    sums up."""
     task, shown = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     if cfg.masks and not source.has_masks:
         raise Mistake(f"--masks compares with true masks, and {cfg.data} has no column mask: leave it out")
