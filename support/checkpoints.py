@@ -95,6 +95,9 @@ def sound_checkpoint(run: Path, step: int = 0, weights_only: bool = False) -> tu
     """Returns the newest checkpoint without a fault, None if there is none, and what to say of
     those passed over. step: that one and no other. Raises Mistake if it is not there or has a
     fault, or if all have."""
+    folder = run / "checkpoints"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise Mistake(f"{folder} is no folder: bring it back, with the run's checkpoints, or remove it")
     found = checkpoints(run)
     said: list[str] = []
     if step and step not in found:

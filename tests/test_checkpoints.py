@@ -127,6 +127,15 @@ def test_a_file_in_the_place_of_the_next_checkpoint(run):
     assert (run / "checkpoints/step_4_before_resume").read_text() == "mine" and fault(run / "checkpoints/step_4") is None
 
 
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to(path.name), lambda path: path.symlink_to("x")])
+def test_no_folder_in_the_place_of_the_checkpoints(run, make):
+    """The run does not begin anew over what it has logged."""
+    shutil.rmtree(run / "checkpoints")
+    make(run / "checkpoints")
+    with pytest.raises(Mistake, match="runs/a/checkpoints is no folder"):
+        sound_checkpoint(run)
+
+
 def test_fewer_steps_than_a_run_has(run):
     before = sorted(run.rglob("*"))
     code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "2")
