@@ -40,7 +40,8 @@ def begin_or_resume(cfg, rank: int, device) -> tuple[Path | None, dict, list[str
     if not cfg.resume:
         return None, {**FIRST, "options": options}, []
     # Rank 0 reads every file of it, for its digest; the others hear which it is.
-    found, said = sound_checkpoint(*run_and_step(Path(cfg.resume))) if rank == 0 else (None, [])
+    folder, step = run_and_step(Path(cfg.resume))
+    found, said = sound_checkpoint(folder, step) if rank == 0 else (None, [])
     found, said = gather_json([str(found or ""), said], device)[0]
     if not found:
         return None, {**FIRST, "options": options}, said
@@ -50,7 +51,7 @@ def begin_or_resume(cfg, rank: int, device) -> tuple[Path | None, dict, list[str
                       "earlier one: --resume RUN/checkpoints/step_N")
     for name, value in state["options"].items():
         if name in options and options[name] != value:
-            raise Mistake(f"{cfg.resume}/config.json says {name} {options[name]!r}, but {found} was trained with "
+            raise Mistake(f"{folder}/config.json says {name} {options[name]!r}, but {found} was trained with "
                           f"{value!r}: is it another run's, or was it edited? Bring back the options of this run")
     return Path(found), {**state, "options": options}, said
 

@@ -165,7 +165,7 @@ def saved_options(run: Path) -> dict:
         saved.pop(name, None)
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
-    if "cooldown_steps" in saved:
+    if all(type(saved.get(name)) is int for name in ("cooldown_steps", "steps")):
         saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / max(1, saved["steps"]))
     return saved
 

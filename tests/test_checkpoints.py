@@ -161,6 +161,7 @@ CONFIGS = {     # what may have become of a run's config.json → the sentence
     "unknown option": (lambda text: text.replace('"method"', '"x": 1, "method"', 1), "what is no option here: unrecognized arguments: --x=1"),
     "a word": (lambda text: text.replace('"smoothing": true', '"smoothing": "yes"'), "--smoothing: ignored explicit"),
     "not finite": (lambda text: text.replace('"lr": 0.001', '"lr": NaN'), "--lr nan: must be a finite number"),
+    "older, without steps": (lambda text: '{"config": {"cooldown_steps": 3}}', "what is no option here"),
     "before": (lambda text: text.replace('"before": []', '"before": 3'), "holds no options of a run")}
 
 
@@ -175,6 +176,9 @@ def test_options_belong_to_the_checkpoint_as_well(run, change):
                               folder=run.parent.parent)
     assert code == 1 and sentence in output and "Traceback" not in output, output
     assert sorted(run.rglob("*")) == before
+    if change == "another seed":        # the same where a checkpoint is named
+        code, output = run_script(ROOT / "train.py", "--resume", "runs/a/checkpoints/step_3", folder=run.parent.parent)
+        assert code == 1 and "runs/a/config.json says seed 7" in output, output
 
 
 def test_no_checkpoint_is_sound(run):
