@@ -88,7 +88,8 @@ def parse(kind: type, script: str, description: str, arguments: list[str] | None
         parser.arguments = [as_flag(name, value) if types.get(name) is not bool or isinstance(value, bool)
                             else f"--{name}={value}" for name, value in saved.items()]
         try:
-            check_numbers(kind(**vars(parser.parse_args(parser.arguments))))
+            defaults |= vars(parser.parse_args(parser.arguments))
+            check_numbers(kind(**defaults))
         except Mistake as mistake:
             raise Mistake(f"{resume}: its config.json holds what is no option here: {mistake}") from None
     parser.arguments = arguments
