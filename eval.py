@@ -96,7 +96,6 @@ class Options:
                                        "generation_config", above=0)
     sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
     precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
-    onednn: bool = option(True, "how", "on a CPU, large float32 products by oneDNN")
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
@@ -271,7 +270,7 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
     examples = iter(examples)
     while chunk := [processor.prompt(e) for e in itertools.islice(examples, batch)]:
         penalty = RepetitionPenalty(repetition_penalty, [prompt.tokens for prompt in chunk])
-        answers = generate(model, chunk, 1, max_new_tokens, temperature=0, adjust=penalty, stop=stop)
+        answers = generate(model, chunk, max_new_tokens, adjust=penalty, stop=stop)
         records = [judge(p, processor.decode(o.tokens), len(o.tokens)) for p, (o,) in zip(chunk, answers)]
         boxed = [(r, p) for r, p in zip(records, chunk) if TASKS[p.example.task].boxes]
         # As the authors' scripts: no masks where an item lacks its point.
@@ -376,7 +375,7 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
             say(line)
         prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
         penalty = RepetitionPenalty(cfg.repetition_penalty, [prompt.tokens])
-        [[answer]] = generate(model, [prompt], 1, limit, temperature=0, adjust=penalty)
+        [[answer]] = generate(model, [prompt], limit, adjust=penalty)
         response = processor.decode(answer.tokens)
         say(response)
         if answer.truncated:
@@ -562,7 +561,7 @@ def main() -> None:
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
     model = load_model(cfg.model, getattr(torch, cfg.precision), device)
-    equip(model, cfg.onednn)
+    equip(model)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)
     elif rank == 0:

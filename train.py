@@ -41,9 +41,9 @@ from tqdm import tqdm
 import objective
 from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_group
 from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
-from model import Qwen2_5_VL, load_model, random_model
+from model import Qwen2_5_VL, load_model
 from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
-from rollout import decode_one_token, generate
+from rollout import decode_one_token, generate, uniforms
 from support.checkpoints import load_optimizer, newest_checkpoint
 from support.equip import equip
 from support.graphs import GraphedStep
@@ -88,9 +88,7 @@ class Config:
     preset: str = option("laptop", "method", "named set of options, the defaults of all others", tuple(PRESETS))
     method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy); the others: see "
                          "objective.py", tuple(objective.METHODS))
-    label_weight: float = option(0.1, "method", "μ of chord, λ of sum", least=0, most=1)
     model: str = option("assets/tiny", "method", "model folder in the Hugging Face layout, run folder, or hub id")
-    random_weights: bool = option(False, "method", "take only config and tokenizer from --model (for pretraining)")
     std: str = option("sample", "method", "std R of Eq. 6 and 7", ("sample", "population", "none"))
     normaliser: str = option("token-mean", "method", "length normalisation; seq-sum is Eq. 9 to the letter",
                              ("token-mean", "seq-mean", "seq-sum"))
@@ -115,7 +113,7 @@ class Config:
     columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, "
                           "choices, id")
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
-    seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights", least=0)
+    seed: int = option(42, "data", "seeds the order of the data, the rollouts and new adapters", least=0)
 
     rollouts: int = option(8, "sampling", "G, rollouts of each prompt [recipe 8]", least=1)
     max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]",
@@ -155,16 +153,12 @@ class Config:
                                  least=0, resumable=True)
     checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward: less memory, about "
                                           "30 % more time", resumable=True)
-    onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN",
-                          resumable=True)
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
     resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and by its saved "
                          "options; or one of its checkpoints, RUN/checkpoints/step_N", resumable=True)
     accept_changed_data: bool = option(False, "output", "go on although the data is not what it was",
                                        resumable=True)
-    tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too",
-                               resumable=True)
     dry_run: bool = option(False, "output", "one step at worst-case length: memory and hours; writes nothing",
                            resumable=True)
     eval_data: str = option("scenes:val", "output", "evaluated before, during and after; empty: never",
@@ -178,8 +172,6 @@ class Config:
                        resumable=True)
     keep_best: str = option("", "output", "metric of the evaluations, such as T-acc, whose best checkpoint stays, too",
                             ("", *summarise([])), resumable=True)
-    log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step", least=1,
-                            resumable=True)
 
     @property
     def G(self) -> int:
@@ -204,8 +196,6 @@ class Config:
                  f"{self.method} has no label"),
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
-                ("lora_rank", self.lora_rank and self.random_weights,
-                 "random weights are saved nowhere, and an adapter is nothing without them"),
                 ("kl", self.kl and not method.rollouts,
                  f"has no meaning with --method {self.method}")):
             if wrong:
@@ -263,8 +253,9 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         part = prompts[i:i + cfg.sampling_batch]
         places = range(first + i, first + i + len(part))
         sampled += [[] for _ in part] if not cfg.G else generate(
-            model, part, cfg.G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places,
-            GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token, stop=stop)
+            model, part, cfg.max_new_tokens, uniforms(cfg.seed, places, cfg.G, cfg.max_new_tokens),
+            cfg.temperature, stop=stop,
+            step=GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token)
     groups = []
     for place, (prompt, drawn) in enumerate(zip(prompts, sampled), first):
         y, responses, length_y = None, drawn, 0
@@ -531,16 +522,13 @@ def make_models(cfg: Config, checkpoint: Path | None, base: str, device
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
-    begin = random_model if cfg.random_weights and not checkpoint else load_model
-    model = begin(begins, dtype, device)
-    equip(model, cfg.onednn, cfg, base, checkpoint)
+    model = load_model(begins, dtype, device)
+    equip(model, cfg, base, checkpoint)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     if not cfg.kl:
         return model, None
-    torch.manual_seed(cfg.seed)
-    reference = (random_model if cfg.random_weights else load_model)(cfg.model, dtype, device)
-    return model, reference.requires_grad_(False)
+    return model, load_model(cfg.model, dtype, device).requires_grad_(False)
 
 
 def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:

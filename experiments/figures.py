@@ -143,7 +143,7 @@ def draw_weights(path: Path) -> None:
             "visurf": "ViSurf, S-GRPO", "sft": "SFT, HPT", "luffy": "LUFFY", "sum": "SFT + RLVR, λ = 0.1",
             "chord": "CHORD-φ, μ = 0.1"}.items()):
         record = objective.METHODS[method]
-        cfg = types.SimpleNamespace(std="sample", label_weight=0.1)
+        cfg = types.SimpleNamespace(std="sample")
         weight = record.advantages(cfg, r)[:1]
         if record.token_of_y:
             _, weight = record.token_of_y(torch.nn.functional.logsigmoid(logit), weight)

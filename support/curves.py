@@ -98,23 +98,3 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         figure.legend(handles=[Line2D([], [], color=COLOURS[r % len(COLOURS)], linewidth=3, label=run)
                                for r, run in enumerate(series)], loc="outside upper center", ncols=min(4, len(runs)))
     figure.savefig(path, dpi=100)
-
-
-def write_events(run: Path, line: dict) -> None:
-    """The numbers of a line of metrics.jsonl as TensorBoard's event files in
-    runs/NAME/tensorboard."""
-    writer = tensorboard_writer()(str(run / "tensorboard"))
-    values = {f"eval/{k}": v for k, v in line["eval"].items()} if "eval" in line else line
-    for name, value in values.items():
-        if isinstance(value, (int, float)):
-            writer.add_scalar(name, value, line["step"])
-    writer.close()
-
-
-def tensorboard_writer():
-    """Returns tensorboard's writer. Raises Mistake if the package is not there."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise Mistake("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter

@@ -19,7 +19,8 @@ FLAGS = {"--batch-size": "--prompts-per-step is the batch, --micro-rows and --sa
          "--num-generations": "--rollouts is G", "--beta": "--kl is its weight", "--output-dir": "runs/NAME, by --name",
          "--bf16": "--precision bfloat16", "--nproc-per-node": TORCHRUNS, "--nnodes": TORCHRUNS,
          "--device": "a GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses, and empty it means the CPU",
-         "--wandb": "--tensorboard writes event files; metrics.jsonl holds every number"}
+         "--wandb": "metrics.jsonl holds every number, and curves.png shows them",
+         "--tensorboard": "metrics.jsonl holds every number, and curves.png shows them"}
 
 
 def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from support.checkpoints import (FIRST, checkpoints, keep_newest, read_state, room_for, save_checkpoint,
                                  sound_checkpoint)
-from support.curves import draw_curves, tensorboard_writer, write_events
+from support.curves import draw_curves
 from support.files import as_json, remove, writing
 from support.log import Meter, peak_memory_gb, progress_line
 from support.mistakes import Mistake, Stopped, stop_signals
@@ -28,6 +28,7 @@ from support.weights import local_folder, model_digest
 
 MAX_BAD_STEPS = 10      # non-finite steps in a row before a run gives up
 CHECKED_EVERY = 50      # steps between two looks at whether all ranks hold the same weights
+PRINTED_EVERY = 10      # steps between two printed lines
 DRAWN_EVERY = 50        # steps between two drawings of curves.png
 
 
@@ -95,8 +96,6 @@ class Run:
         self.history: dict[str, dict] = {}          # "step N" → metrics of the evaluation there
         self.meter = Meter()
         self.bar = tqdm(disable=True)
-        if cfg.tensorboard:
-            tensorboard_writer()                    # raises Mistake if the package is not there
 
     @property
     def step(self) -> int:
@@ -107,16 +106,13 @@ class Run:
             say(text)
 
     def log(self, line: dict) -> None:
-        """Adds a line to metrics.jsonl and to the event files. Draws the curves where that is
-        due."""
+        """Adds a line to metrics.jsonl. Draws the curves where that is due."""
         if self.rank or not self.folder.name:
             return
         check_ours(self.folder)
         path = self.folder / "metrics.jsonl"
         with writing(path), open(path, "a") as file:
             file.write(as_json(line))
-        if self.cfg.tensorboard:
-            write_events(self.folder, line)
         if "eval" in line or line["step"] % DRAWN_EVERY == 0:
             draw_curves([self.folder], self.folder / "curves.png")
 
@@ -283,7 +279,7 @@ class Run:
         give_memory_back()
         self.log(line)
         self.bar.update()
-        if line["step"] % self.cfg.log_every == 0:
+        if line["step"] % PRINTED_EVERY == 0:
             self.say(progress_line(line))
         if not finite:
             self.say(f"step {line['step']} skipped: loss {loss}, gradient norm {norm}, examples "

@@ -161,8 +161,12 @@ def saved_options(run: Path) -> dict:
     the checkpoint that it is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it
     names something else."""
     saved = read_config(run_and_step(run)[0])["config"]
-    for name in ("image_cache", "from_step"):       # of earlier versions; they changed no number
-        saved.pop(name, None)
+    for name in ("image_cache", "from_step", "log_every", "tensorboard", "onednn"):
+        saved.pop(name, None)                   # options of earlier versions that changed no number
+    for name, value in (("random_weights", False), ("label_weight", 0.1)):
+        if saved.pop(name, value) != value:
+            raise Mistake(f"{run} was started with --{name.replace('_', '-')}, which is no option "
+                          "any more: go on with the version that its config.json names")
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if all(type(saved.get(name)) is int for name in ("cooldown_steps", "steps")):

@@ -257,7 +257,7 @@ def test_the_probe_reads_the_state_after_the_prompt(monkeypatch):
     records = [{"index": i, "task": "scene_grounding", "question": scenes.make("test", i)["question"], "truth": [],
                 "predicted": [] if kind == "colour there" else [{}], "error": None} for i, kind in zip(asked, kinds)]
     assert reproduce.by_colour(records[1::2], "test") == {"N-acc, colour there": 1.0, "N-acc, colour not there": 0.0}
-    response, = generate(model, [processor.prompt(load("scenes:test")[4])], 1, 1, temperature=0)[0]
+    response, = generate(model, [processor.prompt(load("scenes:test")[4])], 1)[0]
     assert model.logits(hidden[asked.index(4)].float()).argmax() == response.tokens[0]
 
 

@@ -47,7 +47,7 @@ MISTAKES = [
     ("train", "--steps x", "--steps: invalid int value: 'x'"), ("train", "--steps 0", "--steps 0: must be at least 1"),
     ("train", "--max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
     ("train", "--lr -1", "--lr -1.0: .*above 0"), ("train", "--lr 1e38", "--lr 1e.38: must be at most 1e.30"),
-    ("train", "--log-every 0", "--log-every 0: must be at least 1"), ("train", "--lr inf", "--lr inf: .* finite"),
+    ("train", "--keep -1", "--keep -1: must be at least 0"), ("train", "--lr inf", "--lr inf: .* finite"),
     ("train", "--prompts-per-step 0", "--prompts-per-step 0: must be at least 1"),
     ("train", "--temperature nan", "--temperature nan: must be a finite number"),
     ("train", "--eval-examples -3", "--eval-examples -3: must be at least 0"),
@@ -57,7 +57,7 @@ MISTAKES = [
     ("train", "--resume runs/taken/checkpoints/step_2", "runs/taken/config.json is not JSON.* the options of the run are not known"),
     ("train", "--resume runs/taken/checkpoints/step_2_backup", "goes on from a folder checkpoints/step_N"),
     ("train", "--resume runs/x --lr 3", "--resume runs/x: there is no "),
-    ("train", "--name taken --eval-data= --onednn", "runs/taken exists and is not overwritten"),
+    ("train", "--name taken --eval-data=", "runs/taken exists and is not overwritten"),
     ("train", "--learning-rate 1", r"--learning-rate: did you mean --lr\?"),
     ("train", "--model nowhere", "--model nowhere: there is no such folder, and it is no hub id"),
     ("train", "--model own/er", "--model own/er: there is no such folder, and the hub does not give it"),
@@ -86,11 +86,11 @@ MISTAKES = [
     ("train", "--name a\x1b[2Jb", "without control characters"),
     ("train", "--smoothing false", "--smoothing takes no value; its opposite is --no-smoothing"),
     ("train", "--smoothing=false", "--smoothing takes no value; its opposite is --no-smoothing"),
-    ("train", "--no-onednn 1", "--no-onednn takes no value; its opposite is --onednn"),
+    ("train", "--no-smoothing 1", "--no-smoothing takes no value; its opposite is --smoothing"),
     ("train", "--method grpo", r"did you mean rlvr \(GRPO\)\?"), ("train", "--precision fp16", r"did you mean bfloat16\?"),
     ("train", "--batch-size 8", "--batch-size: --prompts-per-step is the batch"),
     ("train", "--per_device_train_batch_size 8", "--per_device_train_batch_size: --prompts-per-step is the batch"),
-    ("train", "--device cuda", "--device: .*CUDA_VISIBLE_DEVICES chooses"), ("train", "--wandb", "--wandb: --tensorboard"),
+    ("train", "--device cuda", "--device: .*CUDA_VISIBLE_DEVICES chooses"), ("train", "--wandb", "--wandb: metrics.jsonl"),
     ("train", "--nproc-per-node 2", "--nproc-per-node: an option of torchrun stands before the script"),
     ("train", "--nproc_per_node=2", "--nproc_per_node: an option of torchrun stands before the script"),
     ("train", "--prompts_per_step 2", r"--prompts_per_step: did you mean --prompts-per-step\?"),
@@ -188,7 +188,7 @@ def test_under_torchrun_the_sentence_is_nearly_the_last_thing(tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    process = start(tmp_path, "--random-weights", "--prompts-per-step", "2", "--rollouts", "2", "--max-new-tokens", "8",
+    process = start(tmp_path, "--prompts-per-step", "2", "--rollouts", "2", "--max-new-tokens", "8",
                     "--eval-data", "", "--name", "a")
     metrics = tmp_path / "runs/a/metrics.jsonl"
     for _ in range(600):

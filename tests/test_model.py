@@ -252,7 +252,7 @@ def test_greedy_tokens(pair, monkeypatch, penalty, products):
     monkeypatch.setattr(model, "eos_ids", ())
     monkeypatch.setattr(reference.generation_config, "eos_token_id", None)
     adjust = RepetitionPenalty(penalty, [prompt.tokens for prompt in PROMPTS])
-    sampled = generate(model, PROMPTS, 1, max_new_tokens=64, temperature=0, adjust=adjust)
+    sampled = generate(model, PROMPTS, 64, adjust=adjust)
     for prompt, [response] in zip(PROMPTS, sampled):
         expected = reference.generate(**reference_inputs([prompt], [[]]), do_sample=False, max_new_tokens=64,
                                       min_new_tokens=64, suppress_tokens=[START, END, IMAGE, VIDEO],
@@ -313,7 +313,7 @@ def test_a_saved_folder_answers_the_same_in_transformers(tmp_path):
     model, example = load_model(TINY), Scenes("test")[0]
     model.save_pretrained(tmp_path)
     prompt = Processor(tmp_path).prompt(example)
-    [[response]] = generate(load_model(tmp_path), [prompt], G=1, max_new_tokens=64, temperature=0)
+    [[response]] = generate(load_model(tmp_path), [prompt], 64)
     tokenizer, images = AutoTokenizer.from_pretrained(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     text = user_text(example.task, example.question)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]

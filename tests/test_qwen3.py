@@ -14,7 +14,7 @@ from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGenerati
 import rewards
 from data import Processor, Response, collate, pack_group
 from eval import for_sheet, judge, original_frame
-from model import Qwen3_VL, load_model
+from model import Qwen3_VL, load_model, random_model
 from support.sources import Example, Scenes
 from train import Config
 
@@ -89,7 +89,8 @@ def test_a_reward_that_does_not_depend_on_the_frame_is_not_told_of_it(monkeypatc
 def test_a_run(qwen3_folder, tmp_path):
     """20 steps of the main job from random weights. The checkpoint opens in transformers, with the same log-probs."""
     small = [*SMALL[:SMALL.index("--eval-data")], "--eval-data", "scenes:val", "--eval-examples", "4", "--eval-every", "10",
-             "--cooldown", "0", "--model", str(qwen3_folder)]
+             "--cooldown", "0", "--model", "base"]
+    random_model(qwen3_folder).save_pretrained(tmp_path / "base")
     code, output = run_train(tmp_path, "--steps", "20", "--name", "whole", small=small)
     assert code == 0 and "picture of 128×128" in output, output
     assert [line["step"] for line in lines(tmp_path / "runs/whole") if "eval" in line] == [0, 10, 20]

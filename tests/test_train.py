@@ -41,8 +41,8 @@ from support.run import Run
 from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
-         "--log-every", "1", "--warmup-steps", "3", "--cooldown", "0"]
+SMALL = ["--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
+         "--warmup-steps", "3", "--cooldown", "0"]
 
 
 def example(i: int) -> Example:
@@ -340,8 +340,8 @@ def test_the_label_borrows_a_thought(alone, monkeypatch):
     texts = ["<think>Is it red?</think> <answer>[1]</answer>", "<answer>[]</answer>", "<think>no end"]
     asked = []
 
-    def fake(_, prompts, G, *__, **___):
-        asked.append(G)
+    def fake(_, prompts, __, u, *___, **____):
+        asked.append(G := u.shape[1])
         return [[train.Response(processor.encode(text), [0.0] * len(processor.encode(text))) for text in texts[:G]]
                 for _ in prompts]
     monkeypatch.setattr(train, "generate", fake)
@@ -759,7 +759,7 @@ def test_a_signal_in_the_middle_loses_nothing(tmp_path, one_rank, monkeypatch, n
     import rollout
     monkeypatch.chdir(tmp_path)
     flags = [*SMALL, "--steps", "3", "--model", str(ROOT / "assets/tiny"), "--eval-data", "scenes:val", "--eval-examples",
-             "6", "--eval-every", "2", "--onednn"]
+             "6", "--eval-every", "2"]
 
     def start(*more):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
