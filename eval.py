@@ -78,7 +78,7 @@ BENCHMARKS = {
 
 @dataclass
 class Options:
-    """Every option of eval.py."""
+    """Holds every option of eval.py."""
     model: str = option("", "what is answered", "model folder, run folder of train.py, or hub id; must be given")
     data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, .jsonl or .parquet file, "
                        "folder, or hub id")
@@ -478,8 +478,8 @@ def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
 
 
 def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, device) -> None:
-    """Every rank answers its share of the examples that no interrupted evaluation has left; rank 0
-    sums up."""
+    """Answers, on every rank, its share of the examples that no interrupted evaluation has left;
+    rank 0 sums up."""
     task, shown = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     if cfg.masks and not source.has_masks:
         raise Mistake(f"--masks compares with true masks, and {cfg.data} has no column mask: leave it out")

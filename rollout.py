@@ -12,8 +12,9 @@ Glossary
     suffix     the tokens that a rollout has so far
 
 A prompt gets the same rollouts in any batch and on any rank, and new ones each time it recurs, even
-within a step: its uniform numbers are seeded by (seed, place), see `uniforms`. Only a temperature shapes the
-distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.
+within a step: its uniform numbers are seeded by (seed, place), see `uniforms`. Only a temperature
+shapes the distribution (no top-k, no top-p), so the log-probs returned are those of the training
+forward.
 
 A prompt leaves the batch when all its rollouts have ended. The others shrink together, to the
 largest number still running in any of them.

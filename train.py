@@ -84,7 +84,7 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """Every option; saved with the run."""
+    """Holds every option. It is saved with the run."""
     preset: str = option("laptop", "method", "named set of options, the defaults of all others", tuple(PRESETS))
     method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy); the others: see "
                          "objective.py", tuple(objective.METHODS))
@@ -220,7 +220,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 @dataclass
 class Group:
-    """A prompt and its S responses: y first, then the rollouts: those that the method trains on."""
+    """Holds a prompt and those of its responses that the method trains on: y first, then the
+    rollouts."""
     prompt: Prompt
     responses: list[Response]
     smoothed: bool = False
@@ -454,8 +455,8 @@ def train_step(job: Job) -> dict:
 
 
 def run_evaluation(job: Job) -> None:
-    """Every rank answers its share; rank 0 draws its first answers and prints all evaluations so
-    far."""
+    """Answers, on every rank, its share; rank 0 draws its first answers and prints all evaluations
+    so far."""
     cfg, run = job.cfg, job.run
     own = job.held_out[run.rank::run.world]
     answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=run.signals)
@@ -477,7 +478,7 @@ def run_evaluation(job: Job) -> None:
 # Before the loop
 
 def open_data(cfg: Config, processor: Processor, data: str):
-    """The source of --data or --eval-data, by the same options."""
+    """Opens --data or --eval-data, by the same options."""
     flag = "--data" if data == cfg.data else "--eval-data"
 
     def fits(example, size) -> list[tuple[str, str]]:
@@ -487,7 +488,7 @@ def open_data(cfg: Config, processor: Processor, data: str):
 
 
 def set_up() -> Job:
-    """Everything that the loop works with."""
+    """Returns everything that the loop works with."""
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
     rank, world, device = start_ranks()

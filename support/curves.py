@@ -29,7 +29,7 @@ UNDRAWN = re.compile("step|loss|lr|grad_norm|skipped|seconds.*|.*_per_s|peak_mem
 
 
 def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """name → (steps, values) of a run's metrics.jsonl; those of evaluations as "EVAL name".
+    """Returns name → (steps, values) of a run's metrics.jsonl; those of evaluations as "EVAL name".
     Raises Mistake if it is no run."""
     if not (Path(run) / "metrics.jsonl").exists():
         raise Mistake(f"{run} is no run of train.py: it has no metrics.jsonl")
@@ -45,8 +45,8 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def smooth_line(values: list[float], width: int = 8) -> list[float]:
-    """Each value's mean with up to `width` on either side, as many before as after it, so that
-    nothing lags behind."""
+    """Returns each value's mean with up to `width` on either side, as many before as after it, so
+    that nothing lags behind."""
     means = []
     for i in range(len(values)):
         half = min(width, i, len(values) - 1 - i)
@@ -55,9 +55,9 @@ def smooth_line(values: list[float], width: int = 8) -> list[float]:
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:
-    """One run: a colour and a marker a quantity. Several: a colour a run, named once above all; a
-    line style and a marker a quantity, named beside its panel. Panels without numbers are left
-    out."""
+    """Draws one run: a colour and a marker a quantity. Several: a colour a run, named once above
+    all; a line style and a marker a quantity, named beside its panel. Panels without numbers are
+    left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

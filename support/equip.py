@@ -9,8 +9,8 @@ from support.onednn import use_onednn
 
 def equip(model: nn.Module, cfg=None, digest: str = "", adapter: Path | None = None) -> nn.Module:
     """Returns the model, of which large products on a CPU go by oneDNN from now on
-    (support/onednn.py). cfg: the options of a training, which may freeze parts of it or add adapters
-    (support/lora.py). Layers change their classes in place; their names and weights stay.
+    (support/onednn.py). cfg: the options of a training, which may freeze parts of it or add
+    adapters (support/lora.py). Layers change their classes in place; their names and weights stay.
 
     digest: weights.model_digest of the model. adapter: a checkpoint whose adapter goes on learning.
     Raises Mistake if an option does not fit the model.

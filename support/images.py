@@ -50,7 +50,8 @@ def upright_size(image: Image.Image, rotate: bool) -> tuple[int, int]:
         raise Unfit(f"mode {image.mode}: more than 8 bits a channel; store it with 8")
     if getattr(image, "is_animated", False) and image.format != "MPO":      # a camera's MPO holds views of one scene
         raise Unfit("it holds several pictures (an animation, or pages); store the one that is meant")
-    # A PNG that is not decoded yet may hold its EXIF behind the pixels: to ask for it would decode them.
+    # A PNG that is not decoded yet may hold its EXIF behind the pixels: to ask for it would decode
+    # them.
     unknown = image.format == "PNG" and "exif" not in image.info
     orientation = 1 if unknown else image.getexif().get(0x0112, 1)
     if orientation in range(2, 9) and not rotate:

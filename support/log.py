@@ -13,13 +13,13 @@ from support.verify_math import ended_now
 
 
 class Meter(defaultdict):
-    """Named quantities, joined over micro-batches and ranks: name → [sum, number of values]; a
-    total has number 0."""
+    """Holds named quantities, joined over micro-batches and ranks: name → [sum, number of values];
+    a total has number 0."""
     def __init__(self):
         super().__init__(lambda: [0.0, 0])
 
     def add(self, name: str, values) -> None:
-        """A mean: every element of `values` (tensor or list) counts once. No element, no entry."""
+        """Adds to a mean: every element of `values` (tensor or list) counts once."""
         values = values.double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
         if values:
             self[name][0] += sum(values)
@@ -71,7 +71,7 @@ def measure_groups(groups: list, meter: Meter) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """CUDA: allocated; CPU: resident. 1e9 bytes."""
+    """Returns the peak in 1e9 bytes: allocated on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024                               # Linux counts in KiB
@@ -79,7 +79,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def memory_line(model: nn.Module, world: int, offload: bool) -> str:
-    """By arithmetic."""
+    """Says, by arithmetic, what a rank needs before any activation."""
     weights, learning = (sum(p.numel() * p.element_size() for p in parameters) / 1e9
                          for parameters in (model.parameters(), learn(model)))
     base = sum(layer.base.numel() * layer.base.element_size() for layer in adapters(model).values()) / 1e9
@@ -89,7 +89,7 @@ def memory_line(model: nn.Module, world: int, offload: bool) -> str:
 
 
 def progress_line(m: dict) -> str:
-    """A line of metrics.jsonl in at most 120 columns."""
+    """Returns a line of metrics.jsonl in at most 120 columns."""
     shown = (("lr", "lr", ".0e"), ("r_rollouts", "r(o)", ".2f"),
              ("rollouts/accuracy", "acc", ".2f"), ("rollouts/thinking", "think", ".2f"),
              ("advantage_y", "Â_y", "+.2f"), ("smoothed", "smooth", ".2f"), ("tied", "tied", ".2f"),

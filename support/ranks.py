@@ -22,8 +22,8 @@ processors: dist.ProcessGroup | None = None    # of all ranks, over their proces
 
 
 def end_with_torchrun() -> None:
-    """From now on this process gets a SIGTERM when torchrun ends, whatever ends it (Linux alone
-    knows how). Raises Mistake if it has ended already: joining would wait for TIMEOUT."""
+    """Asks the kernel for a SIGTERM when torchrun ends, whatever ends it. Only Linux can do that.
+    Raises Mistake if it has ended already: joining would wait for TIMEOUT."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":       # torchrun's store is there before its ranks
@@ -97,7 +97,8 @@ def check_same_weights(model: torch.nn.Module, device) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits for every rank. Raises Mistake, with their numbers, if some do not come within TIMEOUT."""
+    """Waits for every rank. Raises Mistake, with their numbers, if some do not come within
+    TIMEOUT."""
     try:
         dist.monitored_barrier(processors, TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:

@@ -81,7 +81,7 @@ def best_of(history: dict[str, dict], metric: str) -> int | None:
 
 
 class Run:
-    """The book of a training.
+    """Keeps the book of a training.
 
     state: step, cursor, bad_steps and what else a checkpoint keeps (checkpoints.FIRST)
     signals: is not empty as soon as a signal has come, on this rank
@@ -120,7 +120,7 @@ class Run:
     # Begin and end
 
     def is_finished(self, evaluates: bool) -> bool:
-        """Whether a run that goes on has all its steps, and the last evaluation too."""
+        """Tells whether a run that goes on has all its steps, and the last evaluation too."""
         lines = read_log(run_and_step(Path(self.cfg.resume))[0])[0] if self.cfg.resume else []
         evaluated = any("eval" in line and line["step"] == self.step for line in lines)
         if self.is_done() and (evaluated or not evaluates):
@@ -221,8 +221,8 @@ class Run:
 
     @contextlib.contextmanager
     def unless_stopped(self):
-        """Within it a signal leaves what is at work, which counts as not begun. Of a Mistake it
-        says which checkpoint is from before."""
+        """Ends early after a signal: what is at work then counts as not begun. Adds to a
+        Mistake which checkpoint is from before."""
         try:
             yield
         except Stopped:

@@ -85,8 +85,8 @@ def wait_until_seen(run: Path, rank: int, seconds: int = 60) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Until this process ends, no other one writes to the folder. Raises Mistake if another one
-    does."""
+    """Keeps every other process from writing to the folder, until this one ends. Raises Mistake if
+    another one does."""
     name = os.path.abspath(folder)
     if name in locks:
         return
@@ -107,8 +107,8 @@ def lock(folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder is the one that was locked: not removed, and no other one or link in its
-    place."""
+    """Tells whether the folder is still the one that was locked, and was not removed or
+    replaced."""
     try:
         return os.path.samestat(os.stat(folder), locks[os.path.abspath(folder)][1])
     except (OSError, KeyError):
@@ -123,8 +123,8 @@ def check_ours(run: Path) -> None:
 
 
 def read_log(run: Path) -> tuple[list[dict], int]:
-    """metrics.jsonl: its records, none before the first step, and how many lines are none (cut off
-    by a full disk or a crash of the machine)."""
+    """Returns, of metrics.jsonl, its records, none before the first step, and how many lines are
+    none (cut off by a full disk or a crash of the machine)."""
     def number(value) -> bool:
         return type(value) in (int, float)
 
@@ -136,7 +136,7 @@ def read_log(run: Path) -> tuple[list[dict], int]:
 
 
 def read_config(run: Path) -> dict:
-    """config.json. Raises Mistake if it is not there, damaged, or without options."""
+    """Returns config.json. Raises Mistake if it is not there, damaged, or without options."""
     path = run / "config.json"
     if not os.path.lexists(path):
         raise Mistake(f"--resume {run}: there is no {path}{did_you_mean(run)}")
@@ -175,7 +175,7 @@ def saved_options(run: Path) -> dict:
 
 
 def run_and_step(path: Path) -> tuple[Path, int]:
-    """runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
+    """Returns runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
     if path.parent.name != "checkpoints":
         return path, 0
     if not path.name.removeprefix("step_").isdecimal():

@@ -53,7 +53,8 @@ MAX_README = 1_000_000      # bytes of a README.md that declares configurations
 PATTERNS = ("README.md", "*.parquet", "*.arrow", "*.jsonl", "*.json", "*.png", "*.jpg", "*.jpeg", "*.webp")
 AS_LINES = "jq -c '.[]' LIST.json > LINES.jsonl"
 MAPPABLE = ("question", "answer", "image", "choices", "id")       # by --columns
-# Videos and sounds, which are not read: columns that hold them, files of them, and what stands for them in a question.
+# Videos and sounds, which are not read: columns that hold them, files of them, and what stands for
+# them in a question.
 MEDIA = re.compile(r"(video|audio)s?([_-]?(file|path|url|uri|byte)s?)*", re.I)
 MEDIA_FILE = re.compile(r".+\.(mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|3gp|wav|mp3|m4a|aac|flac|ogg|opus)\s*", re.I)
 PLACEHOLDER = re.compile(r"(?i:</?(?:(image|img)|video|audio)[ _-]?(\d*)(?:here|pad|token|placeholder)?\s*/?>)"
@@ -123,7 +124,8 @@ class Scenes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: each yields its rows once, the pictures unread, and the pictures and masks of any row on demand
+# Files: each yields its rows once, the pictures unread, and the pictures and masks of any row on
+# demand
 
 def picture_columns(names, typed: list[str], chosen: str | None) -> list[str]:
     """Returns the columns that may hold the picture. typed: those of image type."""
