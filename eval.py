@@ -57,14 +57,13 @@ from support.sources import Example, noticed, read, stat_of
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs,
 # metrics). "answers", the mean score of the tasks without boxes, has a name of its own in each
 # benchmark: "name = answers".
-SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc", "bbox accuracy", "targets IoU>0.5",
-         "answers")
+SHOWN = ("gIoU", "cIoU", "N-acc", "N-acc official", "unreadable", "T-acc", "boxes", "targets", "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent", "length", "examples")
 JUDGES = ("rewards.py", "data.py", "eval.py", *(f"support/{name}.py" for name in (     # what makes a score
     "answers", "boxes", "cells", "folders", "images", "masks", "math_answers", "verify_math")))
-BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
+BOX_ACCURACIES = ("boxes official", "boxes")    # the authors'; ours, of present targets
 BENCHMARKS = {
-    "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc strict", "unreadable", "T-acc",
+    "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc", "unreadable", "T-acc",
                                *BOX_ACCURACIES)),
     "reasonseg": ("grounding", ("gIoU", "cIoU", *BOX_ACCURACIES)),
     "isic": ("grounding", ("gIoU", "cIoU", *BOX_ACCURACIES)),
@@ -236,13 +235,13 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
     return {
         "gIoU": mean(map(mask_iou, grounding)),
         "cIoU": sum(r.intersection for r in grounding) / union if union else None,
-        "N-acc strict": mean(not r.predicted and r.error is None for r in absent),
+        "N-acc": mean(not r.predicted and r.error is None for r in absent),
         "N-acc official": mean(not r.official_boxes for r in absent),     # an unreadable answer counts as a rejection
         "unreadable": mean(r.error is not None for r in records),
         "T-acc": mean(bool(r.predicted) for r in present),
-        "bbox accuracy": mean(box_hit(r.predicted, r.truth) for r in present),
-        "bbox accuracy official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
-        "targets IoU>0.5": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
+        "boxes": mean(box_hit(r.predicted, r.truth) for r in present),
+        "boxes official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
+        "targets": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
         "anomaly accuracy": mean((r.area > 0) == bool(r.truth) for r in grounding),
         "ROC-AUC official": roc_auc([float(r.area > 0) for r in grounding], anomalous),
         "ROC-AUC by area": roc_auc([r.area / (r.original_size[0] * r.original_size[1]) for r in grounding], anomalous),

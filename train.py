@@ -42,7 +42,8 @@ import objective
 from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_group
 from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
 from model import Qwen2_5_VL, load_model
-from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
+from rewards import (LABEL_STYLES, TASKS, borrowed_thought, full_accuracy, label_reward, label_text,
+                     reward_group)
 from rollout import decode_one_token, generate, uniforms
 from support.checkpoints import load_optimizer, newest_checkpoint
 from support.equip import equip
@@ -446,7 +447,7 @@ def train_step(job: Job) -> dict:
     prompts = [job.processor.prompt(example) for example in take(job.source, places, cfg.seed)]
     with run.together("sampling"):      # sections 3.2 to 3.4: rollouts, rewards, Eq. 6 and 7
         groups = make_groups(cfg, job.ddp.module, job.processor, prompts, places.start, run.signals, run.step)
-        measure_groups(groups, run.meter)
+        measure_groups(groups, run.meter, full_accuracy)
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, run.meter,
                                 run.step, run.leaves)       # Eq. 8 and 9
     return run.end_step(loss, norm, job.optimizers[0].param_groups[0]["lr"],

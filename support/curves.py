@@ -9,14 +9,14 @@ from support.runs import read_log
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PANELS = {   # title → names of metrics.jsonl (EVAL: of its evaluations), with the label of each
-    "rewards": {"r_rollouts": "r(o)", "r_y": "r(y)", "rollouts/accuracy": "accuracy of o",
-                "rollouts/answer_format": "format of o", "rollouts/thinking": "thinking of o"},
+    "rewards": {"r(o)": "r(o)", "r(y)": "r(y)", "o/accuracy": "accuracy of o",
+                "o/answer_format": "format of o", "o/thinks": "thinking of o"},
     "advantage of y, shares of groups": {"advantage_y": "Â_y", "smoothed": "smoothed", "tied": "tied"},
     "the two terms of Eq. 9": {"rlvr_weight": "RLVR", "sft_weight": "SFT (y)"},
     "entropy": {"entropy": "entropy, nats"},
     "log π(y), y trained on": {"logp_y": "log π(y)"},
-    "tokens of a rollout": {"response_length": "tokens"},
-    "evaluations": {"EVAL N-acc strict": "N-acc strict", "EVAL T-acc": "T-acc", "EVAL bbox accuracy": "boxes, present",
+    "tokens of a rollout": {"length": "tokens"},
+    "evaluations": {"EVAL N-acc": "N-acc", "EVAL T-acc": "T-acc", "EVAL boxes": "boxes, present",
                     "EVAL thinks, present": "thinks, present", "EVAL thinks, absent": "thinks, absent",
                     "EVAL answers": "short answers"},
 }

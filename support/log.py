@@ -2,6 +2,7 @@
 import resource
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,29 +44,32 @@ class Meter(defaultdict):
         return {name: total / count if count else total for name, (total, count) in joined.items()}
 
 
-def measure_groups(groups: list, meter: Meter) -> None:
-    """Measures groups (train.Group) before any gradient. docs/logged.md defines each name."""
+def measure_groups(groups: list, meter: Meter, full_accuracy: Callable[[str], float]) -> None:
+    """Measures groups (train.Group) before any gradient. docs/logged.md defines each name.
+    full_accuracy: task → the most points of its accuracy term (rewards.py)."""
     if unverified := ended_now():
         meter.total("errors/math_ended", unverified)
     for group in groups:
         rollouts, ys = group.rollouts, [o for o in group.responses if o.is_y and o.reward is not None]
         if not rollouts:        # nothing was rewarded
             continue
-        for who, responses in (("rollouts", rollouts), ("y", ys)):
+        for who, responses in (("o", rollouts), ("y", ys)):
             for o in responses:
                 for term, points in o.reward.terms.items():
                     meter.add(f"{who}/{term}", [points])
+        most = full_accuracy(group.prompt.example.task)
+        meter.add("accuracy", [o.reward.terms.get("accuracy", 0.0) / most for o in rollouts])
         for o in rollouts:
             meter.add("unreadable", [o.reward.error is not None])
             if o.reward.error:
                 meter.total(f"errors/{o.reward.error}", 1)
             meter.add("entropy", o.entropy)
-        meter.add("r_rollouts", [o.r for o in rollouts])
-        meter.add("response_length", [len(o.tokens) for o in rollouts])
+        meter.add("r(o)", [o.r for o in rollouts])
+        meter.add("length", [len(o.tokens) for o in rollouts])
         meter.add("truncated", [o.truncated for o in rollouts])
         meter.add("tied", [not any(o.advantage for o in group.responses)])
         for y in ys:
-            meter.add("r_y", [y.r])
+            meter.add("r(y)", [y.r])
             meter.add("advantage_y", [y.advantage])
             meter.add("smoothed", [group.smoothed])
 
@@ -90,9 +94,7 @@ def memory_line(model: nn.Module, world: int, offload: bool) -> str:
 
 def progress_line(m: dict) -> str:
     """Returns a line of metrics.jsonl in at most 120 columns."""
-    shown = (("lr", "lr", ".0e"), ("r_rollouts", "r(o)", ".2f"),
-             ("rollouts/accuracy", "acc", ".2f"), ("rollouts/thinking", "think", ".2f"),
-             ("advantage_y", "Â_y", "+.2f"), ("smoothed", "smooth", ".2f"), ("tied", "tied", ".2f"),
-             ("logp_y", "logπ(y)", ".0f"), ("entropy", "H", ".2f"), ("response_length", "len", ".0f"))
-    parts = (f"{label} {m[name]:{form}}" for name, label, form in shown if name in m)
+    shown = {"r(o)": ".2f", "accuracy": ".2f", "o/thinks": ".2f", "advantage_y": "+.2f",
+             "smoothed": ".2f", "tied": ".2f", "entropy": ".2f", "length": ".0f"}
+    parts = (f"{name.removeprefix('o/')} {m[name]:{form}}" for name, form in shown.items() if name in m)
     return f"{m['step']:>4}  " + "  ".join(parts)

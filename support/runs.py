@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
@@ -122,6 +123,17 @@ def check_ours(run: Path) -> None:
                       "its place. Nothing more is written; bring it back, then go on with --resume")
 
 
+# What earlier versions called a quantity.
+OLD_NAMES = {"N-acc strict": "N-acc", "bbox accuracy": "boxes", "bbox accuracy official": "boxes official",
+             "targets IoU>0.5": "targets", "r_rollouts": "r(o)", "r_y": "r(y)", "response_length": "length",
+             "rollouts/thinking": "o/thinks", "y/thinking": "y/thinks"}
+
+
+def today(name: str) -> str:
+    """Returns what a quantity that a run or a result has is called today."""
+    return OLD_NAMES.get(name) or re.sub("^rollouts/", "o/", name)
+
+
 def read_log(run: Path) -> tuple[list[dict], int]:
     """Returns, of metrics.jsonl, its records, none before the first step, and how many lines are
     none (cut off by a full disk or a crash of the machine)."""
@@ -132,7 +144,13 @@ def read_log(run: Path) -> tuple[list[dict], int]:
         evaluation = line.get("eval", {})
         return (type(line.get("step")) is int and number(line.get("lr", 0.0)) and isinstance(evaluation, dict)
                 and all(value is None or number(value) for value in evaluation.values()))
-    return read_lines(run / "metrics.jsonl", fits)
+    records, damaged = read_lines(run / "metrics.jsonl", fits)
+    for record in records:
+        for values in (record, record.get("eval", {})):
+            renamed = {today(name): value for name, value in values.items()}
+            values.clear()
+            values.update(renamed)
+    return records, damaged
 
 
 def read_config(run: Path) -> dict:
@@ -169,6 +187,7 @@ def saved_options(run: Path) -> dict:
                           "any more: go on with the version that its config.json names")
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
+    saved["keep_best"] = today(str(saved.get("keep_best", "")))
     if all(type(saved.get(name)) is int for name in ("cooldown_steps", "steps")):
         saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / max(1, saved["steps"]))
     return saved

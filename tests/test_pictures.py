@@ -73,8 +73,8 @@ def book(folder: Path) -> Run:
 
 
 @pytest.mark.parametrize("lines", [
-    [{"step": 1, "loss": 2.0, "logp_y": -9.0}], [{"step": 0, "eval": {"N-acc strict": 0.5, "gIoU": None}}],
-    [{"step": s, "loss": 0.1, "r_rollouts": s, "advantage_y": 1.0, "seconds": 2.0} for s in (1, 2)]
+    [{"step": 1, "loss": 2.0, "logp_y": -9.0}], [{"step": 0, "eval": {"N-acc": 0.5, "gIoU": None}}],
+    [{"step": s, "loss": 0.1, "r(o)": s, "advantage_y": 1.0, "seconds": 2.0} for s in (1, 2)]
     + [{"step": 2, "eval": {"T-acc": 0.25}}]])
 def test_curves_of_any_run(tmp_path, lines):
     run = tmp_path / "a"
@@ -94,11 +94,11 @@ def test_no_run_and_smoothing(tmp_path):
 
 
 def test_a_step_is_one_line_of_a_terminal():
-    extreme = {"step": 12345, "lr": 1e-6, "r_rollouts": 6.99, "rollouts/accuracy": 2.99, "rollouts/thinking": 0.99,
+    extreme = {"step": 12345, "lr": 1e-6, "r(o)": 6.99, "accuracy": 0.99, "o/thinks": 0.99,
                "advantage_y": -2.67, "smoothed": 0.99, "tied": 0.99, "logp_y": -1234.0, "entropy": 11.92,
-               "response_length": 2000.0}
+               "length": 2000.0}
     line = progress_line(extreme)
-    assert len(line) <= 120 and "lr 1e-06" in line and "12345" in line, len(line)
+    assert len(line) <= 120 and "accuracy 0.99  thinks 0.99" in line and "12345" in line, len(line)
 
 
 def test_a_run_without_evaluations_has_curves_too(tmp_path):

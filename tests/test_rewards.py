@@ -285,7 +285,7 @@ def slow_terms(response, truth):
         repeats += sentence in seen
         seen.add(sentence)
     return {
-        "thinking": float(re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", response, re.DOTALL) is not None),
+        "thinks": float(re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", response, re.DOTALL) is not None),
         "answer_format": 0.0 if items is None else sum(counts) / len(counts) if counts else 0.0 if truth else 2.0,
         "accuracy": 0.0 if boxes is None else slow_accuracy(boxes, truth),
         "non_repeat": float(repeats < 2)}
@@ -370,7 +370,7 @@ def check_reward(response):
     assert error is None or boxes == []
     for truth in TRUTHS:
         reward = grounding_reward(response, json.dumps(truth))
-        limits = {"thinking": 1, "answer_format": 2, "accuracy": 3, "non_repeat": 1}
+        limits = {"thinks": 1, "answer_format": 2, "accuracy": 3, "non_repeat": 1}
         assert reward.terms.keys() == limits.keys()
         assert all(math.isfinite(reward.terms[name]) and 0 <= reward.terms[name] <= limits[name] for name in limits)
         if reward.error is None:
@@ -464,7 +464,7 @@ def test_long_texts_are_read_in_time(n):
     truth = json.dumps([random_item(random.Random(1)) for _ in range(150)])
     calls = {
         "grounding": lambda text: grounding_reward(text, truth), "math": lambda text: math_reward(text, "2"),
-        "vqa": lambda text: vqa_reward(text, "2"), "parse": parse_boxes, "thinking": has_thinking_format,
+        "vqa": lambda text: vqa_reward(text, "2"), "parse": parse_boxes, "thinks": has_thinking_format,
         "label": lambda text: read_label("vqa", text)}
     for name, text in long_texts(n).items():
         assert 0.8 * n < len(text) <= n, name
@@ -899,7 +899,7 @@ def test_control_2_pays_y_no_thinking(task, style, stored):
     for thought in ("", "Hm"):  # even a label that does think
         y = label_text(task, stored, style, thought)
         on, off = label_reward(task, y, stored), label_reward(task, y, stored, pays_thinking=True)
-        assert (on.total, on.terms["thinking"], off.total, off.terms["thinking"]) == (6, 0, 7, 1)
+        assert (on.total, on.terms["thinks"], off.total, off.terms["thinks"]) == (6, 0, 7, 1)
         rest = {"answer_format": 2, "accuracy": 3, "non_repeat": 1}
         assert rest.items() <= on.terms.items() and rest.items() <= off.terms.items() and on.error is off.error is None
 

@@ -352,7 +352,7 @@ def test_the_label_borrows_a_thought(alone, monkeypatch):
         answer = rewards.label_text("scene_grounding", prompt.answer, "spaced")
         assert processor.decode(y.tokens) == "<think>Is it red?</think> " + answer
         assert y.tokens == processor.encode("<think>Is it red?</think> " + answer)
-        assert y.r == y.reward.total == 7 and y.reward.terms["thinking"] == 1 and not group.smoothed
+        assert y.r == y.reward.total == 7 and y.reward.terms["thinks"] == 1 and not group.smoothed
         expected = objective.group_advantages(torch.tensor([7.0, *(o.r for o in rollouts)], dtype=torch.float64))
         assert advantages(group) == expected.tolist() and y.advantage == max(advantages(group)) > 0
     ours, = train.make_groups(replace(cfg, method="sft"), model, processor, prompts[:1], 5)
@@ -481,9 +481,9 @@ def test_an_edit_is_one_hunk_and_one_option(tmp_path, edit, unedited):
         assert all("label_nll" in line for line in edited) and "label_nll" not in unedited[0]
         assert [line["loss"] for line in edited] != [line["loss"] for line in unedited]
     if edit == "a fourth control":      # the loss stays: where all rollouts are equal, Â_y does not depend on r(y)
-        assert edited[0]["r_y"] < unedited[0]["r_y"]
+        assert edited[0]["r(y)"] < unedited[0]["r(y)"]
     if edit == "a length penalty":
-        assert all(line["rollouts/length"] < 0 for line in edited)
+        assert all(line["o/length"] < 0 for line in edited)
         assert [line["loss"] for line in edited] != [line["loss"] for line in unedited]
 
 
@@ -544,7 +544,7 @@ def test_an_evaluation_keeps_the_prompts_of_its_picture_alone(alone, monkeypatch
     run.folder = tmp_path
     job = train.Job(run.cfg, run, SimpleNamespace(module=None), None, processor, [], [], range(40))
     train.run_evaluation(job)
-    assert run.history["step 7"]["N-acc strict"] == 1 and (tmp_path / "samples/step_7.png").exists()
+    assert run.history["step 7"]["N-acc"] == 1 and (tmp_path / "samples/step_7.png").exists()
     assert len(most) == 40 and max(most) <= 14
 
 
@@ -566,8 +566,8 @@ def test_the_point_of_the_paper_on_one_question(alone):
             logs[method].append(meter.read(torch.device("cpu")))
     first, last = logs["visurf"][0], logs["visurf"][-20:]
     assert first["smoothed"] == 0 and first["advantage_y"] == pytest.approx(4 / 5 ** 0.5)   # G/√(G+1)
-    assert sum(m["r_rollouts"] for m in last) / 20 > 4 and sum(m["smoothed"] for m in last) / 20 > 0.7
-    assert all(m["r_rollouts"] == 1 and m["tied"] == 1 for m in logs["rlvr"])
+    assert sum(m["r(o)"] for m in last) / 20 > 4 and sum(m["smoothed"] for m in last) / 20 > 0.7
+    assert all(m["r(o)"] == 1 and m["tied"] == 1 for m in logs["rlvr"])
     assert logs["sft"][-1]["logp_y"] > -1
 
 
@@ -695,7 +695,7 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert (run / "samples/step_0.png").exists() and (run / "samples/step_1.png").exists()
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["rollouts"] == 3 and config["versions"]["torch"] and config["prompts"]["scene_grounding"]
-    assert "loss" in lines(run)[1] and "N-acc strict" in lines(run)[0]["eval"]
+    assert "loss" in lines(run)[1] and "N-acc" in lines(run)[0]["eval"]
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     reloaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "checkpoints/step_1")
     ours = load_model(run / "checkpoints/step_1")
