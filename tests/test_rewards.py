@@ -985,9 +985,9 @@ def test_bad_labels(task, stored, reason):
         read_label(task, stored)
 
 
-def test_the_task_of_the_readme():
-    """The README's example works as it is printed there."""
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_the_task_of_the_page():
+    """The example of docs/tasks.md works as it is printed there."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tasks.md").read_text(), re.S)
     names = vars(rewards) | {"TASKS": {}}
     exec(code, names)
     task = names["TASKS"]["read"]
