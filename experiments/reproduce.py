@@ -553,11 +553,13 @@ def holm_table(rows: dict[str, dict[int, dict]]) -> str:
 
 def read_cost() -> dict[str, dict]:
     """What experiments/cost.py measured: "seconds": name → its stages: steps, and seconds of a step
-    at its start and its end; "memory": name → GB. sft-long is added, as 1,200 steps of sft."""
+    at its start and its end; "memory": name → GB. Unless sft-long was measured, it is 1,200 steps
+    of sft."""
     path = ROOT / "experiments/cost.json"
     cost = json.loads(path.read_text()) if path.exists() else {"seconds": {}, "memory": {}}
     if "sft" in cost["seconds"]:
-        cost["seconds"]["sft-long"] = [stage | {"steps": 1200} for stage in cost["seconds"]["sft"]]
+        long = [stage | {"steps": 1200} for stage in cost["seconds"]["sft"]]
+        cost["seconds"].setdefault("sft-long", long)          # where it was not measured
     return cost
 
 

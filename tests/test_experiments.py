@@ -158,7 +158,8 @@ def test_the_course_by_hand():
 def test_every_table_and_figure_is_made_of_what_there_is(tmp_path):
     """Two seeds, the base one; a course without log π(y) at its end."""
     metrics = {"N-acc": 0.5, "N-acc, colour there": 0.25, "N-acc, colour not there": 0.75,
-               "T-acc": 1.0, "boxes": 0.25, "answers": 0.75, "thinks, present": 1.0, "thinks, absent": 0.0}
+               "T-acc": 1.0, "boxes": 0.25, "answers": 0.75, "thinks, present": 1.0,
+               "thinks, absent": 0.0}
 
     def made(seed):
         return {"rate": 0.001, "seed": seed, "metrics": dict.fromkeys((*SPLITS, "val"), metrics), "seconds": 5,
