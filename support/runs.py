@@ -26,10 +26,6 @@ from support.mistakes import Mistake
 from support.ranks import gather_json
 
 NO_RUN_YET = {"config.json", ".lock"}      # all that a start leaves which was killed before its first line
-# Names of earlier versions, in files that stay as they were written → today's.
-RENAMED = {"N-acc strict": "N-acc", "bbox accuracy": "boxes",
-           "bbox accuracy official": "boxes official", "targets IoU>0.5": "targets",
-           "r_rollouts": "r(o)", "r_y": "r(y)", "response_length": "length"}
 # folder → open file, which ends with its process, however that ends; what os.stat says of the
 # folder
 locks: dict[str, tuple] = {}
@@ -155,14 +151,6 @@ def read_log(run: Path) -> tuple[list[dict], int]:
             values.clear()
             values.update(renamed)
     return records, damaged
-
-
-def today(name: str) -> str:
-    """Returns the name that a metric or a logged quantity has now: "rollouts/thinking" is
-    "o/thinks". A name of today stays."""
-    source, slash, term = RENAMED.get(name, name).partition("/")
-    return ("o" if source == "rollouts" and slash else source) + slash + (
-        "thinks" if term == "thinking" else term)
 
 
 def read_config(run: Path) -> dict:
