@@ -55,7 +55,7 @@ from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
 from support.probe import trained_on
-from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
+from support.ranks import add_over_ranks, gather_json, idle_cores, leave_ranks, start_ranks
 from support.run import Run, begin_or_resume, check_same
 from support.runs import saved_options
 from support.screen import CONTROL
@@ -543,6 +543,10 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     run.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}{some}, {run.world} rank(s) on "
             f"{run.device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n"
             f"{memory_line(model, run.world, cfg.offload_optimizer)}")
+    alone = run.world == 1 and run.device.type == "cpu" and torch.get_num_threads() == 1
+    if alone and (idle := idle_cores()):
+        run.say(f"this process uses one core, and {idle} more are idle: torchrun --nproc-per-node 2 "
+                "train.py … takes 0.65 of the time for each step (measured on two)")
     for line in (line for source in sources for line in noticed(source)):
         run.say(line)
     first = run.state["cursor"]

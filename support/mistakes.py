@@ -82,10 +82,12 @@ def run_main(main) -> None:
     except (Mistake, OSError, MemoryError, RuntimeError) as error:
         mistake = clean(sentence_of(error))
         if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))    # torchrun lists every rank that fails
             time.sleep(2)
         sys.stdout.flush()
         print(f"\n{mistake}", file=sys.stderr, flush=True)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with open(path, "w") as file:
-                json.dump({"message": {"message": mistake, "extraInfo": {"timestamp": int(time.time())}}}, file)
+                json.dump({"message": {"message": f"\n\n{mistake}\n",
+                                       "extraInfo": {"timestamp": int(time.time())}}}, file)
         os._exit(1)      # not sys.exit: the threads of a process group would be waited for

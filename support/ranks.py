@@ -34,6 +34,13 @@ def end_with_torchrun() -> None:
             raise Mistake(f"torchrun is gone: nothing answers at {address[0]}:{address[1]} ({error})") from None
 
 
+def idle_cores() -> int:
+    """Returns how many cores of this machine have had nothing to do in the last minute, besides one
+    for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, cores - 1 - round(os.getloadavg()[0]))
+
+
 def start_ranks() -> tuple[int, int, torch.device]:
     """Joins the process group that torchrun describes (alone without it). Returns rank, world size,
     device."""
