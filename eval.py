@@ -20,7 +20,6 @@ Glossary
 import hashlib
 import itertools
 import json
-import os
 import re
 import statistics
 import sys
@@ -42,7 +41,7 @@ from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinki
 from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
                            targets_found)
 from support.equip import equip
-from support.files import as_json, read_lines, read_record, replace_file, writing
+from support.files import as_json, replace_file, writing
 from support.images import check_aspect, open_image, picture_file
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
@@ -50,6 +49,7 @@ from support.options import option, parse
 from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
+from support.results import default_folder, read_finished, results_folder
 from support.runs import lock
 from support.screen import say
 from support.sources import Example, noticed, read, stat_of
@@ -423,57 +423,8 @@ def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
             "repetition_penalty": cfg.repetition_penalty}
 
 
-def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:    # type: ignore[return]
-    """Returns where the results go, and a notice. If the usual folder holds another evaluation,
-    NAME-2, NAME-3 … is taken. Raises Mistake if --out itself does."""
-    usual = out = Path(cfg.out) if cfg.out else default_folder(cfg, model)
-    said = ""
-    for attempt in itertools.count(2):
-        path = out / "settings.json"
-        try:
-            old = read_record(path) if os.path.lexists(path) else settings
-        except Mistake:         # nothing says what the records there are of
-            old = {}
-        if old == settings:
-            return out, said and f"{said}; writing to {out}\n"
-        different = [name for name in settings if old.get(name) != settings[name]] if old else ["evaluation (damaged)"]
-        if cfg.out and not old:
-            raise Mistake(f"{path} is damaged: give another --out, or remove {out}")
-        if cfg.out:
-            changes = "; ".join(f"{name}: {old.get(name)!r} → {settings[name]!r}" for name in different)
-            raise Mistake(f"{out} holds the results of an evaluation with other settings ({changes}): give another "
-                          f"--out, or remove {out}")
-        said = said or f"{usual} holds results of another {' and '.join(different)}"
-        out = usual.with_name(f"{usual.name}-{attempt}")
-
-
-def read_finished(out: Path) -> tuple[dict[int, dict], int]:
-    """Returns the records that an interrupted evaluation left in `out`, by example number; and how
-    many of its lines hold none, such as the one that was being written."""
-    def fits(line: dict) -> bool:
-        try:
-            summarise([record_of(line)])
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
-            return False
-        return type(line.get("index")) is int
-
-    parts = [read_lines(part, fits) for part in sorted(out.glob("records*.jsonl"))]
-    return {line["index"]: line for lines, _ in parts for line in lines}, sum(damaged for _, damaged in parts)
-
-
 def record_of(line: dict) -> Record:
     return Record(**{name: line[name] for name in Record.__dataclass_fields__})
-
-
-def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
-    """Returns a folder in the run, with the checkpoint's step, or else in the current folder: a
-    model folder is never written into. Another --limit is another evaluation."""
-    def plain(name: str) -> str:
-        return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-    data = plain(cfg.data) + (f"-first{cfg.limit}" if cfg.limit else "")
-    if (Path(cfg.model) / "metrics.jsonl").exists():
-        return Path(cfg.model) / "evaluations" / f"{model.folder.name}-{data}"
-    return Path("evaluations") / f"{plain(cfg.model)}-{data}"
 
 
 def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, device) -> None:
@@ -484,11 +435,12 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
         raise Mistake(f"--masks compares with true masks, and {cfg.data} has no column mask: leave it out")
     segmenter = Segmenter(cfg.masks, device) if cfg.masks else None
     settings = what_matters(cfg, task, model, source)
-    out, elsewhere = results_folder(cfg, model, settings)
+    usual = Path(cfg.out) if cfg.out else default_folder(cfg.model, model.folder, cfg.data, cfg.limit)
+    out, elsewhere = results_folder(usual, bool(cfg.out), settings)
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         lock(out)
-    done, damaged = read_finished(out)
+    done, damaged = read_finished(out, lambda line: summarise([record_of(line)]))
     gather_json(None, device)          # every rank has read the folder before rank 0 writes to it
     if rank == 0:
         replace_file(out / "settings.json", as_json(settings, 2))
@@ -531,7 +483,7 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
 
 def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[str], shown: tuple, drawn: list) -> None:
     """Joins what the ranks wrote, prints the table, writes metrics.json and the picture."""
-    lines, _ = read_finished(out)
+    lines, _ = read_finished(out, lambda line: summarise([record_of(line)]))
     if len(lines) < len(numbers) - len(bad):
         raise Mistake(f"{out} holds {len(lines)} of {len(numbers)} examples; do all ranks write to the same disk?")
     replace_file(out / "records.jsonl", "".join(as_json(lines[n]) for n in sorted(lines)))
