@@ -64,8 +64,8 @@ def draw() -> None:
             at.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1 + 1, y2 - y1 + 1, fill=False,
                                    edgecolor=COLOURS[1], linewidth=2.5))
         at.set_title(title)
-        at.set_xlabel(response.partition("<answer>")[2].partition("</answer>")[0].replace(", \"point", ",\n\"point"),
-                      family="monospace", fontsize=8)
+        answer = response.partition("<answer>")[2].partition("</answer>")[0]
+        at.set_xlabel(answer.replace(', "point', ',\n"point'), family="monospace", fontsize=14 if answer == "[]" else 9)
         at.set_xticks([])
         at.set_yticks([])
     for title, colour in (("SFT", COLOURS[1]), ("RLVR", COLOURS[6]), ("ViSurf", COLOURS[0])):
