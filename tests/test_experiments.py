@@ -238,8 +238,8 @@ def test_the_probe_counts_the_rollouts_that_reject(monkeypatch):
     empty, box, broken = ([SimpleNamespace(tokens=processor.encode(f"<answer>{answer}</answer>"))]
                           for answer in ("[]", a_box, "["))
 
-    def say(model, prompts, G, longest, places):
-        assert (G, longest) == (8, 128) and len(places) == len(prompts) == 43
+    def say(model, prompts, longest, u):
+        assert (longest, u.shape) == (128, (43, 8, 128)) and len(prompts) == 43
         return [empty + (box if p.example.answer != "[]" else empty) + broken * 6 for p in prompts]
     monkeypatch.setattr(probe, "generate", say)
     assert probe.rejecting(None, processor) == {"present": 0.125, "absent": 0.25}
