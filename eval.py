@@ -313,11 +313,13 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
 
 def for_sheet(pairs: list[tuple[Record, Prompt]]) -> list[tuple]:
     """Returns what support.pictures.draw_sheet shows of each answer: its reward's terms, and
-    whether it is right."""
+    whether it is right. With boxes it is if every target is found and no box is too many."""
     shown = []
     for record, prompt in pairs:
         if TASKS[record.task].boxes:
-            right = record.error is None and box_hit(record.predicted, record.truth)
+            boxes, targets = len(record.predicted), len(record.truth)
+            found = targets_found(record.predicted, record.truth)
+            right = record.error is None and boxes == targets == found
         else:
             right = record.score >= 0.5
         reward = score(record.task, record.response, prompt.answer, prompt.side)
@@ -386,7 +388,7 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
             picture = Path(cfg.out or f"{Path(cfg.image).stem}.answer.png")
             if asked > 1:
                 picture = picture.with_stem(f"{picture.stem}-{asked}")
-            draw_answer(image, items, picture)
+            draw_answer(image, items, question, response, picture)
             boxes = f"in pixels of {cfg.image}: {json.dumps(items)}"
             say(f"the answer cannot be read: {unreadable}" if unreadable else boxes)
             say(f"drawn: {picture}")
