@@ -187,7 +187,7 @@ def test_under_torchrun_the_sentence_is_nearly_the_last_thing(tmp_path):
     assert "train.py\", line" not in output      # no traceback of ours
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_saves_shows_and_says_how_to_go_on(tmp_path):
     process = start(tmp_path, "--prompts-per-step", "2", "--rollouts", "2", "--max-new-tokens", "8",
                     "--eval-data", "", "--name", "a")
     metrics = tmp_path / "runs/a/metrics.jsonl"
@@ -202,6 +202,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert (tmp_path / f"runs/a/checkpoints/step_{step}/state.json").exists()
     for ours in ("support", "train.py"):         # the traceback is torchrun's alone
         assert f'File "{ROOT / ours}' not in output, output
+    assert (tmp_path / "runs/a/curves.png").exists()
+    assert f", step {step} of 400</title>" in (tmp_path / "runs/a/report.html").read_text()
 
 
 def test_ctrl_c_does_not_reach_the_verifier_of_math():
