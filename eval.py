@@ -35,7 +35,7 @@ from data import Processor, Prompt, load
 from model import Qwen2_5_VL, load_model
 from rewards import TASKS, guarded, score
 from rollout import generate
-from support import scenes
+from support import report, scenes
 from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinking_format, parse_boxes,
                              parse_json, parse_points, trailing_text)
 from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
@@ -43,6 +43,7 @@ from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_
 from support.equip import equip
 from support.files import as_json, replace_file, writing
 from support.images import check_aspect, open_image, picture_file
+from support.log import metric_text
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
 from support.options import option, parse
@@ -98,8 +99,9 @@ class Options:
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
-    out: str = option("", "output", "folder for metrics.json, records.jsonl, overlay.png (default: "
-                      "evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); with --image the picture")
+    out: str = option("", "output", "folder for report.html, metrics.json, records.jsonl, "
+                      "overlay.png (default: evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); "
+                      "with --image the picture")
 
     def check(self) -> None:
         """Raises Mistake if options cannot be together."""
@@ -312,11 +314,13 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
 
 def for_sheet(pairs: list[tuple[Record, Prompt]]) -> list[tuple]:
     """Returns what support.pictures.draw_sheet shows of each answer: its reward's terms, and
-    whether it is right."""
+    whether it is right. With boxes it is if every target is found and no box is too many."""
     shown = []
     for record, prompt in pairs:
         if TASKS[record.task].boxes:
-            right = record.error is None and box_hit(record.predicted, record.truth)
+            boxes, targets = len(record.predicted), len(record.truth)
+            found = targets_found(record.predicted, record.truth)
+            right = record.error is None and boxes == targets == found
         else:
             right = record.score >= 0.5
         reward = score(record.task, record.response, prompt.answer, prompt.side)
@@ -335,17 +339,14 @@ def original_frame(items: list[dict], prompt: Prompt) -> list[dict]:
 def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = SHOWN) -> str:
     """Returns a table of {title: metrics} as text, one metric a line, without those that none
     has."""
-    def cell(name: str, value) -> str:
-        if value is None:
-            return "–"
-        return f"{value:d}" if name == "examples" else f"{value:.1f}" if name == "length" else f"{value:.3f}"
     widths = [max(len(title), 8) for title in columns]
     lines = [" " * 22 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths))]
     for entry in (*shown, *ALWAYS):
         name, metric = entry.split(" = ") if " = " in entry else (entry, entry)
         if all(m.get(metric) is None for m in columns.values()):      # an earlier version may lack a metric
             continue
-        cells = (f"  {cell(metric, m.get(metric)):>{w}}" for m, w in zip(columns.values(), widths))
+        cells = (f"  {metric_text(metric, m.get(metric)):>{w}}"
+                 for m, w in zip(columns.values(), widths))
         lines.append(f"{name:<22}" + "".join(cells))
     return "\n".join(lines)
 
@@ -385,7 +386,7 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
             picture = Path(cfg.out or f"{Path(cfg.image).stem}.answer.png")
             if asked > 1:
                 picture = picture.with_stem(f"{picture.stem}-{asked}")
-            draw_answer(image, items, picture)
+            draw_answer(image, items, question, response, picture)
             boxes = f"in pixels of {cfg.image}: {json.dumps(items)}"
             say(f"the answer cannot be read: {unreadable}" if unreadable else boxes)
             say(f"drawn: {picture}")
@@ -497,11 +498,15 @@ def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[st
         say(f"left out: {len(bad)} rows, listed in metrics.json")
     measured = {name: value for name, value in metrics.items() if value is not None}
     replace_file(out / "metrics.json", as_json({**settings, "left_out": bad, "metrics": measured}, 2))
-    pictures = ""
     if drawn:
         draw_sheet(for_sheet(drawn), out / "overlay.png")
-        pictures = " and overlay.png"
-    say(f"wrote metrics.json, records.jsonl{pictures} to {out}")
+    first = [entry.split(" = ")[-1] for entry in (*shown, *ALWAYS)]
+    report.write(out / "report.html", f"{cfg.model} on {cfg.data}",
+                 report.table(("setting", "value"), [*settings.items()]),
+                 report.evaluations({"value": measured}, first),
+                 report.pictures("Answers", {"overlay.png": out / "overlay.png"}))
+    pictures = ", overlay.png" if drawn else ""
+    say(f"wrote report.html, metrics.json, records.jsonl{pictures} to {out}")
 
 
 def main() -> None:

@@ -92,6 +92,23 @@ def memory_line(model: nn.Module, world: int, offload: bool) -> str:
             + (f"; {base:.2f} GB of the base in the memory of the host" if base else ""))
 
 
+def metric_text(name: str, value: float | None) -> str:
+    """Returns a metric of an evaluation as it is shown: a dash if there was nothing to measure."""
+    digits = {"examples": 0, "length": 1}.get(name, 3)
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def bar_line(m: dict, evaluation: dict) -> str:
+    """Returns what stands behind the bar. m: a line of metrics.jsonl. evaluation: the newest."""
+    parts = [f"r(o) {m['r(o)']:.2f}" if "r(o)" in m else "",
+             f"N-acc {evaluation['N-acc']:.3f}" if evaluation.get("N-acc") is not None else ""]
+    for verb, name in (("samples", "sampling_tokens_per_s"), ("trains", "training_tokens_per_s")):
+        if name in m:
+            parts.append(f"{verb} {m[name]:,.0f} tokens/s")
+            break
+    return ", ".join(filter(None, parts))
+
+
 def progress_line(m: dict) -> str:
     """Returns a line of metrics.jsonl in at most 120 columns."""
     shown = {"r(o)": ".2f", "accuracy": ".2f", "o/thinks": ".2f", "advantage_y": "+.2f",

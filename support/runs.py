@@ -4,7 +4,9 @@ write there.
     runs/NAME/config.json            every option, the git commit, the versions, the prompts of the tasks; where the run
                                      went on with other options, those, and under "before" what held until which step
     runs/NAME/metrics.jsonl          one line a step, one an evaluation
-    runs/NAME/samples/step_N.png     answers of an evaluation
+    runs/NAME/curves.png             the same, drawn (support/curves.py)
+    runs/NAME/samples/step_N.png     answers of an evaluation (support/pictures.py)
+    runs/NAME/report.html            all of it on one page (support/report.py)
     runs/NAME/.lock                  held by the process that writes to the run
 """
 import contextlib
@@ -29,6 +31,20 @@ NO_RUN_YET = {"config.json", ".lock"}      # all that a start leaves which was k
 # folder → open file, which ends with its process, however that ends; what os.stat says of the
 # folder
 locks: dict[str, tuple] = {}
+# What an earlier version called a metric, and its name now.
+RENAMED = {"N-acc strict": "N-acc", "bbox accuracy": "boxes", "r_rollouts": "r(o)", "r_y": "r(y)",
+           "bbox accuracy official": "boxes official", "targets IoU>0.5": "targets",
+           "response_length": "length"}
+
+
+def today(name: str) -> str:
+    """Returns what a metric of metrics.jsonl is called now.
+
+    >>> today("N-acc strict"), today("rollouts/thinking"), today("y/accuracy")
+    ('N-acc', 'o/thinks', 'y/accuracy')
+    """
+    name = re.sub("^rollouts/", "o/", RENAMED.get(name, name))
+    return re.sub("^([oy])/thinking$", r"\1/thinks", name)
 
 
 def versions() -> dict[str, str]:
@@ -123,20 +139,9 @@ def check_ours(run: Path) -> None:
                       "its place. Nothing more is written; bring it back, then go on with --resume")
 
 
-# What earlier versions called a quantity.
-OLD_NAMES = {"N-acc strict": "N-acc", "bbox accuracy": "boxes", "bbox accuracy official": "boxes official",
-             "targets IoU>0.5": "targets", "r_rollouts": "r(o)", "r_y": "r(y)", "response_length": "length",
-             "rollouts/thinking": "o/thinks", "y/thinking": "y/thinks"}
-
-
-def today(name: str) -> str:
-    """Returns what a quantity that a run or a result has is called today."""
-    return OLD_NAMES.get(name) or re.sub("^rollouts/", "o/", name)
-
-
 def read_log(run: Path) -> tuple[list[dict], int]:
-    """Returns, of metrics.jsonl, its records, none before the first step, and how many lines are
-    none (cut off by a full disk or a crash of the machine)."""
+    """Returns the records of metrics.jsonl by today's names, none before the first step; and how
+    many of its lines hold none (cut off by a full disk or a crash of the machine)."""
     def number(value) -> bool:
         return type(value) in (int, float)
 
@@ -144,13 +149,11 @@ def read_log(run: Path) -> tuple[list[dict], int]:
         evaluation = line.get("eval", {})
         return (type(line.get("step")) is int and number(line.get("lr", 0.0)) and isinstance(evaluation, dict)
                 and all(value is None or number(value) for value in evaluation.values()))
-    records, damaged = read_lines(run / "metrics.jsonl", fits)
-    for record in records:
-        for values in (record, record.get("eval", {})):
-            renamed = {today(name): value for name, value in values.items()}
-            values.clear()
-            values.update(renamed)
-    return records, damaged
+    def named(values: dict) -> dict:
+        return {today(name): value for name, value in values.items()}
+    lines, damaged = read_lines(run / "metrics.jsonl", fits)
+    return [named({**line, "eval": named(line["eval"])} if "eval" in line else line)
+            for line in lines], damaged
 
 
 def read_config(run: Path) -> dict:
@@ -185,9 +188,10 @@ def saved_options(run: Path) -> dict:
         if saved.pop(name, value) != value:
             raise Mistake(f"{run} was started with --{name.replace('_', '-')}, which is no option "
                           "any more: go on with the version that its config.json names")
+    if isinstance(saved.get("keep_best"), str):
+        saved["keep_best"] = today(saved["keep_best"])
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
-    saved["keep_best"] = today(str(saved.get("keep_best", "")))
     if all(type(saved.get(name)) is int for name in ("cooldown_steps", "steps")):
         saved["cooldown"] = min(1.0, saved.pop("cooldown_steps") / max(1, saved["steps"]))
     return saved

@@ -69,7 +69,8 @@ def same_value(answer: str, truth: str) -> bool:
         if child is None:
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root,
-                                     text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                     text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     start_new_session=True)     # Ctrl-C is for this process alone
             if not child_says("\n"):
                 from support.mistakes import Mistake       # here: it imports torch, which the child does without
                 raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")

@@ -78,7 +78,9 @@ def test_the_command_writes_metrics_records_and_a_picture(complete):
     assert json.loads((out / "metrics.json").read_text())["metrics"]["examples"] == 7
     assert [record["index"] for record in lines(out)] == list(range(7))
     assert Image.open(out / "overlay.png").width > 1000
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "metrics.json", "overlay.png", "records.jsonl", "settings.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "metrics.json", "overlay.png", "records.jsonl", "report.html", "settings.json"]
+    page = (out / "report.html").read_text()
+    assert "<td>T-acc</td>" in page and "<td>max_new_tokens</td>" in page and page.count("data:image/png") == 1
 
 
 def test_two_ranks_and_interruption_give_the_same(complete, tmp_path):
@@ -235,4 +237,6 @@ def test_a_photo_lying_on_its_side_is_turned(small, monkeypatch, capsys):
     exif[0x0112] = 6
     Image.new("RGB", (80, 40)).save("photo.jpg", exif=exif)
     evaluate_here(monkeypatch, capsys, "--model", "model", "--image", "photo.jpg", "--question", "red ring")
-    assert Image.open("photo.answer.png").size == (40, 80)
+    drawn = Image.open("photo.answer.png")           # five times as large, and not as wide as its text
+    assert drawn.width == 320 + 16 and drawn.height > 5 * 80 + 20
+    assert drawn.getpixel((8 + 5 * 40 - 1, 8 + 5 * 80 - 1)) == (0, 0, 0) and drawn.getpixel((8 + 5 * 40 + 1, 50)) == (255,) * 3

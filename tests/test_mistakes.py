@@ -187,7 +187,7 @@ def test_under_torchrun_the_sentence_is_nearly_the_last_thing(tmp_path):
     assert "train.py\", line" not in output      # no traceback of ours
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_saves_shows_and_says_how_to_go_on(tmp_path):
     process = start(tmp_path, "--prompts-per-step", "2", "--rollouts", "2", "--max-new-tokens", "8",
                     "--eval-data", "", "--name", "a")
     metrics = tmp_path / "runs/a/metrics.jsonl"
@@ -200,3 +200,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert f"stopped at step {step}; go on with torchrun train.py --resume runs/a" in output, output
     assert (tmp_path / f"runs/a/checkpoints/step_{step}/state.json").exists()
+    for ours in ("support", "train.py"):         # the traceback is torchrun's alone
+        assert f'File "{ROOT / ours}' not in output, output
+    assert (tmp_path / "runs/a/curves.png").exists()
+    assert f", step {step} of 400</title>" in (tmp_path / "runs/a/report.html").read_text()
+
+
+def test_ctrl_c_does_not_reach_the_verifier_of_math():
+    code = ("import signal, time\nfrom support import verify_math\nverify_math.same_value('1/2', '0.5')\n"
+            "came, child = [], verify_math.child\nsignal.signal(signal.SIGINT, lambda *_: came.append(1))\n"
+            "print('ready', flush=True)\nwhile not came: time.sleep(0.01)\ntime.sleep(0.3)\n"
+            "print(verify_math.same_value('3/6', '0.5'), verify_math.child is child)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "True True\n"

@@ -693,6 +693,7 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert code == 0, output
     run = tmp_path / "runs/a"
     assert (run / "samples/step_0.png").exists() and (run / "samples/step_1.png").exists()
+    assert "Answers, before and after" in (run / "report.html").read_text() and "runs/a/report.html" in output
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["rollouts"] == 3 and config["versions"]["torch"] and config["prompts"]["scene_grounding"]
     assert "loss" in lines(run)[1] and "N-acc" in lines(run)[0]["eval"]
@@ -709,7 +710,8 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert code == 0 and "step 0    step 1    step 2" in output, output     # the table has what was before, too
     text = (run / "metrics.jsonl").read_text()
     kept = [line for line in text.splitlines() if not ('"eval"' in line and '"step": 2' in line)]
-    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))     # killed in the last evaluation
+    old = "".join(line + "\n" for line in kept).replace('"N-acc"', '"N-acc strict"').replace('"r(o)"', '"r_rollouts"')
+    (run / "metrics.jsonl").write_text(old)     # killed in the last evaluation, by a version with other names
     code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
     assert code == 0 and (run / "metrics.jsonl").read_text() == text and "is finished" not in output, output
     code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
@@ -864,6 +866,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert output.index("stopping: the step at work is left, and what is complete is saved") < output.index("stopped at step")
     assert process.returncode == 0 and "stopped at step" in output, output
+    assert (tmp_path / "runs/long/curves.png").exists() and (tmp_path / "runs/long/report.html").exists()
     step = lines(tmp_path / "runs/long")[-1]["step"]
     folder = tmp_path / f"runs/long/checkpoints/step_{step}"
     state = read_state(folder)
