@@ -561,7 +561,7 @@ def test_the_point_of_the_paper_on_one_question(alone):
         for step in range(60):
             meter = train.Meter()
             groups = train.make_groups(cfg, model, processor, [prompt], step)
-            train.measure_groups(groups, meter)
+            train.measure_groups(groups, meter, rewards.full_accuracy)
             train.update(cfg, ddp, None, [optimizer], groups, meter)
             logs[method].append(meter.read(torch.device("cpu")))
     first, last = logs["visurf"][0], logs["visurf"][-20:]
