@@ -1,4 +1,4 @@
-"""The figures of the PAGES and of docs/derivation.md, from results alone:
+"""The figures of the PAGES and of docs/rivals.md, from results alone:
 `python experiments/reproduce.py tables`. All are at most 10 inches wide, so that a page that shows
 them in 900 pixels leaves their text large enough to read."""
 import statistics
