@@ -227,23 +227,27 @@ def mean(values) -> float | None:
 
 def summarise(records: list[Record]) -> dict[str, float | None]:
     """Returns every metric of the table. Present and absent: grounding questions with and without a
-    true box. "official": as the authors' scripts compute it, where that is not what the name says:
-    over all questions, by `official_reading`."""
+    true box. N-acc, boxes and targets count an answer only if nothing follows it. "official": as
+    the authors' scripts compute it, where that is not what the name says: over all questions, by
+    `official_reading`."""
     grounding = [r for r in records if TASKS[r.task].boxes]
     present, absent = [r for r in grounding if r.truth], [r for r in grounding if not r.truth]
     others = [r for r in records if not TASKS[r.task].boxes]
     union, targets = sum(r.union for r in grounding), sum(len(r.truth) for r in present)
     anomalous = [bool(r.truth) for r in grounding]
+
+    def ends(record: Record) -> bool:
+        return not trailing_text(record.response)
     return {
         "gIoU": mean(map(mask_iou, grounding)),
         "cIoU": sum(r.intersection for r in grounding) / union if union else None,
-        "N-acc": mean(not r.predicted and r.error is None for r in absent),
+        "N-acc": mean(not r.predicted and r.error is None and ends(r) for r in absent),
         "N-acc official": mean(not r.official_boxes for r in absent),     # an unreadable answer counts as a rejection
         "unreadable": mean(r.error is not None for r in records),
         "T-acc": mean(bool(r.predicted) for r in present),
-        "boxes": mean(box_hit(r.predicted, r.truth) for r in present),
+        "boxes": mean(ends(r) and box_hit(r.predicted, r.truth) for r in present),
         "boxes official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
-        "targets": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
+        "targets": sum(targets_found(r.predicted, r.truth) for r in present if ends(r)) / targets if targets else None,
         "anomaly accuracy": mean((r.area > 0) == bool(r.truth) for r in grounding),
         "ROC-AUC official": roc_auc([float(r.area > 0) for r in grounding], anomalous),
         "ROC-AUC by area": roc_auc([r.area / (r.original_size[0] * r.original_size[1]) for r in grounding], anomalous),
@@ -252,8 +256,8 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
                                       for r in grounding),
         "thinks, present": mean(r.thinks for r in present),
         "thinks, absent": mean(r.thinks for r in absent),
-        "trailing text, present": mean(bool(trailing_text(r.response)) for r in present),
-        "trailing text, absent": mean(bool(trailing_text(r.response)) for r in absent),
+        "trailing text, present": mean(not ends(r) for r in present),
+        "trailing text, absent": mean(not ends(r) for r in absent),
         "answers": mean(r.score for r in others),                    # counting and other short answers
         "length": mean(r.length for r in records),
         "examples": len(records),
