@@ -17,7 +17,7 @@ shapes the distribution (no top-k, no top-p), so the log-probs returned are thos
 forward.
 
 A prompt leaves the batch when all its rollouts have ended. The others shrink together, to the
-largest number still running in any of them.
+largest number still running in any of them. On a GPU both wait until it pays.
 """
 import functools
 import hashlib
@@ -30,6 +30,8 @@ from torch import Tensor
 
 from data import Prompt, Response, collate_images
 from model import Qwen2_5_VL, for_each_query_head, row_mask
+from support.draw import draw
+from support.graphs import GraphedStep, when_to_leave
 from support.mistakes import Mistake, Stopped
 from support.onednn import packed_weights
 
@@ -132,18 +134,12 @@ def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns tokens, log-probs and entropies −Σ_v π(v) log π(v), [M]. logits [M, V]: already
     divided by T. u [M]: uniform in [0, 1), or None for the likeliest.
 
-    Inverse transform: the first token whose cumulative probability exceeds u. In float64, so that
-    a token of probability 0 is never taken.
+    Inverse transform: the first token whose cumulative probability exceeds u.
     """
-    logp = logits.log_softmax(-1)
-    entropy = torch.special.entr(logp.exp()).sum(-1)
-    if u is None:
-        token = logits.argmax(-1)
-    else:
-        cumulative = logp.double().exp().cumsum(-1)
-        token = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)   # past the end if logits are NaN (`collect`)
-    return token, logp.gather(-1, token[:, None])[:, 0], entropy
+    p = logits.softmax(-1)
+    token = logits.argmax(-1) if u is None else draw(p, u)
+    logp = p.gather(-1, token[:, None])[:, 0].log()
+    return token, logp, torch.special.entr(p).sum(-1)
 
 
 def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
@@ -158,13 +154,13 @@ def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: 
 @torch.no_grad()
 def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
              u: Tensor | None = None, temperature: float = 1.0, *,
-             step: Callable[..., Tensor] = decode_one_token,
+             step: Callable[..., Tensor] = decode_one_token, graphs: bool = True,
              adjust: Callable[..., Tensor] | None = None, stop: Sequence = ()
              ) -> list[list[Response]]:
     """Returns the responses to each prompt. Runs the raw module, never a DDP wrapper.
 
     u             [B, G, R] of `uniforms`: G rollouts each. None: one response, the likeliest tokens
-    step          decodes one token: decode_one_token or, on a GPU, support/graphs.py's
+    step, graphs  decodes one token; on CUDA by a CUDA graph of it, if graphs (support/graphs.py)
     adjust        changes the logits; for evaluations only (support/penalty.py)
     stop          raises Stopped as soon as it is not empty
     """
@@ -179,6 +175,9 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
     numbers = torch.arange(G, device=device).repeat(len(prompts), 1)            # [B', G'], of G
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
     token, history = None, []
+    look_every, share = when_to_leave(device)
+    if graphs and device.type == "cuda":
+        step = GraphedStep(step)
     with packed_weights(model):
         # 1. The prompts, once. Every rollout begins with the state after its prompt.
         hidden, cache = prefill(model, prompts, G, max_new_tokens)
@@ -194,19 +193,22 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
             drawn = sample(logits, None if u is None else u[(*now, r)].flatten())
             token, logp, entropy = (x.view(numbers.shape) for x in drawn)       # [B', G']
             history.append((alive, numbers, token, logp, entropy))
-            # 3. What has ended leaves the batch. Most steps wait for a GPU only here.
+            # 3. What has ended leaves the batch, if that pays. Only here the host waits for a GPU.
             ended[now] |= torch.isin(token, eos)
-            going = ~ended[now]
-            count = going.sum(1)
-            most, least = torch.stack((count.max(), count.min())).tolist()
-            if not most or r + 1 == max_new_tokens:
+            if r + 1 == max_new_tokens:
                 break
-            if most < numbers.shape[1] or not least:
-                stay = torch.nonzero(count)[:, 0]
-                first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]
-                alive, numbers, token = alive[stay], *(
-                    x[stay].gather(1, first) for x in (numbers, token))
-                cache.keep(stay, first)
+            if r % look_every == look_every - 1:
+                going = ~ended[now]
+                count = going.sum(1)
+                most, left = torch.stack((count.max(), (count > 0).sum())).tolist()
+                if not most:
+                    break
+                if numbers.numel() - most * left >= max(1, share * numbers.numel()):
+                    stay = torch.nonzero(count)[:, 0]
+                    first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+                    alive, numbers, token = alive[stay], *(
+                        x[stay].gather(1, first) for x in (numbers, token))
+                    cache.keep(stay, first)
             # 4. The token decoded: the next hidden state, over the slots that are then written.
             cache.window = r + 1
             position = repeat(start[alive] + r, "b -> (b g)", g=token.shape[1])

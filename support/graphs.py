@@ -9,6 +9,13 @@ from torch import Tensor
 WINDOW = 128   # a graph reads as many slots of the suffix as are written, rounded up to this
 
 
+def when_to_leave(device: torch.device) -> tuple[int, float]:
+    """Returns after how many tokens rollouts that have ended are looked for, and which share of the
+    batch must have ended for them to leave it. On a GPU the host waits whenever it looks, and
+    leaving copies the cache and captures a new graph."""
+    return (1, 0.0) if device.type == "cpu" else (4, 0.5)
+
+
 class GraphedStep:
     """Does what `step(model, token, position, cache)` does (rollout.decode_one_token), for the
     calls of one `generate`. Captures anew when prompts have left or the window has grown. On a CPU
