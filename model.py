@@ -96,9 +96,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -113,14 +111,19 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-Rotary = tuple[Tensor, Tensor]      # cos and sin of the angles, [..., d/2]
+Rotary = tuple[Tensor, Tensor]      # of `turn`, [..., d] each
+
+
+def turn(angle: Tensor) -> Rotary:
+    """Returns cos of the angles [..., d/2] twice, and ∓ sin: what x_i and x_{i+d/2} are multiplied
+    by for the first half of `rotate`, and for the second."""
+    return torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """`apply_rotary_pos_emb`: turns the pairs (x_i, x_{i+d/2}) of x [..., d]."""
     cos, sin = rotary
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,12 +267,12 @@ class VisionTower(nn.Module):
                 PatchSets.of(windows, patches.device), PatchSets.of(images, patches.device))
 
     def rotary(self, coordinates: Tensor) -> Rotary:
-        """Returns cos and sin of 2-D rope, [N, 1, d/2]: the first half of the frequencies turns
-        with the row, the second with the column. coordinates [N, 2]."""
+        """Returns cos and sin of 2-D rope, [N, 1, d]: the first half of the frequencies turns with
+        the row, the second with the column. coordinates [N, 2]."""
         quarter = self.config.vision_hidden_size // self.config.vision_num_heads // 4
         frequency = 1 / 1e4 ** (torch.arange(quarter, device=coordinates.device) / quarter)
         angle = rearrange(coordinates[..., None] * frequency, "n two f -> n 1 (two f)")
-        return angle.cos(), angle.sin()
+        return turn(angle)
 
 
 def apply_block(block: nn.Module, checkpoint: bool, *inputs):
@@ -493,12 +496,12 @@ class Qwen2_5_VL(nn.Module):
         return self.model.norm(x)
 
     def rotary(self, position: Tensor) -> Rotary:
-        """Returns cos and sin of M-RoPE, [B, 1, T, d/2]."""
+        """Returns cos and sin of M-RoPE, [B, 1, T, d]."""
         d = self.config.head_dim
         exponent = torch.arange(0, d, 2, device=position.device) / d
         frequency = 1 / self.config.rope_theta ** exponent
         angle = rearrange(position[self.rope_axis], "f b t -> b 1 t f") * frequency
-        return angle.cos(), angle.sin()
+        return turn(angle)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Returns [..., V] for hidden [..., D], at least in float32, divided by the temperature,
