@@ -31,7 +31,7 @@ from torch import Tensor
 from data import Prompt, Response, collate_images
 from model import Qwen2_5_VL, for_each_query_head, row_mask
 from support.draw import draw
-from support.graphs import GraphedStep, when_to_leave
+from support.graphs import GraphedStep, when_to_leave, wide_product
 from support.mistakes import Mistake, Stopped
 from support.onednn import packed_weights
 
@@ -42,33 +42,38 @@ class KVCache:
 
     prompt[layer]   (k, v) [B, K, P, d]; k is already rotated
     suffix[layer]   (k, v) [B, K, G, R, d]
-    padding         [B, 1, 1, 1, P], True where a prompt has ended
+    padding         [B, P], True where a prompt has ended
+    hidden          [B, 1, 1, 1, P + window], −∞ for keys that a token does not see, otherwise 0
 
     A step writes to `slot` of the suffix, a tensor [1] that it then counts up. It reads the first
-    `window` slots, of which `unwritten` [window] are hidden. A step's shapes therefore depend on
-    window alone, and a CUDA graph of it can be replayed (support/graphs.py).
+    `window` slots, some of which may not be written yet. A step's shapes therefore depend on window
+    alone, and a CUDA graph of it can be replayed (support/graphs.py).
 
-    Keys are kept in float32, so that scores are float32 as in scaled_dot_product_attention. Real
-    keys share a large offset. The softmax cancels it, but not the rounding error that bfloat16
-    makes at that size.
+    Scores are float32 as in scaled_dot_product_attention. Real keys share a large offset. The
+    softmax cancels it, but not the rounding error that bfloat16 makes at that size.
     """
     def __init__(self, layers: int, G: int, max_new_tokens: int, prompt_mask: Tensor):
         """prompt_mask: bool [B, P], False at padding."""
         self.prompt: list = [None] * layers
         self.suffix: list = [None] * layers
-        self.padding = ~prompt_mask[:, None, None, None]
+        self.padding, self.hidden = ~prompt_mask, torch.empty(0)
         self.G, self.max_new_tokens, self.window = G, max_new_tokens, 0
         self.slot = torch.zeros(1, dtype=torch.long, device=prompt_mask.device)
-        self.unwritten: Tensor | None = None
+
+    def hide(self) -> None:
+        """Hides padding, and the slots after the one that is written next."""
+        unwritten = torch.arange(self.window, device=self.slot.device) > self.slot
+        hidden = torch.cat((self.padding, unwritten.expand(len(self.padding), -1)), 1)
+        self.hidden = torch.zeros(hidden.shape, device=hidden.device).masked_fill(
+            hidden, -torch.inf)[:, None, None, None]
 
     def attend_prompt(self, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends within the prompts, and stores k and v: mask bool [B, 1, P, P], q [B, H, P, d],
         k, v [B, K, P, d] → [B, H, P, d]."""
         B, K, _, d = k.shape
-        wide = k.to(torch.promote_types(k.dtype, torch.float32))
-        self.prompt[layer] = (wide, v)
+        self.prompt[layer] = (k, v)
         self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d)
-                                   for x in (wide, v))
+                                   for x in (k, v))
         return F.scaled_dot_product_attention(q, *for_each_query_head(q, k, v), mask)
 
     def attend_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,18 +83,16 @@ class KVCache:
         """
         (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
         for suffix, new in ((suffix_k, k), (suffix_v, v)):
-            new = rearrange(new.to(suffix.dtype), "(b g) k 1 d -> b k g 1 d", g=self.G)
+            new = rearrange(new, "(b g) k 1 d -> b k g 1 d", g=self.G)
             suffix.index_copy_(3, self.slot, new)
         own_k = suffix_k[:, :, :, :self.window]                                 # [B, K, G, r, d]
         own_v = suffix_v[:, :, :, :self.window]
-        q = q.to(prompt_k.dtype) * q.shape[-1] ** -0.5
-        q = rearrange(q, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
-        shared = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, q.shape[2:4])     # [B, K, G, H/K, P]
-        shared = shared.masked_fill(self.padding, -torch.inf)
-        own = (q @ own_k.mT).masked_fill(self.unwritten, -torch.inf)            # [B, K, G, H/K, r]
-        scores = torch.cat((shared, own), -1)
-        weight = scores.softmax(-1).to(prompt_v.dtype)
-        shared, own = weight.split((prompt_k.shape[2], self.window), -1)
+        q = rearrange(q, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1]).contiguous()
+        shared = wide_product(q.flatten(2, 3), prompt_k.mT)                     # [B, K, G·H/K, P]
+        own = wide_product(q, own_k.mT)                                         # [B, K, G, H/K, r]
+        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), own), -1)
+        weight = self.hidden.add(scores, alpha=q.shape[-1] ** -0.5).softmax(-1)
+        shared, own = (w.to(v.dtype) for w in weight.split((prompt_k.shape[2], self.window), -1))
         out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
         return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
 
@@ -144,7 +147,7 @@ def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
     """Returns hidden states [M, D] after token [M] at position [M]; the cache grows by one."""
-    cache.unwritten = torch.arange(cache.window, device=token.device) > cache.slot
+    cache.hide()
     x = model.model.embed_tokens(token[:, None])
     hidden = model.decode(x, repeat(position, "m -> three m 1", three=3), cache.attend_token)
     cache.slot += 1

@@ -16,6 +16,16 @@ def when_to_leave(device: torch.device) -> tuple[int, float]:
     return (1, 0.0) if device.type == "cpu" else (4, 0.5)
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a·b [..., m, n], at least in float32, of a [..., m, k] and b [..., k, n]. On CUDA
+    bfloat16 is read as it is, and summed up in float32."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        flat = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+        return flat.unflatten(0, a.shape[:-2])
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
 class GraphedStep:
     """Does what `step(model, token, position, cache)` does (rollout.decode_one_token), for the
     calls of one `generate`. Captures anew when prompts have left or the window has grown. On a CPU

@@ -120,7 +120,8 @@ def test_bfloat16_scores_survive_a_common_offset_of_the_keys(offset):
         q, k, v = (torch.randn(B * G, heads, 1, d) for heads in (H, K, K))
         q, k, v = q.bfloat16(), (k + common).bfloat16(), v.bfloat16()
         keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-        cache.window, cache.unwritten = r + 1, torch.zeros(r + 1, dtype=torch.bool)
+        cache.window = r + 1
+        cache.hide()
         sampled = cache.attend_token(0, q, k, v)
         cache.slot += 1
         trained, exact = (scaled_dot_product_attention(*(x.to(dtype) for x in (q, keys, values)), enable_gqa=True)
