@@ -107,8 +107,12 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.products(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 Rotary = tuple[Tensor, Tensor]      # of `turn`, [..., d] each
@@ -308,11 +312,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * d)
         self.o_proj = nn.Linear(self.heads * d, width, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
-        k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
-        v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
-        return q, k, v
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        heads = self.heads, self.kv_heads, self.kv_heads
+        return tuple(rearrange(y, "b t (h d) -> b h t d", h=h)
+                     for y, h in zip(self.products(x), heads))
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         q, k, v = self.project(x)
@@ -692,7 +698,7 @@ class Qwen3Attention(Attention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
         q, k, v = super().project(x)
         return self.q_norm(q), self.k_norm(k), v
 

@@ -32,6 +32,7 @@ from data import Prompt, Response, collate_images
 from model import Qwen2_5_VL, for_each_query_head, row_mask
 from support.draw import draw
 from support.graphs import GraphedStep, when_to_leave, wide_product
+from support.joined import joined_products
 from support.mistakes import Mistake, Stopped
 from support.onednn import packed_weights
 
@@ -181,7 +182,7 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
     look_every, share = when_to_leave(device)
     if graphs and device.type == "cuda":
         step = GraphedStep(step)
-    with packed_weights(model):
+    with packed_weights(model), joined_products(model):
         # 1. The prompts, once. Every rollout begins with the state after its prompt.
         hidden, cache = prefill(model, prompts, G, max_new_tokens)
         hidden = repeat(hidden, "b d -> (b g) d", g=G)
