@@ -17,9 +17,9 @@ def when_to_leave(device: torch.device) -> tuple[int, float]:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a·b [..., m, n], at least in float32, of a [..., m, k] and b [..., k, n]. On CUDA
-    bfloat16 is read as it is, and summed up in float32."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
+    """Returns a·b [..., m, n], at least in float32, of a [..., m, k] and b [..., k, n]. A GPU reads
+    bfloat16 as it is, and adds up in float32."""
+    if a.device.type != "cpu" and a.dtype == torch.bfloat16:
         flat = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
         return flat.unflatten(0, a.shape[:-2])
     wide = torch.promote_types(a.dtype, torch.float32)
