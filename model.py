@@ -28,8 +28,9 @@ Departures from it. In float32 none changes a number by more than rounding.
     2. The patch embedding, a Conv3d whose stride is its kernel, is one matrix product.
     3. lm_head runs only where a log-prob is asked for, in chunks that are recomputed in backward.
     4. Image and video placeholders have probability 0, in sampling and in scoring (`banned`).
-    5. The decoder's rotary embedding stays float32 where weights are bfloat16; there cos and sin
-       are rounded first. So bfloat16 log-probs differ, but are as near to float32's.
+    5. Where weights are bfloat16, the decoder's rotary embedding stays float32, and RMSNorm rounds
+       once; there cos and sin, and the norm before its weight, are rounded too. So bfloat16
+       log-probs differ, but are as near to float32's.
 
 Put on a loaded model from outside (support/equip.py): faster products on a CPU, frozen parts, LoRA.
 Does not include: video, sliding-window attention, dropout, quantisation.
@@ -89,14 +90,14 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """`Qwen2_5_VLRMSNorm`: x / √(mean x² + eps), at least in float32."""
+    """`Qwen2_5_VLRMSNorm`: weight · x / √(mean x² + eps), at least in float32."""
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -322,7 +323,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         q, k, v = self.project(x)
-        out = attend(self.layer, rotate(q, rotary), rotate(k, rotary), v)
+        q, k = rotate(torch.cat((q, k), 1), rotary).split((self.heads, self.kv_heads), 1)
+        out = attend(self.layer, q, k, v)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 

@@ -92,8 +92,8 @@ class KVCache:
         shared = wide_product(q.flatten(2, 3), prompt_k.mT)                     # [B, K, G·H/K, P]
         own = wide_product(q, own_k.mT)                                         # [B, K, G, H/K, r]
         scores = torch.cat((shared.unflatten(2, q.shape[2:4]), own), -1)
-        weight = self.hidden.add(scores, alpha=q.shape[-1] ** -0.5).softmax(-1)
-        shared, own = (w.to(v.dtype) for w in weight.split((prompt_k.shape[2], self.window), -1))
+        weight = self.hidden.add(scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
+        shared, own = weight.split((prompt_k.shape[2], self.window), -1)
         out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
         return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
 
@@ -120,10 +120,10 @@ def uniforms(seed: int, places: Iterable[int], G: int, R: int) -> Tensor:
 def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: int
             ) -> tuple[Tensor, KVCache]:
     """Returns the hidden state after each prompt, [B, D], and the cache. Prompts are padded on the
-    right."""
+    right, to a multiple of 8 tokens, which products on a GPU prefer."""
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
-    P = int(lengths.max())
+    P = -(-max(len(p.tokens) for p in prompts) // 8) * 8
     tokens = torch.tensor([p.tokens + [0] * (P - len(p.tokens)) for p in prompts], device=device)
     position = torch.stack([F.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
     valid = torch.arange(P, device=device) < lengths[:, None]                   # [B, P]
