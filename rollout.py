@@ -72,7 +72,7 @@ class KVCache:
         """Attends within the prompts, and stores k and v: mask bool [B, 1, P, P], q [B, H, P, d],
         k, v [B, K, P, d] → [B, H, P, d]."""
         B, K, _, d = k.shape
-        self.prompt[layer] = (k, v)
+        self.prompt[layer] = k.contiguous(), v.contiguous()     # or every token would copy them
         self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d)
                                    for x in (k, v))
         return F.scaled_dot_product_attention(q, *for_each_query_head(q, k, v), mask)

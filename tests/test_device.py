@@ -15,6 +15,7 @@ import rollout
 import train
 from data import Processor, Response, collate, pack_group
 from eval import evaluate
+from experiments import bench
 from model import load_model
 from rollout import generate, uniforms
 from support.lora import add_lora, merge_after
@@ -164,3 +165,15 @@ def test_a_tensor_of_the_wrong_device_is_noticed(far, monkeypatch):
     monkeypatch.setattr(rollout, "collate_images", lambda prompts, device: plain(prompts, "cpu"))
     with pytest.raises(RuntimeError, match="on the device and of others"):
         generate(model, [prompt], 4, uniforms(0, [0], 2, 4))
+
+
+@pytest.mark.parametrize("size, most", [("3B", 2.0), ("7B", 1.7)])
+def test_a_token_step_has_few_operators_and_moves_few_bytes(tmp_path, size, most):
+    """Those of a GPU, counted on tensors without memory: 28 operators a layer, and 1.8 and 1.5 times the bytes of all
+    weights and caches, for 128 rollouts. A copy of the prompts' keys in every step would be 30 and 2.0."""
+    table = bench.Table()
+    bench.counted(table, size, tmp_path / size, 16, 8, 1160, 128)
+    [line] = table
+    assert line["operators_per_layer"] <= 29 and 1 < line["times_bound"] < most
+    assert line["gb_bound"] == pytest.approx({"3B": 7.46, "7B": 16.1}[size], rel=1e-2)
+    assert line["gb_drawing"] < 2
