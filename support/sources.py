@@ -1,6 +1,7 @@
 """Examples, and where they come from: what a --data string may name.
 
     scenes:SPLIT            the built-in world
+    photos:SPLIT            garments of Fashion-MNIST (support/photos.py)
     FILE.jsonl              one JSON object a line, pictures by path
     FILE.parquet            one file, pictures inside or by path
     FOLDER                  of .jsonl or .parquet files, or one written by datasets' save_to_disk
@@ -28,12 +29,13 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support import scenes
+from support import photos, scenes
 from support.boxes import check_boxes
 from support.files import parse_json, read_record
 from support.images import open_image, picture_in, picture_size
@@ -91,23 +93,26 @@ class Rules:
 
 
 class Scenes:
-    """Draws the built-in world, `scenes:SPLIT`."""
+    """Draws the built-in world, `scenes:SPLIT`, or another one, `photos:SPLIT`."""
     bad: tuple = ()
     has_masks = False
 
-    def __init__(self, split: str):
-        if split not in scenes.SPLITS:
-            raise Mistake(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
+    def __init__(self, split: str, name: str = "scenes"):
+        self.world: ModuleType = photos if name == "photos" else scenes
         self.split = split
+        if split not in self.world.SPLITS:
+            raise Mistake(f"{name}:{split} does not exist; the splits are {', '.join(self.world.SPLITS)}")
         self.odd: dict[str, list] = {}
         self.judged = 0         # examples that were looked at before the start
-        self.fingerprint = hashlib.sha256(Path(scenes.__file__).read_bytes() + split.encode()).hexdigest()[:16]
+        made_of = Path(str(self.world.__file__)).read_bytes() + split.encode()
+        made_of += photos.digest() if name == "photos" else b""
+        self.fingerprint = hashlib.sha256(made_of).hexdigest()[:16]
 
     def __len__(self) -> int:
-        return scenes.SPLITS[self.split]
+        return self.world.SPLITS[self.split]
 
     def __getitem__(self, index: int) -> Example:
-        return Example(**scenes.make(self.split, index))
+        return Example(**self.world.make(self.split, index))
 
     def look_at_some(self, check: Callable, name: str) -> None:
         """Checks 64 examples, which stand for all: each is drawn when it is wanted. Raises Mistake,
@@ -625,8 +630,9 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
     if wrong := [field for field, name in named.items() if field not in MAPPABLE or not name]:
         raise Mistake(f"--columns {columns}: {wrong[0]!r} cannot be; give FIELD=NAME,… with the fields "
                       f"{', '.join(MAPPABLE)}")
-    if data.startswith("scenes:"):
-        return Scenes(data.removeprefix("scenes:"))
+    if data.startswith(("scenes:", "photos:")):
+        name, _, split = data.partition(":")
+        return Scenes(split, name)
     parts = data.split(":")
     wanted: list[str] = []
     while len(parts) > 1 and len(wanted) < 2 and not Path(":".join(parts)).exists():
