@@ -5,10 +5,9 @@ FASHION_MNIST names, from Debian's package dataset-fashion-mnist, or from the hu
 a pure function of (split, index), as in support/scenes.py.
 
     split       asks for
-    few         in scenes of one or two things: captions, counts (zero too), colours, names,
-                centres; boxes of what is there, and of the left one of two, with a thought. Never
-                for a garment of NEW: that is a "red object" here
-    pretrain    the same, in scenes of two to five things
+    words       mostly captions, counts (zero too), colours, names, centres; also boxes of what is
+                there, and of the left one of two, with a thought. NEW garments are not named
+    pretrain    the same, with more boxes, and never in a scene of one thing
     train       boxes of any garment, half of the time of an absent one; the answer alone
     trainN      the first N examples of train, N = 640 or 6400
     X           of tune, val, test, final: boxes of something present, of something absent, a count:
@@ -21,7 +20,6 @@ A base is pretrained on the first two. It, train, tune, val, test and final shar
 import functools
 import gzip
 import hashlib
-import math
 import os
 import random
 import zlib
@@ -45,13 +43,15 @@ KINDS = [(colour, garment) for colour in COLOURS for garment in ALL]
 PARTS = {"pretrain": ("train", 0, 42), "train": ("train", 42, 54), "tune": ("train", 54, 57),
          "val": ("train", 57, 60), "test": ("test", 0, 30), "final": ("test", 30, 60)}
 JUDGED = ("tune", "val", "test", "final")
-SPLITS = {"few": 1_000_000, "pretrain": 1_000_000, "train": 100_000, "train640": 640,
+SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "train": 100_000, "train640": 640,
           "train6400": 6400, **dict.fromkeys(JUDGED, 1536),
           **{f"{family}-{part}": 512 for family in ("new", "colour", "left") for part in JUDGED}}
 # Weights of the kinds of question in pretraining.
-MIX = {"caption": 2, "count": 6, "colour": 1, "name": 3, "where": 2, "present": 8, "left": 2}
+ASKED = ("caption", "count", "colour", "name", "where", "present", "left")
+MIX = {"words": (8, 6, 1, 3, 2, 3, 1), "pretrain": (2, 6, 1, 3, 2, 8, 2)}
 # What is asked for, if not by chance: 0 a colour and a garment, 1 a colour, 2 a garment.
 FORM = {"where": 0, "caption": 1, "name": 1, "colour": 2, "left": 2}
+LAMPS = 1 + LIGHT.astype(np.float32) / 150
 FLOOR = 12                                          # darker pixels of a photograph are its ground
 FOLDER = "/usr/share/datasets/fashion-mnist"        # of Debian's package
 HUB = "zalando-datasets/fashion_mnist"              # without either
@@ -66,7 +66,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     try:
         with gzip.open(path) as file:
             magic, count, *sides = np.frombuffer(file.read(4 + 4 * dimensions), ">u4").tolist()
-            size = count * math.prod(sides)
+            size = count * int(np.prod(sides))
             data = file.read(min(size, 60_000 * 28 * 28) + 1)
             if magic != 0x800 + dimensions or sides not in ([], [28, 28]) or len(data) != size:
                 raise ValueError(f"{magic:#x}, {count}, {sides}, then {len(data):,} bytes")
@@ -91,7 +91,8 @@ def read(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
             labels = np.asarray(table["label"], np.uint8)
         except Exception as error:
             raise Mistake(f"{MISSING}. ({error})") from None
-    if photos.shape != (len(labels), 28, 28) or {*labels.tolist()} != {*range(10)}:
+    last = {*labels[-(len(labels) // {"train": 20, "test": 2}[split]):].tolist()}    # the last part
+    if photos.shape != (len(labels), 28, 28) or last != {*range(10)}:
         raise Mistake(f"{folder or HUB}: {len(photos)} pictures, {len(labels)} labels. {MISSING}")
     return photos, labels
 
@@ -110,9 +111,10 @@ def photograph(part: str, garment: str, rng: random.Random) -> np.ndarray:
     """Returns a photograph of this part, turned by up to 20°, its longer side of 28 to 46."""
     split, first, last = PARTS[part]
     photos, labels = fashion(split)
-    own = slice(len(labels) * first // 60, len(labels) * last // 60)
-    fitting = np.isin(labels[own], [k for k, word in enumerate(GARMENTS) if word == garment])
-    photo = photos[own][rng.choice(np.flatnonzero(fitting))][:, ::rng.choice((1, -1))]
+    own = range(len(labels) * first // 60, len(labels) * last // 60)
+    while GARMENTS[labels[number := rng.choice(own)]] != garment:
+        pass
+    photo = photos[number, :, ::rng.choice((1, -1))]
     angle, side, smooth = rng.uniform(-20, 20), rng.randint(28, 46), Image.Resampling.BICUBIC
 
     def trimmed(image: Image.Image) -> Image.Image:
@@ -126,7 +128,7 @@ def draw(kinds: list[tuple[str, str]], part: str, rng: random.Random
          ) -> tuple[Image.Image, list[Thing]]:
     """Returns a picture of the things, and them from left to right, each with the box around what
     can be seen of it. The light is that of scenes.draw, but it multiplies."""
-    owner, grey, k = np.full((SIZE, SIZE), -1), np.zeros((SIZE, SIZE)), 0
+    owner, grey, k = np.full((SIZE, SIZE), -1), np.zeros((SIZE, SIZE), np.float32), 0
     while k < len(kinds):
         piece = photograph(part, kinds[k][1], rng)
         (height, width), mask = piece.shape, piece > FLOOR
@@ -139,17 +141,16 @@ def draw(kinds: list[tuple[str, str]], part: str, rng: random.Random
                 break
         else:
             owner[:], k = -1, 0     # no room left: start over, with other photographs
-    tints = np.array([[c + rng.randint(-20, 20) for c in COLOURS[colour]] for colour, _ in kinds])
+    tints = np.float32([[c + rng.randint(-20, 20) for c in COLOURS[colour]] for colour, _ in kinds])
     spots = Image.frombytes("L", (4, 4), rng.randbytes(16)).resize((SIZE, SIZE), 3)
-    ground = np.array(spots)[..., None] / 8 + rng.randint(80, 150) + rng.choices(range(25), k=3)
+    ground = np.array(spots)[..., None] // 8 + rng.choices(range(25), k=3) + rng.randint(80, 150)
     tinted = (0.4 + 0.6 / 255 * grey[..., None]) * tints[owner]
     noise = np.frombuffer(rng.randbytes(SIZE * SIZE * 3), np.int8).reshape(SIZE, SIZE, 3) >> 4
-    lit = np.where(owner[..., None] < 0, ground, tinted) * (1 + LIGHT / 150) + noise
+    lit = np.where(owner[..., None] < 0, ground, tinted) * LAMPS + noise
     seen = [np.nonzero(owner.T == k) for k in range(len(kinds))]
     things = [Thing(*kind, (int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())))
               for kind, (xs, ys) in zip(kinds, seen)]
-    things.sort(key=lambda thing: thing.box)
-    return Image.fromarray(lit.clip(0, 255).astype(np.uint8)), things
+    return Image.fromarray(lit.clip(0, 255).astype(np.uint8)), sorted(things, key=lambda t: t.box)
 
 
 def make_with_things(split: str, index: int) -> tuple[dict, list[Thing]]:
@@ -157,20 +158,19 @@ def make_with_things(split: str, index: int) -> tuple[dict, list[Thing]]:
     split = "train" if split.startswith("train") else split
     rng = random.Random(f"photos/{split}/{index}")
     family, _, part = split.rpartition("-")
-    basic = split in ("few", "pretrain")
-    if basic:
-        kind, part = rng.choices([*MIX], [*MIX.values()])[0], "pretrain"
+    if basic := split in MIX:
+        kind, part = rng.choices(ASKED, MIX[split])[0], "pretrain"
     elif split == "train":
         kind = rng.choice(("present", "absent"))
     else:
         by_turns = ("present", "absent", "count")[index % (2 if family else 3)]
-        kind = family if family in MIX else by_turns
+        kind = family if family in ASKED else by_turns
     form = FORM.get(kind, rng.choices(range(3), (6, family != "new", 1))[0])
     asked = ALL if split == "train" or form == 1 and kind != "name" else NAMED
     thing = colour, garment = rng.choice([*COLOURS]), rng.choice(NEW if family == "new" else asked)
     query = scenes.queries_of(thing)[form]
     # What is there: these things, and others of `allowed`.
-    many = rng.randint(1, 2) if split == "few" else rng.randint(2, 5)
+    many = rng.randint(1 if split == "words" else 2, 5)
     must, allowed, least = [thing], KINDS, 1
     most = {"count": many, "caption": many, "present": max(1, many - 1)}.get(kind, 1)
     fitting = [k for k in KINDS if all(word in (None, own) for word, own in zip(query, k))]

@@ -106,7 +106,7 @@ def test_without_the_photographs_it_says_both_ways_to_get_them(folder, monkeypat
         load("photos:val")
     assert "`apt-get install dataset-fashion-mnist`" in str(mistake.value)
     assert "datasets.load_dataset('zalando-datasets/fashion_mnist')" in str(mistake.value)
-    with pytest.raises(Mistake, match="^photos:nowhere does not exist; the splits are few, pretrain,"):
+    with pytest.raises(Mistake, match="^photos:nowhere does not exist; the splits are words,"):
         load("photos:nowhere")
 
 
@@ -141,7 +141,7 @@ def test_pictures_of_another_size_or_number_are_refused(folder):
 
 def test_boxes_are_true_to_the_pixels(monkeypatch):
     glaring = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "yellow": (1, 1, -1),
-               "purple": (1, -1, 1)}           # clipped to 0 and 255, which the ground never reaches
+               "purple": (1, -1, 1)}       # clipped to 0 and 255, which the ground never reaches
     monkeypatch.setattr(photos, "COLOURS", {name: tuple(9999 * c for c in colour)
                                             for name, colour in glaring.items()})
     sides, counts, covered = [], Counter(), 0
@@ -176,14 +176,14 @@ def test_boxes_are_true_to_the_pixels(monkeypatch):
 def test_every_answer_is_true(split):
     source = load(f"photos:{split}")
     assert len(source) == photos.SPLITS[split]
-    basic = split in ("few", "pretrain")
+    basic = split in photos.MIX
     for index in SHOWN:
         example, things = source[index], photos.make_with_things(split, index)[1]
         question, answer, words = example.question, example.answer, named(example.question)
         fitting = [thing.box for thing in things if thing.fits(words)]
         if basic or split in photos.JUDGED or split.startswith(("colour", "left")):
             assert words[1] not in photos.NEW, question
-        if split != "few":
+        if split != "words":
             assert 2 <= len(things) <= 5
         if TASKS[example.task].boxes:
             assert bool(example.thought) == basic
@@ -194,7 +194,7 @@ def test_every_answer_is_true(split):
                 assert example.thought in ("", f"I compare {fitting[0][0]}, {fitting[1][0]}.")
             else:
                 assert question == scenes.name(words) and boxes == fitting
-                assert len(fitting) < len(things) or split == "few" and len(things) == 1
+                assert len(fitting) < len(things) or split == "words" and len(things) == 1
                 assert not basic or boxes and question in example.thought
             continue
         answer = re.sub("</?answer>", "", answer)
@@ -226,7 +226,7 @@ def test_what_is_asked_for():
                 kinds[" ".join(fields["question"].split()[:2])] += 1
             else:
                 kinds["absent" if fields["answer"] == "[]" else "present"] += 1
-    for split in ("few", "pretrain"):
+    for split in photos.MIX:
         assert asked[split].keys() == {"Describe the", "How many", "What colour", "What is",
                                        "Where is", "present", "the leftmost"}
     for split in photos.JUDGED:
