@@ -42,7 +42,7 @@ from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_
                            targets_found)
 from support.equip import equip
 from support.files import as_json, replace_file, writing
-from support.images import check_aspect, open_image, picture_file
+from support.images import check_aspect, marked, open_image, picture_file
 from support.log import metric_text
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
@@ -124,13 +124,14 @@ def is_tiny(model: Qwen2_5_VL) -> bool:
     return model.config.vocab_size < 1000
 
 
-def unknown_to(model: Qwen2_5_VL, question: str, size: tuple[int, int]) -> list[str]:
+def unknown_to(model: Qwen2_5_VL, example: Example) -> list[str]:
     """Returns what to say if the tiny model is asked for what it cannot know; nothing for any other
-    model. size: (width, height) of the picture, (0, 0) without one."""
-    words = re.findall(r"[^\W\d_]+", question)
+    model."""
+    words = re.findall(r"[^\W\d_]+", example.question)
     foreign = [f"the word {word!r}" for word in words if word.lower() not in WORDS][:1]
-    if size not in ((0, 0), (scenes.SIZE, scenes.SIZE)):
-        foreign.append(f"a picture of {size[0]}×{size[1]} pixels")
+    foreign += ["a picture of {}×{} pixels".format(*image.size) for image in example.images
+                if image.size != (scenes.SIZE, scenes.SIZE)][:1]
+    foreign += ["several pictures"] * (len(example.images) > 1)
     if not foreign or not is_tiny(model):
         return []
     return [f"the tiny model knows the built-in world alone, and not {' and '.join(foreign)}: what it makes of it says "
@@ -162,7 +163,7 @@ class Record:
     predicted: list[dict]
     truth: list[dict]
     size: tuple[int, int]              # (width, height) of the frame the model saw
-    original_size: tuple[int, int]     # and of the picture
+    original_size: tuple[int, int]     # and of the picture; of several, the first
     official_boxes: list = field(default_factory=list)    # what the authors' scripts read in the answer, in the
     official_points: list = field(default_factory=list)   # pixels of the picture (`official_reading`)
     true_box: list | None = None       # around the truth, in the pixels of the picture; None: there is nothing
@@ -278,8 +279,8 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
         objects = [[{"bbox_2d": b, "point_2d": xy} for b, xy in zip(r.official_boxes, r.official_points)]
                    for r, _ in boxed]
         if segmenter and boxed:
-            images = [p.example.image for _, p in boxed]
-            masks = segmenter(images, objects)       # type: ignore[arg-type]      # boxes have a picture
+            images = [p.example.images[0] for _, p in boxed]
+            masks = segmenter(images, objects)
         else:
             masks = [box_mask(items, p.original_size) for items, (_, p) in zip(objects, boxed)]
         for mask, (record, prompt) in zip(masks, boxed):
@@ -368,12 +369,14 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
             check_text("question", question)
             if len(question) > MAX_CHARACTERS:
                 raise ValueError(f"the question has more than {MAX_CHARACTERS:,} characters")
+            text = marked(question, 1)
         except ValueError as error:
             raise Mistake(f"--question: {error}") from None
         asked += 1
-        for line in unknown_to(model, question, image.size) if asked == 1 else ():
+        example = Example("photo", (image,), text, "[]" if TASKS[task].boxes else "", task)
+        for line in unknown_to(model, example) if asked == 1 else ():
             say(line)
-        prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
+        prompt = processor.prompt(example)
         penalty = RepetitionPenalty(cfg.repetition_penalty, [prompt.tokens])
         [[answer]] = generate(model, [prompt], limit, adjust=penalty)
         response = processor.decode(answer.tokens)
@@ -473,7 +476,7 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
                     "predicted_original_frame": original_frame(record.predicted, prompt)}
             file.write(as_json(line))
             file.flush()
-            for said in unknown_to(model, record.question, prompt.original_size) if at == rank == 0 else ():
+            for said in unknown_to(model, prompt.example) if at == rank == 0 else ():
                 say(said)
             if len(drawn) < 12:
                 drawn.append((record, prompt))

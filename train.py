@@ -482,9 +482,9 @@ def open_data(cfg: Config, processor: Processor, data: str):
     """Opens --data or --eval-data, by the same options."""
     flag = "--data" if data == cfg.data else "--eval-data"
 
-    def fits(example, size) -> list[tuple[str, str]]:
-        return processor.check_label(example, size, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens, cfg.G > 0,
-                                     cfg.label_thought == "rollout")
+    def fits(example, sizes) -> list[tuple[str, str]]:
+        return processor.check_label(example, sizes, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens,
+                                     cfg.G > 0, cfg.label_thought == "rollout")
     return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag)
 
 
@@ -556,10 +556,11 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     reward = label_reward(example.task, y, prompt.answer, cfg.reward_label_thinking, prompt.side)
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     side = job.processor.config.vision_patch_size
-    seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"
+    sizes = ", ".join(f"{gw * side}×{gh * side}" for gh, gw in prompt.grids)
+    seen = f"picture{'s' * (len(prompt.grids) > 1)} of {sizes}" if sizes else "no picture"
     run.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
             f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
-    for line in unknown_to(model, example.question, prompt.original_size):
+    for line in unknown_to(model, example):
         run.say(line)
 
 

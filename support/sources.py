@@ -36,7 +36,7 @@ from tqdm import tqdm
 from support import scenes
 from support.boxes import check_boxes
 from support.files import parse_json, read_record
-from support.images import open_image, picture_in, picture_size
+from support.images import MARK, each, marked, open_image, picture_size, pictures_in
 from support.mistakes import Mistake
 from support.screen import clean, one_line, say
 
@@ -63,11 +63,12 @@ PLACEHOLDER = re.compile(r"(?i:</?(?:(image|img)|video|audio)[ _-]?(\d*)(?:here|
 
 @dataclass
 class Example:
-    """Holds a row. image: RGB, or None. answer: text; for tasks with boxes, JSON in the image's own
-    pixels. thought: reasoning in front of the label, which only pretraining data has. mask: bool
-    [height, width], for evaluation."""
+    """Holds a row. images: RGB. question: an <image> stands for each picture; without any, all come
+    first. answer: text; for tasks with boxes, JSON in the pixels of the only image. thought:
+    reasoning in front of the label, which only pretraining data has. mask: bool [height, width],
+    for evaluation."""
     id: str
-    image: Image.Image | None
+    images: tuple[Image.Image, ...]
     question: str
     answer: str
     task: str
@@ -83,8 +84,9 @@ class BadRow(Mistake):
 class Rules:
     """Holds what a source needs to know of the seven scripts. tasks: name → a record of which
     `boxes` says whether its answers are boxes. read_label(task, cell, choices) → the answer.
-    check(example, (width, height) or None) → a list of (kind of oddity, details). Both raise
-    ValueError, which says why the row cannot be used. longest: text that is read, in characters."""
+    check(example, (width, height) of each picture) → a list of (kind of oddity, details). Both
+    raise ValueError, which says why the row cannot be used. longest: text that is read, in
+    characters."""
     tasks: dict
     read_label: Callable
     check: Callable
@@ -108,7 +110,8 @@ class Scenes:
         return scenes.SPLITS[self.split]
 
     def __getitem__(self, index: int) -> Example:
-        return Example(**scenes.make(self.split, index))
+        fields = scenes.make(self.split, index)
+        return Example(images=(fields.pop("image"),), **fields)
 
     def look_at_some(self, check: Callable, name: str) -> None:
         """Checks 64 examples, which stand for all: each is drawn when it is wanted. Raises Mistake,
@@ -117,7 +120,7 @@ class Scenes:
             self.judged += 1
             example = self[index]
             try:
-                for what, this in check(example, example.image.size):
+                for what, this in check(example, [image.size for image in example.images]):
                     self.odd.setdefault(what, [0, f"example {example.id}: {this}"])[0] += 1
             except ValueError as error:
                 raise Mistake(f"{name}: example {example.id}: {error}") from None
@@ -416,7 +419,7 @@ def light_example(row: dict, number: int, task: str, columns: dict[str, str], ha
         if len(held_text) > rules.longest:
             raise ValueError(f"the column {column!r} holds {len(held_text):,} characters, more than {rules.longest:,}")
     question, thought = (unicodedata.normalize("NFC", held_text) for held_text in (question + options, thought))
-    return Example(name, None, question, answer, task, thought)
+    return Example(name, (), question, answer, task, thought)
 
 
 def read_mask(value) -> np.ndarray | None:
@@ -440,8 +443,8 @@ class StoredExamples:
         self.columns, self.rules, self.skip = columns, rules, skip_bad_rows
         self.bad: list[str] = []
         self.odd: dict[str, list] = {}      # what → [how often, the first row]
-        # Of each: its file and number, the example, the path and the size of its picture.
-        self.rows: list[tuple[JsonlFile | ArrowTable, int, Example, Path | None, tuple[int, int] | None]] = []
+        # Of each: its file and number, the example, the paths and the sizes of its pictures.
+        self.rows: list[tuple[JsonlFile | ArrowTable, int, Example, tuple[Path, ...], tuple]] = []
         self.ids: set[str] = set()
         digest = hashlib.sha256()
         for file in files:
@@ -450,16 +453,20 @@ class StoredExamples:
             for number, row, cells in tqdm(file.rows(), clean(f"opening {file.path.name}"), file.count, unit="row",
                                            delay=BAR_AFTER, leave=False, disable=os.environ.get("RANK", "0") != "0"):
                 try:
-                    example, content, size = self.check(file, row, cells, number, task)
+                    example, contents, sizes = self.check(file, row, cells, number, task)
                 except Mistake:     # of the installation, not of the row
                     raise
                 except (ValueError, RecursionError) as error:       # the latter of lists in lists
                     self.leave_out(BadRow(f"{file.path}, row {number}: {one_line(error)}"), report=False)
                     continue
-                pictures += content is not None
-                path = content if isinstance(content, Path) else None
-                digest.update(repr((number, example, path and stat_of(path))).encode())
-                self.rows.append((file, number, example, path, size))
+                pictures += len(contents)
+                paths = tuple(content for content in contents if isinstance(content, Path))
+                stats = map(stat_of, paths) if paths else (None,)
+                # Spelled as when a row had one picture at most: runs of that time can go on.
+                line = repr((number, example, *stats)).replace("images=()", "image=None", 1)
+                digest.update(line.encode())
+                paths = paths if len(paths) == len(contents) else ()
+                self.rows.append((file, number, example, paths, sizes))
             if not pictures and isinstance(file, ArrowTable) and self.rows and self.rows[-1][0] is file:
                 raise Mistake(f"{file.path} holds no picture in any row (column {', '.join(file.pictures)}); name its "
                               "column by --columns image=NAME; text alone is read from JSON lines with \"image\": null")
@@ -478,41 +485,44 @@ class StoredExamples:
             say(f"left out: {error}")
 
     def check(self, file, row: dict | str, cells: list, number: int, task: str):
-        """Returns the example of a row, its picture as path or open file, and the picture's size.
+        """Returns the example of a row, its pictures as paths or open files, and their sizes.
         Raises ValueError if the row cannot be used."""
         if isinstance(row, str):
             raise ValueError(row)
         for name in row.keys() - columns_read(self.columns):
             if holds_media(name, row[name], name in file.media):
-                raise ValueError(f"the column {name!r} holds a video or a sound; only one picture and text are read")
+                raise ValueError(f"the column {name!r} holds a video or a sound; only pictures and text are read")
         example = light_example(row, number, task, self.columns, file.has_masks, self.rules)
-        content = self.picture(file, cells)
-        boxes = self.rules.tasks[example.task].boxes
+        contents = self.pictures(file, cells)
+        boxes, count = self.rules.tasks[example.task].boxes, len(contents)
+        if boxes and count > 1:
+            raise ValueError(f"{count} pictures in one row; boxes, which the task {example.task} "
+                             "has, need a single one")
         named = set()       # pictures that the question names; a numbered one may come again
         for mark in PLACEHOLDER.finditer(example.question):
             named.add(which := mark[2] or mark[4] or f"at {mark.start()}")
-            beyond = len(named) > (content is not None) or which.isdecimal() and int(which) > 1
-            if mark[0] != "<image>" and (beyond or not (mark[1] or mark[3])):
-                raise ValueError(f"the question names {mark[0]}, which no picture of the row fills; it can have one")
-        marks = re.findall(r"^\s*<image>\s*|\s*<image>\s*$", example.question)
-        if example.question.count("<image>") > len(marks) or len(marks) > 1:
-            raise ValueError("the question names several pictures, or one in its middle, by <image>; one picture is "
-                             "supported, and it comes first")
-        if content is None and (boxes or marks):
-            raise ValueError(f"no picture: {'the question names one by <image>' if marks else 'boxes need one'}")
-        example = replace(example, question=example.question.replace(marks[0], "") if marks else example.question)
-        size = None if content is None else picture_size(content, self.may_rotate(example, file))
+            beyond = len(named) > count or which.isdecimal() and int(which) > count
+            if mark[0] != MARK and (beyond or not (mark[1] or mark[3])):
+                raise ValueError(f"the question names {mark[0]}, which no picture of the row fills; "
+                                 f"it has {count}")
+        example.question = marked(example.question, count)
+        if boxes and not contents:
+            raise ValueError("no picture: boxes need one")
+        rotate = self.may_rotate(example, file)
+        sizes = tuple(each(contents, lambda content: picture_size(content, rotate)))
         if boxes and example.answer:
-            check_boxes(example.answer, size)
-        for what, this in self.rules.check(example, size):
+            check_boxes(example.answer, sizes[0])
+        for what, this in self.rules.check(example, sizes):
             self.notice(what, f"{file.path}, row {number}: {this}")
         if example.id in self.ids:
             self.notice("rows have the id of an earlier row", f"{file.path}, row {number}: {example.id}")
         self.ids.add(example.id)
         inside = os.path.abspath(file.folder) + os.sep
-        if isinstance(content, Path) and not os.path.abspath(content).startswith(inside):
-            self.notice("pictures lie outside the folder of the data", f"{file.path}, row {number}: {content}")
-        return example, content, size
+        if outside := [content for content in contents if isinstance(content, Path)
+                       and not os.path.abspath(content).startswith(inside)]:
+            self.notice("rows have pictures outside the folder of the data",
+                        f"{file.path}, row {number}: {outside[0]}")
+        return example, contents, sizes
 
     def notice(self, what: str, first: str) -> None:
         self.odd.setdefault(what, [0, one_line(first)])[0] += 1
@@ -521,12 +531,12 @@ class StoredExamples:
     def judged(self) -> int:
         return len(self.rows)
 
-    def picture(self, file, cells: list):
-        found = [content for cell in cells if (content := picture_in(cell, file.folder)) is not None]
+    def pictures(self, file, cells: list) -> list:
+        found = [contents for cell in cells if (contents := pictures_in(cell, file.folder))]
         if len(found) > 1:
             raise ValueError(f"the columns {' and '.join(PICTURES)} both hold a picture; choose by --columns "
                              "image=NAME")
-        return found[0] if found else None
+        return found[0] if found else []
 
     def may_rotate(self, example: Example, file) -> bool:
         """Tells whether a picture may be rotated as its EXIF says: not if boxes or a mask may
@@ -537,17 +547,18 @@ class StoredExamples:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Returns the example with its picture, which is decoded now. Raises BadRow if that
+        """Returns the example with its pictures, which are decoded now. Raises BadRow if that
         fails."""
-        file, number, example, path, size = self.rows[index]
+        file, number, example, paths, sizes = self.rows[index]
         try:
             cells, mask = file.heavy(number)
-            content = path or self.picture(file, cells)
-            image = None if content is None else open_image(content, self.may_rotate(example, file), size)
+            contents, rotate = paths or self.pictures(file, cells), self.may_rotate(example, file)
+            images = tuple(each(zip(contents, sizes),
+                                lambda one: open_image(one[0], rotate, one[1])))
             mask, answer = read_mask(mask), example.answer
             if mask is not None and self.rules.tasks[example.task].boxes:
-                if mask.shape != (image.height, image.width) and mask.any():
-                    raise ValueError(f"the mask is {mask.shape[::-1]} and the picture {image.size}")
+                if mask.shape[::-1] != sizes[0] and mask.any():
+                    raise ValueError(f"the mask is {mask.shape[::-1]} and the picture {sizes[0]}")
                 ys, xs = np.nonzero(mask)
                 if not len(xs):
                     answer = "[]"
@@ -556,9 +567,9 @@ class StoredExamples:
                     answer = self.rules.read_label(example.task, around, None)
             if not answer:
                 raise ValueError(f"no answer: none of the columns {', '.join((*ANSWER, 'bbox', 'mask'))} holds one")
-            whole = replace(example, image=image, mask=mask, answer=answer)
+            whole = replace(example, images=images, mask=mask, answer=answer)
             if not example.answer:
-                self.rules.check(whole, image.size)
+                self.rules.check(whole, sizes)
             return whole
         except Mistake:
             raise

@@ -23,7 +23,7 @@ from support.lora import CONFIG, WEIGHTS, LowRank, add_lora, adapters, freeze, l
 from support.mistakes import Mistake
 from support.onednn import Linear, use_onednn
 from support.optimizers import learn
-from support.sources import Scenes
+from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets/tiny"
@@ -229,18 +229,21 @@ def test_adapters_that_are_not_ours(tmp_path, change, said):
         load_model(tmp_path)
 
 
-def test_peft_opens_it(tmp_path):
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+def test_peft_opens_it(tmp_path, pictures):
     """Its logits with our adapter on its own base against ours, in float32."""
     peft = pytest.importorskip("peft")
     from transformers import Qwen2_5_VLForConditionalGeneration
     model = learnt(tiny(torch.float32, rank=4))
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY), tmp_path)
-    prompt = Processor(TINY).prompt(Scenes("test")[0])
+    images = tuple(Scenes("test")[i].images[0] for i in range(pictures))
+    prompt = Processor(TINY).prompt(Example("1", images, "red ring" + " <image>?" * pictures, "1", "vqa"))
     patches, grids = collate_images([prompt], "cpu")
     tokens = torch.tensor([prompt.tokens])
+    seen = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *grid] for grid in grids])}
     with torch.no_grad():
-        other = theirs(input_ids=tokens, pixel_values=patches, image_grid_thw=torch.tensor([[1, *grids[0]]]),
+        other = theirs(input_ids=tokens, **(seen if pictures else {}),
                        mm_token_type_ids=(tokens == model.config.image_token_id).int()).logits[0, -1]
         own = model.lm_head(prefill(model, [prompt], 1, 1)[0])[0]
     assert torch.allclose(own, other, atol=2e-3, rtol=1e-3)

@@ -32,7 +32,7 @@ def count(picture: Image.Image, colour) -> int:
 
 
 def cell(answer: str, truth: str, size=(112, 112)):
-    example = Example("1", Image.new("RGB", size, "black"), "red ring", truth, "scene_grounding")
+    example = Example("1", (Image.new("RGB", size, "black"),), "red ring", truth, "scene_grounding")
     prompt = Processor(ROOT / "assets/tiny").prompt(example)
     return judge(prompt, answer, 3), prompt
 

@@ -26,7 +26,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def example(width: int, height: int, task: str = "grounding") -> Example:
-    return Example("1", picture(width, height), "the cup", json.dumps([BOX]), task)
+    return Example("1", (picture(width, height),), "the cup", json.dumps([BOX]), task)
 
 
 @pytest.mark.parametrize("size", [(112, 112), (300, 100), (64, 417), (33, 31)])
@@ -42,7 +42,7 @@ def test_patches_are_those_of_transformers(qwen3_folder, size):
 def test_boxes_are_in_thousandths_of_the_picture(qwen3_folder, size, grid):
     """The frame of 840×840 becomes 832×832, a multiple of 32. A label comes back to the pixel."""
     prompt = Processor(qwen3_folder).prompt(example(*size))
-    assert prompt.grids == [grid] and prompt.size == prompt.image.size == (1000, 1000) and prompt.original_size == size
+    assert prompt.grids == [grid] and prompt.size == prompt.images[0].size == (1000, 1000) and prompt.original_size == size
     [label] = json.loads(prompt.answer)
     scale = [1000 / size[0], 1000 / size[1]] * 2
     assert label["bbox_2d"] == [int(c * s + 0.5) for c, s in zip(BOX["bbox_2d"], scale)]
@@ -62,7 +62,7 @@ def test_the_limits_of_the_reward_are_the_same_shares_of_a_side(qwen3_folder, or
     label = json.dumps([{"bbox_2d": box, "point_2d": [side // 2] * 2}])
     processors = {name: Processor({"tiny": TINY, "qwen3": qwen3_folder}[name]) for name in order}
     for name, processor in processors.items():
-        prompt, frame = processor.prompt(Example("1", picture(side, side), "the cup", label, task)), side
+        prompt, frame = processor.prompt(Example("1", (picture(side, side),), "the cup", label, task)), side
         if name == "qwen3":
             frame = 1000
         [true] = json.loads(prompt.answer)

@@ -81,7 +81,7 @@ def write_arrow(folder: Path, rows: list[dict], parts: int = 2) -> None:
 
 
 def summary(source) -> list[tuple]:
-    return [(e.id, e.question, e.answer, e.task, e.image.size, e.image.getpixel((0, 0))) for e in source]
+    return [(e.id, e.question, e.answer, e.task, e.images[0].size, e.images[0].getpixel((0, 0))) for e in source]
 
 
 EXPECTED = [(f"r{i}", f"the cup {i}", json.dumps([BOX] if i % 2 else []), "grounding", (56, 28), (i, 0, 0))
@@ -95,7 +95,7 @@ def test_parquet_in_any_order(tmp_path, row_group, monkeypatch):
                   "grounding")
     assert summary(source) == EXPECTED
     for i in (4, 0, 3, 3, 1, 2, 4, 0):
-        assert source[i].id == f"r{i}" and source[i].image.getpixel((0, 0)) == (i, 0, 0)
+        assert source[i].id == f"r{i}" and source[i].images[0].getpixel((0, 0)) == (i, 0, 0)
 
 
 def test_every_container_gives_the_same(tmp_path):
@@ -259,7 +259,7 @@ def test_what_is_noticed_once(tmp_path):
     (tmp_path / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = load(str(tmp_path / "data/a.jsonl"))
     assert len(source) == 6 and [line.split("; the first: ")[0] for line in noticed(source)] == [
-        "2 of 6 pictures lie outside the folder of the data", "2 of 6 rows have the id of an earlier row"]
+        "2 of 6 rows have pictures outside the folder of the data", "2 of 6 rows have the id of an earlier row"]
     assert "row 2: " in noticed(source)[0] and "row 3: 1" in noticed(source)[1]
 
 
@@ -514,11 +514,11 @@ def test_jsonl(folder, monkeypatch):
     monkeypatch.chdir("/")  # image paths are relative to the file
     source = load(path)
     assert len(source) == 4
-    assert [replace(e, image=e.image and e.image.size) for e in source] == [
-        Example("1", (40, 30), "red ring", json.dumps([BOX]), "grounding"),
-        Example("b", None, "1+1, é?", "2", "math", "Easy."),
-        Example("1", (40, 30), "red ring", json.dumps([BOX]), "scene_grounding"),
-        Example("4", (40, 30), "red ring", "[]", "grounding")]
+    assert [replace(e, images=[image.size for image in e.images]) for e in source] == [
+        Example("1", [(40, 30)], "red ring", json.dumps([BOX]), "grounding"),
+        Example("b", [], "1+1, é?", "2", "math", "Easy."),
+        Example("1", [(40, 30)], "red ring", json.dumps([BOX]), "scene_grounding"),
+        Example("4", [(40, 30)], "red ring", "[]", "grounding")]
 
 
 def without(column: str) -> dict:
@@ -689,7 +689,7 @@ LAYOUTS = {     # row, --task, --columns → question and answer
 def test_layouts_in_use(tmp_path, name):
     row, task, columns, expected = LAYOUTS[name]
     example = load(parquet_of(tmp_path, row, row), task, columns=columns)[1]
-    assert (example.question, example.answer) == expected and example.image.size == (56, 28)
+    assert (example.question, example.answer) == expected and example.images[0].size == (56, 28)
 
 
 def test_a_class_is_its_name(tmp_path):
@@ -708,11 +708,11 @@ def test_the_one_column_of_image_type(tmp_path):
     row = {"photo": IMAGE, "problem": "the cup", "solution": "[]"}
     made = datasets.Dataset.from_list([row]).cast_column("photo", datasets.Image())
     made.to_parquet(tmp_path / "a.parquet")
-    assert load(str(tmp_path / "a.parquet"), "grounding")[0].image.size == (56, 28)
+    assert load(str(tmp_path / "a.parquet"), "grounding")[0].images[0].size == (56, 28)
     made.add_column("other", [IMAGE]).cast_column("other", datasets.Image()).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet has several columns of pictures \(photo, other\)"):
         load(str(tmp_path / "b.parquet"), "grounding")
-    assert load(str(tmp_path / "b.parquet"), "grounding", columns="image=other")[0].image
+    assert load(str(tmp_path / "b.parquet"), "grounding", columns="image=other")[0].images
 
 
 @pytest.mark.parametrize("row, task, columns, reason", [
@@ -720,10 +720,10 @@ def test_the_one_column_of_image_type(tmp_path):
     ({"problem": "x", "answer": "5", "image": None}, "math", "", "holds no picture in any row"),
     ({"problem": "x", "answer": "5", "images": []}, "vqa", "", "holds no picture in any row"),
     ({"problem": "x", "solution": "[]", "image": None}, "grounding", "", "row 1: no picture: boxes need one"),
-    ({"problem": "x", "solution": "[]", "images": [IMAGE, IMAGE]}, "grounding", "", "row 1: 2 pictures in one row"),
+    ({"problem": "x", "solution": "[]", "images": [IMAGE, IMAGE]}, "grounding", "",
+     "row 1: 2 pictures in one row; boxes, which the task grounding has, need a single one"),
     ({"problem": "x", "solution": "[]", "image": IMAGE, "images": [IMAGE]}, "grounding", "", "both hold a picture"),
-    ({"problem": "<image> and <image>", "answer": "5", "image": IMAGE}, "vqa", "", "several pictures"),
-    ({"problem": "in <image> it is", "answer": "5", "image": IMAGE}, "vqa", "", "in its middle"),
+    ({"problem": "x", "answer": "5", "images": [IMAGE, {"bytes": b"cut", "path": None}]}, "vqa", "", "row 1: picture 2 of 2: .* cannot"),
     ({"problem": "x", "solution": "5", "answer": "6", "image": IMAGE}, "math", "", "solution and answer both hold"),
     ({"problem": "x", "answer": "6", "image": IMAGE}, "math", "answer=truth", "--columns answer=truth: .*a.parquet has no such"),
     ({"problem": "x", "answer": "6", "image": IMAGE}, "math", "answr=truth", "--columns answr=truth: 'answr' cannot be"),
@@ -813,6 +813,64 @@ def test_placeholders_that_no_picture_fills(tmp_path, question, without, beside_
             assert re.search(r"[<[]/?(im|vid|aud)", str(error.value), re.I)
         else:
             assert load(path)[0].question == question.removeprefix("<image>").lstrip()
+
+
+PICTURES = {"a": png(56, 28), "b": png(28, 112, (0, 0, 9)), "cut": CUT, "thin": png(1, 400), "none": b"none"}
+
+
+def row_of(folder: Path, question, names: str, kind: str, **more) -> str:
+    """One row of short answer in a file of JSON lines or Parquet. names: of its pictures; of "null" and "no" there are
+    none."""
+    for name, data in PICTURES.items():
+        (folder / f"{name}.png").write_bytes(data)
+    paths = [None if name == "null" else f"{name}.png" for name in names.split()]
+    row = {"images": paths, "problem": question, "solution": "5", "task": "vqa"} | more
+    if kind == "lines":
+        return write(folder, row)
+    row["images"] = [path and {"bytes": PICTURES.get(path[:-4]), "path": path} for path in paths]
+    other = [row | {"images": [IMAGE], "problem": "x"}] * (not any(paths))       # no picture in any row would be refused
+    return parquet_of(folder, row, *other)
+
+
+PARTS = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " as "}, {"type": "image"}]
+
+
+@pytest.mark.parametrize("kind", ["lines", "parquet"])
+@pytest.mark.parametrize("question, names, kept", [
+    ("Which?", "a b", "Which?"), ("<image><image>\nWhich?", "b a", "<image><image>\nWhich?"), ("Is<image>as <image>", "b b", "Is<image>as <image>"),
+    ("<image>, <image> or <image>?", "b a b", "<image>, <image> or <image>?"), ("Is <image 2> <image 1>?", "a b", "Is <image 2> <image 1>?"),
+    ("[IMG] or [IMG]", "a b", "[IMG] or [IMG]"), ([{"role": "user", "content": PARTS}], "b a", "Is <image> as <image>"),
+    (" <image> x", "b", "x"), ("x\n<image>", "b", "x"), ("in <image> it is", "b", "in <image> it is"), ("1+1?", "", "1+1?"), ("1+1?", "null", "1+1?")])
+def test_pictures_stand_at_the_marks_of_the_question(tmp_path, kind, question, names, kept):
+    """In their order, the same one twice, of any size. The mark of a single one goes at the beginning and at the end."""
+    example = load(row_of(tmp_path, question, names, kind))[0]
+    assert example.question == kept and [image.size for image in example.images] == [
+        {"a": (56, 28), "b": (28, 112)}[name] for name in names.replace("null", "").split()]
+    prompt = Processor(ROOT / "assets/tiny").prompt(example)
+    assert [grid == (8, 2) for grid in prompt.grids] == [image.size == (28, 112) for image in example.images]
+
+
+@pytest.mark.parametrize("kind", ["lines", "parquet"])
+@pytest.mark.parametrize("question, names, reason", [
+    ("<image> and <image>", "a", "the question names 2 picture.s. by <image>, and has 1"),
+    ("<image>", "a b", "the question names 1 picture.s. by <image>, and has 2"),
+    ("<image> or <image>", "", "no picture: the question names one by <image>"),
+    ("<image 1> or <image 3>", "a b", "the question names <image 3>, which no picture of the row fills; it has 2"),
+    ("<img> <img> <img>", "a b", "the question names <img>, .* it has 2"), ("<video>", "a b", "the question names <video>"),
+    ("x", "a null a", "picture 2 of 3: the picture is null"), ("x", "null null", "picture 1 of 2: the picture is null"),
+    ("x", "a no", "picture 2 of 2: .*(no.png is no file|neither bytes nor a path|cannot be read)"),
+    ("x", "none a", "picture 1 of 2: the image cannot be read"), ("x", "a b thin", "picture 3 of 3: an image of 1×400 pixels"),
+    ("x", "a cut", "picture 2 of 2: the image cannot be read")])
+def test_several_pictures_that_cannot_be(tmp_path, kind, question, names, reason):
+    with pytest.raises(BadRow, match=f"row 1( .id 1.)?: {reason}"):
+        assert load(row_of(tmp_path, question, names, kind))[0]
+
+
+def test_one_of_several_pictures_that_changed(tmp_path):
+    source = load(row_of(tmp_path, "x", "a b", "lines"))
+    (tmp_path / "b.png").write_bytes(PICTURES["a"])
+    with pytest.raises(BadRow, match="row 1 .id 1.: picture 2 of 2: the picture is 56×28 pixels now; it was 28×112"):
+        assert source[0]
 
 
 @pytest.mark.parametrize("kind", ["video", "image_url", "input_audio", "audio"])
@@ -929,7 +987,7 @@ def test_rotation_beside_the_pixels(tmp_path, orientation, kind):
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(cell["bytes"]))).convert("RGB")
     for task, answer in (("vqa", "5"), ("grounding", "[]")):
         path = parquet_of(tmp_path, {"problem": "x", "solution": answer, "image": cell}, name=f"{task}.parquet")
-        image = load(path, task)[0].image
+        image = load(path, task)[0].images[0]
         assert image.size == expected.size == ((28, 56) if orientation in range(5, 9) else (56, 28))
         assert image.tobytes() == expected.tobytes()
     boxed = parquet_of(tmp_path, {"problem": "x", "solution": json.dumps([BOX]), "image": cell})
@@ -937,7 +995,7 @@ def test_rotation_beside_the_pixels(tmp_path, orientation, kind):
         with pytest.raises(BadRow, match="row 1: EXIF says that it is to be rotated"):
             load(boxed, "grounding")
     else:
-        assert load(boxed, "grounding")[0].image.size == (56, 28)
+        assert load(boxed, "grounding")[0].images[0].size == (56, 28)
 
 
 @pytest.mark.parametrize("box", [[1, 2, 3], ["1", "2", "3", "4"], [1.0, None, 3.0, 4.0], [decimal.Decimal(n) for n in (1, 2, 3, 4)],
@@ -973,7 +1031,7 @@ def test_a_picture_replaced_by_one_of_another_size(tmp_path, task, answer):
     """The boxes and the checks of its row were of the old one."""
     source = load(lines_of(tmp_path, {"solution": answer, "task": task}), skip_bad_rows=True)
     (tmp_path / "a.png").write_bytes(png(colour=(0, 0, 9)))
-    assert source[0].image.getpixel((0, 0)) == (0, 0, 9)
+    assert source[0].images[0].getpixel((0, 0)) == (0, 0, 9)
     (tmp_path / "a.png").write_bytes(png(28, 56))
     with pytest.raises(BadRow, match="a.jsonl, row 1 .id 1.: the picture is 28×56 pixels now; it was 56×28 when the data"):
         source[0]
@@ -986,7 +1044,7 @@ def test_which_of_several_pictures_and_which_row(tmp_path):
     """MathVerse and others have a path under image, and the picture itself under decoded_image. A text that is no text is
     named by its row."""
     path = parquet_of(tmp_path, {"image": "nowhere.png", "decoded_image": IMAGE, "problem": "the cup", "solution": "[]"})
-    assert load(path, "grounding")[0].image.size == (56, 28)
+    assert load(path, "grounding")[0].images[0].size == (56, 28)
     texts = pa.StringArray.from_buffers(3, pa.array([0, 3, 6, 8], pa.int32()).buffers()[1], pa.py_buffer(b"cupcup\xff\xfe"))
     pq.write_table(pa.table({"image": [IMAGE] * 3, "problem": texts, "solution": ["1"] * 3}), tmp_path / "b.parquet")
     with pytest.raises(BadRow, match="b.parquet, row 3: it cannot be read"):
@@ -1061,18 +1119,21 @@ def test_what_was_opened_can_be_packed(family, qwen3_folder):
         item = {"bbox_2d": [0, 0, *(rng.randint(1, side) for side in size)], "point_2d": rng.choice([[3, 9], [7.25, 9.5]])}
         task, answer = rng.choice([("grounding", json.dumps([item] * rng.randint(0, 5))), ("scene_grounding", json.dumps([item])),
                                    ("vqa", "word " * rng.randint(1, 9)), ("math", "12")])
-        example = Example("x", Image.new("RGB", size), "cup " * rng.randint(1, 9), answer, task, rng.choice(["", "It is."]))
+        sizes = [size] if "grounding" in task else [size, (28, 300), (200, 90)][:rng.randint(0, 3)]
+        question = "cup " * rng.randint(1, 9) + rng.choice(["", "<image>"] if len(sizes) != 1 else [""]) * len(sizes)
+        images = tuple(Image.new("RGB", size) for size in sizes)
+        example = Example("x", images, question, answer, task, rng.choice(["", "It is."]))
         longest, style = rng.choice([1, 30, 90]), rng.choice([*rewards.LABEL_STYLES])
         prompt = processor.prompt(example)
         y = Response(processor.encode(rewards.label_text(task, prompt.answer, style, example.thought)))
         most = len(prompt.tokens) + max(longest, len(y.tokens))
         raw = len(processor.encode(rewards.label_text(task, answer, style, example.thought)))
         longer += len(y.tokens) > max(raw, longest)
-        odd = processor.check_label(example, size, style, longest, most)
+        odd = processor.check_label(example, sizes, style, longest, most)
         assert bool(odd) == (len(y.tokens) > longest)
         pack_group(prompt, [y, Response([5] * longest)], most)
         with pytest.raises(ValueError, match=f"exceed --max-row-tokens {most - 1}"):
-            processor.check_label(example, size, style, longest, most - 1)
+            processor.check_label(example, sizes, style, longest, most - 1)
     assert longer > 3       # y was longer in the frame than in the picture's own pixels
 
 
@@ -1181,6 +1242,22 @@ def test_the_fingerprint_is_of_the_rows(tmp_path):
     before = of({})
     (tmp_path / "a.png").write_bytes(png(colour=(1, 2, 3)))
     assert load(str(tmp_path / "a.jsonl")).fingerprint != before
+    (tmp_path / "b.png").write_bytes(png())
+    several = {"images": ["a.png", "b.png"], "image": None, "task": "vqa", "solution": "5"}
+    assert len({of(several), of(several | {"images": ["b.png", "a.png"]}), of(several | {"images": ["a.png"]})}) == 3
+    before = of(several)
+    (tmp_path / "b.png").write_bytes(png(colour=(1, 2, 3)))
+    assert load(str(tmp_path / "a.jsonl")).fingerprint != before
+
+
+def test_the_fingerprint_of_rows_with_one_picture_is_as_before_there_were_several(tmp_path):
+    """So runs that were begun then go on."""
+    Image.new("RGB", (56, 28), (200, 30, 30)).save(tmp_path / "a.bmp")
+    path = write(tmp_path, {"problem": "<image> the cup", "solution": "[]", "image": "a.bmp", "task": "grounding"},
+                 {"problem": "1+1?", "solution": "2", "image": None, "task": "math"})
+    for name in ("a.bmp", "a.jsonl"):
+        os.utime(tmp_path / name, ns=(0, 10**18))
+    assert load(path).fingerprint == "3374032c0ebfe2c4"
 
 
 def test_the_commands_of_the_page_on_data_open(tmp_path, monkeypatch):
@@ -1201,4 +1278,4 @@ def test_the_commands_of_the_page_on_data_open(tmp_path, monkeypatch):
         for data, count in ((options["--data"], 12), (options.get("--eval-data"), 4)):
             if data:
                 source = load(data, options["--task"], columns=options.get("--columns", ""))
-                assert len(source) == count and source[0].image.size == (112, 112) and not noticed(source)
+                assert len(source) == count and source[0].images[0].size == (112, 112) and not noticed(source)

@@ -46,8 +46,13 @@ SMALL = ["--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12",
 
 
 def example(i: int) -> Example:
-    """The pictures of the built-in world, and, as number 3 and 7, questions without one."""
-    return Example(f"text {i}", None, "How many legs has a cat?", "4", "vqa") if i % 4 == 3 else Scenes("test")[i]
+    """A picture of the built-in world; as number 3 and 7 a question without one, as 2 and 6 one about three small ones."""
+    if i % 4 < 2:
+        return Scenes("test")[i]
+    if i % 4 == 3:
+        return Example(f"text {i}", (), "How many legs has a cat?", "4", "vqa")
+    three = (Scenes("test")[i + k].images[0].resize(size) for k, size in enumerate([(56, 56), (112, 28), (28, 84)]))
+    return Example(f"three {i}", tuple(three), "red <image> or <image><image>", "red", "vqa")
 
 
 def give(group: train.Group, advantage: list[float]) -> None:
