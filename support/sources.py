@@ -61,7 +61,7 @@ PLACEHOLDER = re.compile(r"(?i:</?(?:(image|img)|video|audio)[ _-]?(\d*)(?:here|
                          r"|(?i:\[(image|img)[ _-]?(\d*)\])|\[VIDEO\]|\[AUDIO\]")
 
 
-@dataclass
+@dataclass(slots=True)      # a data set may have millions
 class Example:
     """Holds a row. images: RGB. question: an <image> stands for each picture; without any, all come
     first. answer: text; for tasks with boxes, JSON in the pixels of the only image. thought:
@@ -443,8 +443,8 @@ class StoredExamples:
         self.columns, self.rules, self.skip = columns, rules, skip_bad_rows
         self.bad: list[str] = []
         self.odd: dict[str, list] = {}      # what → [how often, the first row]
-        # Of each: its file and number, the example, the paths and the sizes of its pictures.
-        self.rows: list[tuple[JsonlFile | ArrowTable, int, Example, tuple[Path, ...], tuple]] = []
+        # Of each: its file and number, the example, the sizes of its pictures, and their paths.
+        self.rows: list[tuple] = []
         self.ids: set[str] = set()
         digest = hashlib.sha256()
         for file in files:
@@ -466,7 +466,7 @@ class StoredExamples:
                 line = repr((number, example, *stats)).replace("images=()", "image=None", 1)
                 digest.update(line.encode())
                 paths = paths if len(paths) == len(contents) else ()
-                self.rows.append((file, number, example, paths, sizes))
+                self.rows.append((file, number, example, sizes, *paths))
             if not pictures and isinstance(file, ArrowTable) and self.rows and self.rows[-1][0] is file:
                 raise Mistake(f"{file.path} holds no picture in any row (column {', '.join(file.pictures)}); name its "
                               "column by --columns image=NAME; text alone is read from JSON lines with \"image\": null")
@@ -549,7 +549,7 @@ class StoredExamples:
     def __getitem__(self, index: int) -> Example:
         """Returns the example with its pictures, which are decoded now. Raises BadRow if that
         fails."""
-        file, number, example, paths, sizes = self.rows[index]
+        file, number, example, sizes, *paths = self.rows[index]
         try:
             cells, mask = file.heavy(number)
             contents, rotate = paths or self.pictures(file, cells), self.may_rotate(example, file)
