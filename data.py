@@ -32,7 +32,7 @@ from support import sources
 from support.answers import MAX_CHARACTERS, check_text
 from support.boxes import convert_boxes
 from support.folders import IMAGE_PLACEHOLDER, end_of_turn, image_settings, load_tokenizer
-from support.images import MARK, check_aspect, each, smart_resize
+from support.images import MARK, smart_resize
 from support.mistakes import Mistake
 from support.sources import Example
 from support.weights import local_folder, read_eos_ids
@@ -44,7 +44,7 @@ def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = 
     rows that do not say theirs; fits(example, sizes): a check by the model that is trained
     (`Processor.check_label`), like check_example; flag: the option that gave the string."""
     def check(example: Example, sizes: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
-        return check_example(example, sizes) + (fits(example, sizes) if fits else [])
+        return check_example(example) + (fits(example, sizes) if fits else [])
     rules = sources.Rules(TASKS, read_label, check, MAX_CHARACTERS)
     source = sources.load(data, rules, task, skip_bad_rows, columns, flag)
     if fits and isinstance(source, sources.Scenes):
@@ -52,14 +52,13 @@ def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = 
     return source
 
 
-def check_example(example: Example, sizes: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+def check_example(example: Example) -> list[tuple[str, str]]:
     """Returns (kind of oddity, details) of each; the one oddity so far: y earns less than full
-    accuracy. Raises ValueError if the example cannot be trained or evaluated on. sizes: (width,
-    height) of its pictures. An empty answer is not known yet: it will be the box around a mask."""
+    accuracy. Raises ValueError if the example cannot be trained or evaluated on. An empty answer is
+    not known yet: it will be the box around a mask."""
     check_text("id", example.id)
     check_text("question", example.question)
     check_text("thought", example.thought)
-    each(sizes, lambda size: check_aspect(*size))
     if not example.answer:
         return []
     y = label_text(example.task, example.answer, "spaced", example.thought)

@@ -42,7 +42,7 @@ from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_
                            targets_found)
 from support.equip import equip
 from support.files import as_json, replace_file, writing
-from support.images import check_aspect, marked, open_image, picture_file
+from support.images import marked, open_image, picture_file
 from support.log import metric_text
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
@@ -359,7 +359,6 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
     task = cfg.task or ("scene_grounding" if is_tiny(model) else "grounding")
     try:
         image = open_image(picture_file(cfg.image, Path()), rotate=True)
-        check_aspect(*image.size)
     except ValueError as error:
         raise Mistake(f"--image {cfg.image}: {error}") from None
     processor, limit = Processor(model.folder), longest_answer(cfg, model)

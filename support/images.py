@@ -44,10 +44,12 @@ def opened(content):
 
 def upright_size(image: Image.Image, rotate: bool) -> tuple[int, int]:
     """Returns (width, height) of an opened picture once it is rotated as its EXIF says. Raises
-    Unfit if it has more than MAX_PIXELS, or 16 bits a channel (Pillow would clip them), or if it is
-    to be rotated and `rotate` is False (are the boxes for the rotated picture?)."""
+    Unfit if it has more than MAX_PIXELS, or 16 bits a channel (Pillow would clip them), or if no
+    model takes its shape, or if it is to be rotated and `rotate` is False (are the boxes for the
+    rotated picture?)."""
     if image.width * image.height > MAX_PIXELS:
         raise Unfit(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+    check_aspect(*image.size)
     if image.mode.startswith(("I", "F")):
         raise Unfit(f"mode {image.mode}: more than 8 bits a channel; store it with 8")
     if getattr(image, "is_animated", False) and image.format != "MPO":      # a camera's MPO holds views of one scene
@@ -159,10 +161,10 @@ def picture_file(name: str, folder: Path) -> Path:
 
 
 def check_aspect(width: int, height: int) -> None:
-    """Raises ValueError if the model takes no picture of this shape."""
+    """Raises Unfit if the model takes no picture of this shape."""
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width}×{height} pixels is more than 200 times as long as "
-                         "it is wide")
+        raise Unfit(f"an image of {width}×{height} pixels is more than 200 times as long as it is "
+                    "wide")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int
