@@ -532,7 +532,7 @@ def without(column: str) -> dict:
     (GOOD | {"image": "pictures/b.png"}, "image cannot be read: .*b.png"),
     (GOOD | {"image": "pictures/corrupt.png"}, "image cannot be read: .*corrupt.png"),
     (GOOD | {"solution": "red"}, "bad label: the solution is not JSON"),
-    (GOOD | {"solution": BOX}, "bad label: the solution is a dict, no list"),
+    (GOOD | {"solution": {"x": 1}}, "bad label: the solution is a dict, no list"),
     (GOOD | {"solution": [{"point_2d": [1, 2]}]}, "bad label: item 1: bbox_2d is missing"),
     (GOOD | {"solution": [BOX | {"bbox_2d": [1, 2, 3]}]}, "bad label: item 1: bbox_2d must be 4 numbers"),
     (GOOD | {"solution": [BOX | {"point_2d": "1, 2"}]}, "bad label: item 1: point_2d must be 2 numbers"),
