@@ -29,7 +29,7 @@ from model import Config, mrope_positions
 from rewards import TASKS, Reward, earned, label_text, read_label, score, user_text
 from support import sources
 from support.answers import MAX_CHARACTERS, check_text
-from support.boxes import convert_boxes
+from support.boxes import FORMATS, UNITS, convert_boxes
 from support.folders import IMAGE_PLACEHOLDER, end_of_turn, image_settings, load_tokenizer
 from support.images import check_aspect, smart_resize
 from support.mistakes import Mistake
@@ -38,14 +38,14 @@ from support.weights import local_folder, read_eos_ids
 
 
 def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None,
-         flag: str = "--data"):
+         flag: str = "--data", box_format: str = FORMATS[0], box_units: str = UNITS[0]):
     """Returns the examples that a --data string names (support/sources.py), each checked. task: of
     rows that do not say theirs; fits(example, size): a check by the model that is trained
     (`Processor.check_label`), like check_example; flag: the option that gave the string."""
     def check(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
         return check_example(example, size) + (fits(example, size) if fits else [])
     rules = sources.Rules(TASKS, read_label, check, MAX_CHARACTERS)
-    source = sources.load(data, rules, task, skip_bad_rows, columns, flag)
+    source = sources.load(data, rules, task, skip_bad_rows, columns, flag, (box_format, box_units))
     if fits and isinstance(source, sources.Scenes):
         source.look_at_some(fits, f"{flag} {data}")
     return source
@@ -59,6 +59,7 @@ def check_example(example: Example, size: tuple[int, int] | None) -> list[tuple[
     check_text("id", example.id)
     check_text("question", example.question)
     check_text("thought", example.thought)
+    check_text("system turn", example.system)
     if size is not None:
         check_aspect(*size)
     if not example.answer:
@@ -138,12 +139,17 @@ class Processor:
                             a=merge, b=merge, y=p, x=p)
         return repeat(patches, "n c y x -> n (c t y x)", t=t), (height // p, width // p), image
 
-    def chat(self, text: str, with_image: bool) -> str:
-        """Returns the prompt as text: the user's turn, the image first, and the start of the
-        model's."""
+    def chat(self, text: str, with_image: bool, system: str = "") -> str:
+        """Returns the prompt as text: the system turn if there is one, the user's turn, the image
+        first, and the start of the model's."""
         content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "system", "content": system}] * bool(system) + [
+            {"role": "user", "content": content}]
+        written = self.tokenizer.apply_chat_template(turns, tokenize=False,
+                                                     add_generation_prompt=True)
+        if system not in written:
+            raise ValueError("the model's chat template leaves out the system turn")
+        return written
 
     def prompt(self, example: Example) -> Prompt:
         """Returns the prompt of an example, its picture in patches and its boxes in the frame."""
@@ -161,7 +167,7 @@ class Processor:
         merge = self.config.vision_spatial_merge_size
         image_tokens = [gh * gw // merge ** 2 for gh, gw in grids]
         tokens = []
-        pieces = self.chat(text, bool(grids)).split(IMAGE_PLACEHOLDER)
+        pieces = self.chat(text, bool(grids), example.system).split(IMAGE_PLACEHOLDER)
         for piece, count in zip(pieces, [*image_tokens, 0], strict=True):
             tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
             tokens += [self.config.image_token_id] * count
@@ -197,7 +203,8 @@ class Processor:
                                  f"{most:g}; it was {y[:99]!a}")
         label = len(tokens)
         if max_row_tokens:
-            pieces = self.chat(user_text(example.task, example.question), size is not None)
+            pieces = self.chat(user_text(example.task, example.question), size is not None,
+                               example.system)
             count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)
             count += seen[0] * seen[1] // side ** 2 - 1 if seen else 0
             rollout = longest if sampled else 1

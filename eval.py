@@ -38,8 +38,8 @@ from rollout import generate
 from support import report, scenes
 from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinking_format, parse_boxes,
                              parse_json, parse_points, trailing_text)
-from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
-                           targets_found)
+from support.boxes import (FORMATS, UNITS, box_hit, box_mask, convert_boxes, hull, official_box_hit,
+                           point_hit, targets_found)
 from support.equip import equip
 from support.files import as_json, replace_file, writing
 from support.images import check_aspect, open_image, picture_file
@@ -82,9 +82,11 @@ class Options:
     model: str = option("", "what is answered", "model folder, run folder of train.py, or hub id; must be given")
     data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, .jsonl or .parquet file, "
                        "folder, or hub id")
-    task: str = option("", "what is answered", "task of rows without a column task (without it, the benchmark's)",
+    task: str = option("", "what is answered", "task of rows that name none (without it, the benchmark's)",
                        ("", *TASKS))
     columns: str = option("", "what is answered", "as in train.py: FIELD=NAME,… for columns with other names")
+    box_format: str = option("xyxy", "what is answered", "as in train.py", FORMATS)
+    box_units: str = option("pixels", "what is answered", "as in train.py", UNITS)
     skip_bad_rows: bool = option(False, "what is answered", "leave out rows that cannot be used, and list them")
     limit: int = option(0, "what is answered", "the first LIMIT examples only (0: all)", least=0)
     image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
@@ -515,7 +517,8 @@ def main() -> None:
     rank, world, device = start_ranks()
     torch.set_grad_enabled(False)
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
-    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
+    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns,
+                                         box_format=cfg.box_format, box_units=cfg.box_units)
     model = load_model(cfg.model, getattr(torch, cfg.precision), device)
     equip(model)
     if source is not None:

@@ -45,6 +45,7 @@ from model import Qwen2_5_VL, load_model
 from rewards import (LABEL_STYLES, TASKS, borrowed_thought, full_accuracy, label_reward, label_text,
                      reward_group)
 from rollout import decode_one_token, generate, uniforms
+from support.boxes import FORMATS, UNITS
 from support.checkpoints import load_optimizer, newest_checkpoint
 from support.equip import equip
 from support.graphs import GraphedStep
@@ -110,9 +111,12 @@ class Config:
     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
 
     data: str = option("scenes:train", "data", "scenes:SPLIT, .jsonl or .parquet file, folder, or hub id")
-    task: str = option("", "data", "task of rows without a column task (rewards.py), of --eval-data too", ("", *TASKS))
+    task: str = option("", "data", "task of rows that name none (rewards.py), of --eval-data too", ("", *TASKS))
     columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, "
-                          "choices, id")
+                          "choices, id, task")
+    box_format: str = option("xyxy", "data", "boxes of files: xyxy, two corners; xywh, a corner, width and height",
+                             FORMATS)
+    box_units: str = option("pixels", "data", "their units: pixels; thousandths of the picture's sides", UNITS)
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
     seed: int = option(42, "data", "seeds the order of the data, the rollouts and new adapters", least=0)
 
@@ -485,7 +489,7 @@ def open_data(cfg: Config, processor: Processor, data: str):
     def fits(example, size) -> list[tuple[str, str]]:
         return processor.check_label(example, size, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens, cfg.G > 0,
                                      cfg.label_thought == "rollout")
-    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag)
+    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag, cfg.box_format, cfg.box_units)
 
 
 def set_up() -> Job:
@@ -557,8 +561,9 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     side = job.processor.config.vision_patch_size
     seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"
+    system = f"  system: {example.system}\n" * bool(example.system)
     run.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
-            f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
+            f"{system}  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
     for line in unknown_to(model, example.question, prompt.original_size):
         run.say(line)
 

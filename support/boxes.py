@@ -55,11 +55,6 @@ def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, i
                        for item in json.loads(answer)])
 
 
-def check_boxes(answer: str, size: tuple[int, int]) -> None:
-    """Raises Misplaced if a box of a label is none or leaves its picture of (width, height) pixels."""
-    in_pixels(answer, UNITS[0], size)
-
-
 def corners(items: list[dict]) -> np.ndarray:
     """Returns the boxes of the items, [n, 4]."""
     return np.array([item["bbox_2d"] for item in items], float)
