@@ -665,8 +665,8 @@ def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
             paths = [Path(path) for path in paths]
             names = {path: re.sub(r"[-_.]?\d*(-of-\d+.*)?$", "", path.stem) for path in paths}
             for path in paths:
-                inside = path.relative_to(folder.resolve() if path.is_relative_to(folder.resolve()) else folder).parts
-                config = "/".join(part for part in inside[:-1] if part not in (split, names[path]))
+                top = next(top for top in (folder.resolve(), folder.absolute()) if path.is_relative_to(top))
+                config = "/".join(part for part in path.relative_to(top).parts[:-1] if part not in (split, names[path]))
                 name = split if len(set(names.values())) == 1 else names[path]
                 found.setdefault((config, str(name)), []).append(path)
         if found:

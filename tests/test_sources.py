@@ -624,6 +624,17 @@ def test_configurations_and_splits_are_kept_apart(tmp_path, monkeypatch, name):
         assert len(load("configs:DocVQA", "grounding")) == 1
 
 
+@pytest.mark.parametrize("name", ["link", "link/x", "x/../link", "folder"])
+def test_a_folder_behind_a_link(tmp_path, monkeypatch, name):
+    """By a path that begins at the current folder, too."""
+    (tmp_path / "folder/x").mkdir(parents=True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    write_parquet(tmp_path / "folder/x/train.parquet", [train_row(0)])
+    monkeypatch.chdir(tmp_path)
+    assert len(load(name, "grounding")) == len(load(str(tmp_path / name), "grounding")) == 1
+
+
 def test_what_the_readme_of_a_data_set_declares(tmp_path):
     """Configurations with patterns of their own; several files of one split are one."""
     for name, rows in (("x/a.parquet", 1), ("x/b.parquet", 2), ("y/c.parquet", 4)):
