@@ -1430,8 +1430,11 @@ def test_the_commands_of_the_page_on_data_open(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "experiments/made_data.py"))["write_layouts"](Path("made"))
     monkeypatch.setenv("HF_HUB_CACHE", "made/hub")
-    commands = re.findall(r"train.py (--data made/.*)", (ROOT / "docs/data.md").read_text())
-    assert len(commands) == 6
+    page = (ROOT / "docs/data.md").read_text()
+    commands = re.findall(r"train.py (--data made/[^`\n]*)", page)
+    made = {re.match(r"--data made/(\w+)", command)[1] for command in commands}
+    assert len(page.split()) <= 1200
+    assert made == {"shapes", *(path.stem for path in Path("made").iterdir() if path.name != "hub")}
     for command in commands:
         options = dict(zip(*[iter(command.split())] * 2))
         if "made/shapes" in command:        # the cache's place is read when huggingface_hub is imported
@@ -1440,7 +1443,17 @@ def test_the_commands_of_the_page_on_data_open(tmp_path, monkeypatch):
                                   capture_output=True, text=True)
             assert done.stdout == "12\n"
             continue
-        for data, count in ((options["--data"], 12), (options.get("--eval-data"), 4)):
+        monkeypatch.setattr(sys, "argv", ["train.py", *command.split()])
+        cfg, processor = train.parse_config(), Processor(ROOT / "assets/tiny")
+        for data, count in ((cfg.data, 12), (options.get("--eval-data"), 4)):
             if data:
-                source = load(data, options["--task"], columns=options.get("--columns", ""))
-                assert len(source) == count and source[0].image.size == (112, 112) and not noticed(source)
+                source = train.open_data(cfg, processor, data)
+                assert len(source) == count and source[0].image.size == (112, 112)
+                assert len(noticed(source)) == ("scienceqa" in data)         # its column task
+                assert source[0].system == ("Answer by a number." if "messages" in data else "")
+    shapes = [[(e.question, [item["bbox_2d"] for item in json.loads(e.answer)]) for e in load(f"made/{name}", "grounding", **options)]
+              for name, options in (("lines", {}), ("qwen", {}), ("coco", {"columns": "answer=annotations", "box_format": "xywh"}))]
+    assert shapes[0] == shapes[1] == shapes[2] and any(boxes for _, boxes in shapes[0])
+    sums = [[(e.question, e.answer) for e in load(f"made/{name}", "scene_math")] for name in (
+        "llava", "messages.parquet", "completions.parquet", "trl")]
+    assert sums[0] == sums[1] == sums[2] == sums[3]
