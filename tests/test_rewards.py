@@ -666,22 +666,32 @@ def test_no_boxes_as_data_sets_have_them(value):
 
 @pytest.mark.parametrize("value, reason", [
     ([{"bbox_2d": ["2", "4", "6", "9"]}], "item 1: bbox_2d must be 4 numbers, it is ['2', '4', '6', '9']"),
-    ([{"bbox_2d": [2, 4, 6]}], "4 numbers"), ([{"bbox_2d": "2, 4, 6, 9"}], "4 numbers"), ([LABELLED, {"label": "x"}], "item 2: bbox_2d is missing"),
-    ([{"point_2d": [1, 2], "label": "dog"}], "item 1: bbox_2d is missing"), ({"label": "dog"}, "the solution is a dict, no list"),
-    ([LABELLED | {"point_2d": "1, 2"}], "point_2d must be 2 numbers"), ([{"box_2d": [2, 4, 6, 9]}], "bbox_2d is missing"),
-    ("```json\n[[2, 4, 6, 9]]", "not JSON"), ("```\n[]\n```\n```\n[]\n```", "not JSON"), ("dog: [2, 4, 6, 9]", "not JSON"), ("{2, 4, 6, 9}", "not JSON"),
-    ("[2 4 6 9]", "not JSON"), ("[[2, 4, 6, 9][2, 4, 6, 9]]", "not JSON"), ("[(2, 4, 6, f())]", "not JSON"), ("[__import__('os')]", "not JSON"),
+    ([{"bbox_2d": [2, 4, 6]}], "4 numbers"), ([{"bbox_2d": "2, 4, 6, 9"}], "4 numbers"),
+    ([LABELLED, {"label": "x"}], "item 2: bbox_2d is missing"),
+    ([{"point_2d": [1, 2], "label": "dog"}], "item 1: bbox_2d is missing"),
+    ({"label": "dog"}, "the solution is a dict, no list"),
+    ([LABELLED | {"point_2d": "1, 2"}], "point_2d must be 2 numbers"),
+    ([{"box_2d": [2, 4, 6, 9]}], "bbox_2d is missing"),
+    ("```json\n[[2, 4, 6, 9]]", "not JSON"), ("```\n[]\n```\n```\n[]\n```", "not JSON"),
+    ("dog: [2, 4, 6, 9]", "not JSON"), ("{2, 4, 6, 9}", "not JSON"),
+    ("[2 4 6 9]", "not JSON"), ("[[2, 4, 6, 9][2, 4, 6, 9]]", "not JSON"), ("[(2, 4, 6, f())]", "not JSON"),
+    ("[__import__('os')]", "not JSON"),
     ("[2, 4, 3 + 3, 9]", "not JSON"), ("[{'bbox_2d': [2, 4, 6, 9], 'label': 'a' 'b'}]", "a list without commas"),
-    ("(" * 300 + ")" * 300, "not JSON"), ("[(2, 4, 6, 9j)]", "not JSON"), ("[(2, 4, 6, b'9')]", "not JSON"), ("[True]", "it is True")])
+    ("(" * 300 + ")" * 300, "not JSON"), ("[(2, 4, 6, 9j)]", "not JSON"), ("[(2, 4, 6, b'9')]", "not JSON"),
+    ("[True]", "it is True")])
 def test_boxes_that_mean_nothing(value, reason):
-    """Text is never evaluated, and numbers in quotes are none."""
+    """Text is never evaluated, and numbers in quotes are none. Nor is long or deep text read as Python's."""
+    assert cells.listed("[" * 8 + "]" * 8) != (deep := "[" * 9 + "]" * 9) == cells.listed(deep)
+    assert cells.listed(long := f"[{'1,' * 10_000}]") == long
     with pytest.raises(ValueError, match=re.escape(reason)):
         read_label("grounding", value)
 
 
 @pytest.mark.parametrize("name, error, points", [
-    ("no point", "no_point_2d", 2), ("one object", "not_a_list", 1), ("a fence", "bad_json", 1), ("Python's", "bad_json", 1), ("a list", "not_an_object", 1),
-    ("a record of lists", "not_a_list", 1), ("bbox", "no_bbox_2d", 1), ("a fence in text", "bad_json", 1), ("Python's tuples", "bad_json", 1)])
+    ("no point", "no_point_2d", 2), ("one object", "not_a_list", 1), ("a fence", "bad_json", 1),
+    ("Python's", "bad_json", 1), ("a list", "not_an_object", 1),
+    ("a record of lists", "not_a_list", 1), ("bbox", "no_bbox_2d", 1), ("a fence in text", "bad_json", 1),
+    ("Python's tuples", "bad_json", 1)])
 def test_the_same_forms_in_a_response_are_what_the_scorer_makes_of_them(name, error, points):
     """A label may be written in them; a response earns what it earned before. (A field without a point has half the format.)"""
     value, truth = BOXES[name], read_label("grounding", BOXES[name])
