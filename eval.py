@@ -51,9 +51,10 @@ from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
 from support.results import default_folder, read_finished, results_folder
-from support.runs import lock
+from support.runs import lock, precision_of
 from support.screen import say
 from support.sources import Example, noticed, read, stat_of
+from support.weights import local_folder
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs,
 # metrics). "answers", the mean score of the tasks without boxes, has a name of its own in each
@@ -95,7 +96,8 @@ class Options:
     repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
                                        "generation_config", above=0)
     sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
-    precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
+    precision: str = option("", "how", "of the weights (default: a run's own, else float32)",
+                            ("", "float32", "bfloat16"))
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
@@ -495,7 +497,7 @@ def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[st
     for part in out.glob("records.rank*.jsonl"):
         part.unlink()
     metrics = summarise([record_of(lines[n]) for n in numbers if n in lines])
-    say(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
+    say(table({f"{cfg.model} on {cfg.data}, {cfg.precision}": metrics}, shown))
     if metrics["gIoU"] is not None and not cfg.masks and {"gIoU", "anomaly accuracy"} & set(shown):
         say("filled boxes stand in for masks (--masks)")
     if bad:
@@ -520,7 +522,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
-    model = load_model(cfg.model, getattr(torch, cfg.precision), device)
+    folder = local_folder(cfg.model)
+    cfg.precision = cfg.precision or precision_of(folder)
+    model = load_model(folder, getattr(torch, cfg.precision), device)
     equip(model)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)
