@@ -51,9 +51,10 @@ from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
 from support.results import default_folder, read_finished, results_folder
-from support.runs import lock
+from support.runs import lock, precision_of
 from support.screen import say
 from support.sources import Example, noticed, read, stat_of
+from support.weights import local_folder
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs,
 # metrics). "answers", the mean score of the tasks without boxes, has a name of its own in each
@@ -97,7 +98,8 @@ class Options:
     repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
                                        "generation_config", above=0)
     sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
-    precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
+    precision: str = option("", "how", "of the weights (default: a run's own, else float32)",
+                            ("", "float32", "bfloat16"))
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
@@ -229,23 +231,27 @@ def mean(values) -> float | None:
 
 def summarise(records: list[Record]) -> dict[str, float | None]:
     """Returns every metric of the table. Present and absent: grounding questions with and without a
-    true box. "official": as the authors' scripts compute it, where that is not what the name says:
-    over all questions, by `official_reading`."""
+    true box. N-acc, boxes and targets count an answer only if nothing follows it. "official": as
+    the authors' scripts compute it, where that is not what the name says: over all questions, by
+    `official_reading`."""
     grounding = [r for r in records if TASKS[r.task].boxes]
     present, absent = [r for r in grounding if r.truth], [r for r in grounding if not r.truth]
     others = [r for r in records if not TASKS[r.task].boxes]
     union, targets = sum(r.union for r in grounding), sum(len(r.truth) for r in present)
     anomalous = [bool(r.truth) for r in grounding]
+
+    def ends(record: Record) -> bool:
+        return not trailing_text(record.response)
     return {
         "gIoU": mean(map(mask_iou, grounding)),
         "cIoU": sum(r.intersection for r in grounding) / union if union else None,
-        "N-acc": mean(not r.predicted and r.error is None for r in absent),
+        "N-acc": mean(not r.predicted and r.error is None and ends(r) for r in absent),
         "N-acc official": mean(not r.official_boxes for r in absent),     # an unreadable answer counts as a rejection
         "unreadable": mean(r.error is not None for r in records),
         "T-acc": mean(bool(r.predicted) for r in present),
-        "boxes": mean(box_hit(r.predicted, r.truth) for r in present),
+        "boxes": mean(ends(r) and box_hit(r.predicted, r.truth) for r in present),
         "boxes official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
-        "targets": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
+        "targets": sum(targets_found(r.predicted, r.truth) for r in present if ends(r)) / targets if targets else None,
         "anomaly accuracy": mean((r.area > 0) == bool(r.truth) for r in grounding),
         "ROC-AUC official": roc_auc([float(r.area > 0) for r in grounding], anomalous),
         "ROC-AUC by area": roc_auc([r.area / (r.original_size[0] * r.original_size[1]) for r in grounding], anomalous),
@@ -254,8 +260,8 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
                                       for r in grounding),
         "thinks, present": mean(r.thinks for r in present),
         "thinks, absent": mean(r.thinks for r in absent),
-        "trailing text, present": mean(bool(trailing_text(r.response)) for r in present),
-        "trailing text, absent": mean(bool(trailing_text(r.response)) for r in absent),
+        "trailing text, present": mean(not ends(r) for r in present),
+        "trailing text, absent": mean(not ends(r) for r in absent),
         "answers": mean(r.score for r in others),                    # counting and other short answers
         "length": mean(r.length for r in records),
         "examples": len(records),
@@ -493,7 +499,7 @@ def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[st
     for part in out.glob("records.rank*.jsonl"):
         part.unlink()
     metrics = summarise([record_of(lines[n]) for n in numbers if n in lines])
-    say(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
+    say(table({f"{cfg.model} on {cfg.data}, {cfg.precision}": metrics}, shown))
     if metrics["gIoU"] is not None and not cfg.masks and {"gIoU", "anomaly accuracy"} & set(shown):
         say("filled boxes stand in for masks (--masks)")
     if bad:
@@ -519,7 +525,9 @@ def main() -> None:
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns,
                                          box_format=cfg.box_format, box_units=cfg.box_units)
-    model = load_model(cfg.model, getattr(torch, cfg.precision), device)
+    folder = local_folder(cfg.model)
+    cfg.precision = cfg.precision or precision_of(folder)
+    model = load_model(folder, getattr(torch, cfg.precision), device)
     equip(model)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)

@@ -31,9 +31,8 @@ def answer_text(response: str) -> str | None:
 
 
 def trailing_text(response: str) -> str:
-    """Returns what follows the answer that answer_text reads. Accuracy and metrics look at the
-    answer alone, as the authors' scripts do; only the thinking format asks for the end. Text after
-    the answer is therefore free, unless the response has a thought."""
+    """Returns what follows the answer that answer_text reads. The authors' scripts look at the
+    answer alone."""
     return response[response.find("<answer>"):].partition("</answer>")[2].strip()
 
 

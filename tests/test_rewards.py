@@ -117,13 +117,16 @@ def test_answer_is_the_first_one():
     assert answer_text("</answer><answer>[1]") is answer_text("[1]") is None
 
 
-def test_text_behind_an_answer_costs_the_thinking_format_alone():
+def test_what_text_behind_an_answer_costs():
+    """With the authors the thinking format alone. In the built-in world the format of the answer too."""
     plain, thought = "<answer>[]</answer>", "<think>No.</think><answer>[]</answer>"
     tail = ' be found.</think><answer>[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]</answer>'
     assert trailing_text(plain + " \n") == trailing_text("</answer> [1]") == trailing_text("<answer>[1]") == ""
     assert trailing_text(plain + tail) == tail.strip()
     assert [grounding_reward(text, "[]").total for text in (plain, plain + tail)] == [6, 6]
     assert [grounding_reward(text, "[]").total for text in (thought, thought + ".")] == [7, 6]
+    assert [score("scene_grounding", text, "[]").total
+            for text in (plain, plain + " \n", plain + tail, thought, thought + ".")] == [6, 6, 4, 7, 4]
 
 
 def test_non_repeat():
