@@ -30,7 +30,7 @@ from model import Config, mrope_positions
 from rewards import TASKS, Reward, earned, label_text, read_label, score, user_text
 from support import sources
 from support.answers import MAX_CHARACTERS, check_text
-from support.boxes import convert_boxes
+from support.boxes import FORMATS, UNITS, convert_boxes
 from support.folders import IMAGE_PLACEHOLDER, end_of_turn, image_settings, load_tokenizer
 from support.images import MARK, smart_resize
 from support.mistakes import Mistake
@@ -39,14 +39,14 @@ from support.weights import local_folder, read_eos_ids
 
 
 def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None,
-         flag: str = "--data"):
+         flag: str = "--data", box_format: str = FORMATS[0], box_units: str = UNITS[0]):
     """Returns the examples that a --data string names (support/sources.py), each checked. task: of
     rows that do not say theirs; fits(example, sizes): a check by the model that is trained
     (`Processor.check_label`), like check_example; flag: the option that gave the string."""
     def check(example: Example, sizes: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
         return check_example(example) + (fits(example, sizes) if fits else [])
     rules = sources.Rules(TASKS, read_label, check, MAX_CHARACTERS)
-    source = sources.load(data, rules, task, skip_bad_rows, columns, flag)
+    source = sources.load(data, rules, task, skip_bad_rows, columns, flag, (box_format, box_units))
     if fits and isinstance(source, sources.Scenes):
         source.look_at_some(fits, f"{flag} {data}")
     return source
@@ -59,6 +59,7 @@ def check_example(example: Example) -> list[tuple[str, str]]:
     check_text("id", example.id)
     check_text("question", example.question)
     check_text("thought", example.thought)
+    check_text("system turn", example.system)
     if not example.answer:
         return []
     y = label_text(example.task, example.answer, "spaced", example.thought)
@@ -145,15 +146,21 @@ class Processor:
         return repeat(patches, "n c y x -> n (c t y x)", t=t), (height // p, width // p), image
 
     def chat(self, example: Example, images: int) -> str:
-        """Returns the prompt as text: the user's turn, and the start of the model's. The images
-        stand at the marks in the question, or all of them first."""
+        """Returns the prompt as text: the system turn if there is one, the user's turn, and the
+        start of the model's. The images stand at the marks in the question, or all of them
+        first."""
         text, content = user_text(example.task, example.question), []
         pieces = text.split(MARK) if MARK in example.question else [*[""] * images, text]
         for number, piece in enumerate(pieces):
             content += [{"type": "image"}] * (number > 0)
             content += [{"type": "text", "text": piece}] * bool(piece)
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "system", "content": example.system}] * bool(example.system) + [
+            {"role": "user", "content": content}]
+        written = self.tokenizer.apply_chat_template(turns, tokenize=False,
+                                                     add_generation_prompt=True)
+        if example.system not in written:
+            raise ValueError("the model's chat template leaves out the system turn")
+        return written
 
     def prompt(self, example: Example) -> Prompt:
         """Returns the prompt of an example, its images in patches and its boxes in the frame."""

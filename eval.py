@@ -38,8 +38,8 @@ from rollout import generate
 from support import report, scenes
 from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinking_format, parse_boxes,
                              parse_json, parse_points, trailing_text)
-from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
-                           targets_found)
+from support.boxes import (FORMATS, UNITS, box_hit, box_mask, convert_boxes, hull, official_box_hit,
+                           point_hit, targets_found)
 from support.equip import equip
 from support.files import as_json, replace_file, writing
 from support.images import marked, open_image, picture_file
@@ -51,9 +51,10 @@ from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
 from support.results import default_folder, read_finished, results_folder
-from support.runs import lock
+from support.runs import lock, precision_of
 from support.screen import say
 from support.sources import Example, noticed, read, stat_of
+from support.weights import local_folder
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs,
 # metrics). "answers", the mean score of the tasks without boxes, has a name of its own in each
@@ -82,9 +83,11 @@ class Options:
     model: str = option("", "what is answered", "model folder, run folder of train.py, or hub id; must be given")
     data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, .jsonl or .parquet file, "
                        "folder, or hub id")
-    task: str = option("", "what is answered", "task of rows without a column task (without it, the benchmark's)",
+    task: str = option("", "what is answered", "task of rows that name none (without it, the benchmark's)",
                        ("", *TASKS))
     columns: str = option("", "what is answered", "as in train.py: FIELD=NAME,… for columns with other names")
+    box_format: str = option("xyxy", "what is answered", "as in train.py", FORMATS)
+    box_units: str = option("pixels", "what is answered", "as in train.py", UNITS)
     skip_bad_rows: bool = option(False, "what is answered", "leave out rows that cannot be used, and list them")
     limit: int = option(0, "what is answered", "the first LIMIT examples only (0: all)", least=0)
     image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
@@ -95,7 +98,8 @@ class Options:
     repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
                                        "generation_config", above=0)
     sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
-    precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
+    precision: str = option("", "how", "of the weights (default: a run's own, else float32)",
+                            ("", "float32", "bfloat16"))
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
@@ -228,23 +232,27 @@ def mean(values) -> float | None:
 
 def summarise(records: list[Record]) -> dict[str, float | None]:
     """Returns every metric of the table. Present and absent: grounding questions with and without a
-    true box. "official": as the authors' scripts compute it, where that is not what the name says:
-    over all questions, by `official_reading`."""
+    true box. N-acc, boxes and targets count an answer only if nothing follows it. "official": as
+    the authors' scripts compute it, where that is not what the name says: over all questions, by
+    `official_reading`."""
     grounding = [r for r in records if TASKS[r.task].boxes]
     present, absent = [r for r in grounding if r.truth], [r for r in grounding if not r.truth]
     others = [r for r in records if not TASKS[r.task].boxes]
     union, targets = sum(r.union for r in grounding), sum(len(r.truth) for r in present)
     anomalous = [bool(r.truth) for r in grounding]
+
+    def ends(record: Record) -> bool:
+        return not trailing_text(record.response)
     return {
         "gIoU": mean(map(mask_iou, grounding)),
         "cIoU": sum(r.intersection for r in grounding) / union if union else None,
-        "N-acc": mean(not r.predicted and r.error is None for r in absent),
+        "N-acc": mean(not r.predicted and r.error is None and ends(r) for r in absent),
         "N-acc official": mean(not r.official_boxes for r in absent),     # an unreadable answer counts as a rejection
         "unreadable": mean(r.error is not None for r in records),
         "T-acc": mean(bool(r.predicted) for r in present),
-        "boxes": mean(box_hit(r.predicted, r.truth) for r in present),
+        "boxes": mean(ends(r) and box_hit(r.predicted, r.truth) for r in present),
         "boxes official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
-        "targets": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
+        "targets": sum(targets_found(r.predicted, r.truth) for r in present if ends(r)) / targets if targets else None,
         "anomaly accuracy": mean((r.area > 0) == bool(r.truth) for r in grounding),
         "ROC-AUC official": roc_auc([float(r.area > 0) for r in grounding], anomalous),
         "ROC-AUC by area": roc_auc([r.area / (r.original_size[0] * r.original_size[1]) for r in grounding], anomalous),
@@ -253,8 +261,8 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
                                       for r in grounding),
         "thinks, present": mean(r.thinks for r in present),
         "thinks, absent": mean(r.thinks for r in absent),
-        "trailing text, present": mean(bool(trailing_text(r.response)) for r in present),
-        "trailing text, absent": mean(bool(trailing_text(r.response)) for r in absent),
+        "trailing text, present": mean(not ends(r) for r in present),
+        "trailing text, absent": mean(not ends(r) for r in absent),
         "answers": mean(r.score for r in others),                    # counting and other short answers
         "length": mean(r.length for r in records),
         "examples": len(records),
@@ -493,7 +501,7 @@ def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[st
     for part in out.glob("records.rank*.jsonl"):
         part.unlink()
     metrics = summarise([record_of(lines[n]) for n in numbers if n in lines])
-    say(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
+    say(table({f"{cfg.model} on {cfg.data}, {cfg.precision}": metrics}, shown))
     if metrics["gIoU"] is not None and not cfg.masks and {"gIoU", "anomaly accuracy"} & set(shown):
         say("filled boxes stand in for masks (--masks)")
     if bad:
@@ -517,8 +525,11 @@ def main() -> None:
     rank, world, device = start_ranks()
     torch.set_grad_enabled(False)
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
-    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
-    model = load_model(cfg.model, getattr(torch, cfg.precision), device)
+    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns,
+                                         box_format=cfg.box_format, box_units=cfg.box_units)
+    folder = local_folder(cfg.model)
+    cfg.precision = cfg.precision or precision_of(folder)
+    model = load_model(folder, getattr(torch, cfg.precision), device)
     equip(model)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)

@@ -39,7 +39,7 @@ from scipy.optimize import linear_sum_assignment
 from support import scenes
 from support.answers import (MAX_CHARACTERS, MAX_OBJECTS, SPECIAL, anls, answer_text, boxed,
                              final_text, has_thinking_format, parse_boxes, parse_json,
-                             relaxed_match)
+                             relaxed_match, trailing_text)
 from support.boxes import iou_matrix
 from support.cells import accepted, read_accepted, read_boxes, read_choices, read_math, read_plain
 from support.math_answers import math_equal
@@ -261,8 +261,10 @@ def accuracy(predicted: list[dict], truth: list[dict], side: int = 840) -> float
     return float(cells[rows, columns].sum()) / max(len(predicted), len(truth))
 
 
-def grounding_reward(response: str, truth: str, side: int = 840) -> Reward:
-    """Returns the four terms. truth: JSON text of the boxes, in a frame of this side."""
+def grounding_reward(response: str, truth: str, side: int = 840, must_end: bool = False) -> Reward:
+    """Returns the four terms. truth: JSON text of the boxes, in a frame of this side. must_end: an
+    answer has its format only if nothing follows it; in the authors' reward text behind it is free
+    unless the response has a thought."""
     if len(response) > MAX_CHARACTERS:
         terms = ("thinks", "answer_format", "accuracy", "non_repeat")
         return Reward(dict.fromkeys(terms, 0.0), "too_long")
@@ -270,7 +272,8 @@ def grounding_reward(response: str, truth: str, side: int = 840) -> Reward:
     return Reward({
         "thinks": float(has_thinking_format(response)),
         # What can be read has full format.
-        "answer_format": 2.0 if predicted else answer_format(response, true_items),
+        "answer_format": 0.0 if must_end and trailing_text(response) else
+        2.0 if predicted else answer_format(response, true_items),
         "accuracy": 0.0 if error else accuracy(predicted, true_items, side),
         "non_repeat": non_repeat(response),
     }, error)
@@ -369,6 +372,7 @@ TASKS = {
                       metric=accuracy_of(document_reward)),
     "vqa": VQA,
     # The built-in world asks in fewer words, for speed, about pictures of 112×112.
-    "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None, side=scenes.SIZE),
+    "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None, side=scenes.SIZE,
+                               reward=functools.partial(grounding_reward, must_end=True)),
     "scene_math": replace(MATH, prompt="{question}", strip=None),
 }

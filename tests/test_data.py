@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import ndimage
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from data import Processor, Prompt, Response, Row, collate, load, pack_group
-from rewards import TASKS, user_text
+from rewards import TASKS, label_text, user_text
 from support import boxes, images, scenes
 from support.boxes import convert_boxes
 from support.images import open_image, smart_resize
@@ -279,6 +280,41 @@ def test_prompt_has_the_chat_of_the_paper(processor, question, written):
     assert processor.tokenizer.decode(prompt.tokens) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + written.format(*seen)
         + "<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize("task, size", [("vqa", (56, 84)), ("scene_grounding", (112, 112)), ("math", None)])
+def test_a_system_turn_is_in_the_prompt(family, task, size, qwen3_folder):
+    """As apply_chat_template writes it, in the place of the template's own; and it counts for --max-row-tokens."""
+    folder = qwen3_folder if family == "qwen3" else TINY
+    processor, tokenizer = Processor(folder), AutoTokenizer.from_pretrained(folder)
+    answer, system = json.dumps([BOX]) if task == "scene_grounding" else "1", "Be short. Say {question}, é."
+    sizes = [size] * bool(size)
+    example = Example("x", tuple(noise(*size) for size in sizes), "the cup", answer, task)
+    told = replace(example, system=system)
+    plain, prompt = processor.prompt(example), processor.prompt(told)
+    count = prompt.tokens.count(processor.config.image_token_id)
+    content = [{"type": "image"}] * bool(size) + [{"type": "text", "text": user_text(task, "the cup")}]
+    text = tokenizer.apply_chat_template([{"role": "system", "content": system}, {"role": "user", "content": content}],
+                                         tokenize=False, add_generation_prompt=True)
+    assert prompt.tokens == tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count))["input_ids"]
+    assert "You are a helpful assistant." in processor.decode(plain.tokens)
+    assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n") and "helpful" not in text
+    y = processor.encode(label_text(task, prompt.answer, "spaced"))
+    most = len(prompt.tokens) + len(y)
+    assert len(prompt.tokens) > len(plain.tokens)
+    processor.check_label(told, sizes, "spaced", 1, most)
+    with pytest.raises(ValueError, match=f"its prompt of {len(prompt.tokens)} tokens, .* exceed --max-row-tokens {most - 1}"):
+        processor.check_label(told, sizes, "spaced", 1, most - 1)
+
+
+def test_a_chat_template_without_a_system_turn(tmp_path):
+    copy_tiny(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(QWEN_LIKE.replace("{% for message in messages %}", "{% for message in messages[-1:] %}"))
+    example = Example("x", (), "What?", "1", "vqa", system="Be short.")
+    with pytest.raises(ValueError, match="the model's chat template leaves out the system turn"):
+        Processor(tmp_path).prompt(example)
+    Processor(tmp_path).prompt(replace(example, system=""))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])

@@ -19,7 +19,8 @@ from rollout import generate, prefill, uniforms
 from support.checkpoints import digest_of
 from support.equip import equip
 from support.files import digest
-from support.lora import CONFIG, WEIGHTS, LowRank, add_lora, adapters, freeze, load_adapter, merge_after
+from support.lora import (CONFIG, WEIGHTS, LowRank, add_lora, adapters, freeze, load_adapter, merge_after,
+                          without_adapters)
 from support.mistakes import Mistake
 from support.onednn import Linear, use_onednn
 from support.optimizers import learn
@@ -112,6 +113,26 @@ def test_an_adapter_of_full_rank_steps_as_full_fine_tuning():
     torch.optim.AdamW(theirs.values(), **options).step()
     for name, layer in adapters(model).items():
         assert torch.allclose(layer.weight, theirs[name], rtol=1e-9, atol=1e-12) and layer.lora_B.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_the_model_without_its_adapters(dtype):
+    """To the bit, and without a second model; after it the adapters are back, and an error does not lose them."""
+    cfg = train.Config(model=str(TINY), kl=0.1, lora_rank=4, precision=str(dtype).removeprefix("torch."))
+    model, reference = train.make_models(cfg, None, "", torch.device("cpu"))
+    assert reference is model
+    learnt(model)
+    before = logp(model)
+    with without_adapters(model):
+        frozen = logp(model)
+    assert torch.equal(frozen, logp(use_onednn(tiny(dtype)))) and not torch.equal(frozen, before)
+    assert torch.equal(logp(model), before)
+    with pytest.raises(ValueError), without_adapters(model):
+        raise ValueError
+    assert torch.equal(logp(model), before)
+    plain = tiny()
+    with without_adapters(plain):
+        assert torch.equal(logp(plain), logp(tiny()))
 
 
 @pytest.mark.parametrize("dtype, gap", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
@@ -310,6 +331,10 @@ def test_a_run_with_lora(tmp_path, monkeypatch):
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
     state = load_file(tmp_path / "runs/half/checkpoints/step_4/optimizer_0.safetensors")
     assert len(state) == 3 * len(b) and not any("master" in name for name in state)
+    for more, said in (((), "greedy, bfloat16"), (("--precision", "float32", "--out", "x"), "greedy, float32")):
+        code, output = run_script(ROOT / "eval.py", "--model", "runs/half", "--data", "scenes:test", "--limit", "2",
+                                  "--max-new-tokens", "4", *more, folder=tmp_path)
+        assert code == 0 and said in output and f"scenes:test, {said.split()[1]}" in output, output
     code, output = run_script(ROOT / "experiments/merge.py", "runs/half", "merged", folder=tmp_path)
     assert code == 0 and "as one model in bfloat16: merged" in output, output
     run, whole = (load_model(tmp_path / name, torch.bfloat16) for name in ("runs/half", "merged"))

@@ -70,7 +70,7 @@ def test_summary_by_hand():
         record([], [], task="vqa", score=1.0), record([], [], task="math")])
     assert metrics["gIoU"] == pytest.approx((1 + 1 / 3 + 0 + 1 + 1 + 0) / 6)
     assert metrics["cIoU"] == pytest.approx((100 + 50) / (100 + 150 + 100 + 0 + 0 + 100))
-    assert metrics["N-acc"] == pytest.approx(1 / 3)       # one valid []; the unreadable answer is no rejection
+    assert metrics["N-acc"] == 0        # the one [] goes on after its end; an unreadable answer is no rejection
     assert metrics["N-acc official"] == pytest.approx(2 / 3)     # … but the official script counts it
     assert metrics["T-acc"] == pytest.approx(2 / 3)
     assert metrics["boxes"] == pytest.approx(1 / 3)
@@ -83,6 +83,10 @@ def test_summary_by_hand():
     assert metrics["answers"] == pytest.approx(1 / 2)
     assert metrics["length"] == pytest.approx((40 + 40 + 2 + 8 + 10 * 4) / 8)
     assert metrics["examples"] == 8
+    ended, goes_on = ([record([], [], tail=tail), record(box, box, tail=tail)] for tail in ("", " [1]"))
+    for name, of_one in (("N-acc", 1), ("boxes", 1), ("targets", 1), ("N-acc official", 1), ("T-acc", 1)):
+        assert summarise(ended)[name] == of_one
+        assert summarise(goes_on)[name] == (of_one if name in ("N-acc official", "T-acc") else 0)
 
 
 def test_point_hit_counts_the_border():

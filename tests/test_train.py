@@ -36,6 +36,7 @@ from model import load_model, random_model
 from support.checkpoints import FIRST, read_state
 from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
+from support.optimizers import make_optimizers
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.run import Run
 from support.sources import Example, Scenes
@@ -68,11 +69,13 @@ VARIANTS = {  # every setting whose sums could go wrong when they are split
     "visurf": {}, "seq-mean": {"normaliser": "seq-mean"}, "seq-sum": {"normaliser": "seq-sum", "std": "population"},
     "tied": {}, "sft": {"method": "sft"}, "rlvr": {"method": "rlvr", "max_row_tokens": 70}, "kl": {"kl": 0.1, "inner_epochs": 2},
     "lora": {"lora_rank": 2},
+    "offload": {"precision": "bfloat16", "offload_optimizer": True, "lr": 1e-2},     # arXiv 2604.23747: micro-batches were lost
 }
 
 
 def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: Path) -> None:
-    """One step of plain SGD on 8 prompts for each variant and micro-batch size; rank 0 saves the weights' change."""
+    """One step of plain SGD on 8 prompts for each variant and micro-batch size; rank 0 saves the weights' change. The
+    variant offload: of the optimizer of train.py, which in one micro-batch lies where the weights do."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     start_ranks()
@@ -80,7 +83,7 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
         for rows in micro_rows:
             torch.manual_seed(0)
             cfg = replace(train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=rows), **settings)
-            model = random_model(ROOT / "assets/tiny")
+            model = random_model(ROOT / "assets/tiny", getattr(torch, cfg.precision))
             reference = random_model(ROOT / "assets/tiny") if cfg.kl else None
             if cfg.lora_rank:
                 add_lora(model, cfg.lora_rank, 64.0, "model.layers|visual", "")
@@ -98,6 +101,8 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
                 give(group, advantage)
             ddp = DistributedDataParallel(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+            if variant == "offload":
+                optimizer, = make_optimizers(replace(cfg, offload_optimizer=rows < 8), model)
             merge_after(optimizer, model)
             loss, norm, _ = train.update(cfg, ddp, reference, [optimizer], groups, meter)
             change = {name: p.detach() - before[name] for name, p in model.named_parameters()}
@@ -119,13 +124,13 @@ def test_ranks_and_micro_batches_do_not_change_the_update(tmp_path):
         size = torch.cat([t.flatten() for n, t in reference.items() if n not in ("loss", "norm", "weights")]).norm()
         assert size > 1e-3
         for file in files:
-            other = load_file(file)
+            other, near = load_file(file), 0.05 if variant == "offload" else 1e-5
             for name in ("loss", "norm", "weights"):
-                torch.testing.assert_close(other[name], reference[name], rtol=1e-5, atol=1e-6,
+                torch.testing.assert_close(other[name], reference[name], rtol=near, atol=near / 10,
                                            msg=f"{file.name} {name}")
             difference = torch.cat([(other[n] - reference[n]).flatten() for n in reference
                                     if n not in ("loss", "norm", "weights")])
-            assert difference.norm() < 1e-5 * size, file.name
+            assert difference.norm() < near * size, file.name
 
 
 @pytest.fixture
