@@ -1,4 +1,5 @@
 """The loop: one update for any number of ranks and any micro-batches, resume, SIGTERM, what a run leaves behind."""
+import copy
 import io
 import json
 import math
@@ -91,7 +92,9 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             processor, meter = Processor(model.folder), train.Meter()
             share = 8 // world
             prompts = [processor.prompt(example(i)) for i in range(rank * share, rank * share + share)]
-            groups = train.make_groups(cfg, model, processor, prompts, rank * share)
+            # In bfloat16 a rollout may differ from batch to batch.
+            exact = copy.deepcopy(model).float() if variant == "offload" else model
+            groups = train.make_groups(cfg, exact, processor, prompts, rank * share)
             for i, group in enumerate(groups, rank * share):
                 # Random weights earn nothing; rewards that differ make every advantage count.
                 torch.manual_seed(len(group.prompt.example.id) + ord(group.prompt.example.id[-1]))
