@@ -20,7 +20,6 @@ Glossary
 import hashlib
 import itertools
 import json
-import os
 import re
 import statistics
 import sys
@@ -36,35 +35,37 @@ from data import Processor, Prompt, load
 from model import Qwen2_5_VL, load_model
 from rewards import TASKS, guarded, score
 from rollout import generate
-from support import scenes
+from support import report, scenes
 from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinking_format, parse_boxes,
                              parse_json, parse_points, trailing_text)
-from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
-                           targets_found)
+from support.boxes import (FORMATS, UNITS, box_hit, box_mask, convert_boxes, hull, official_box_hit,
+                           point_hit, targets_found)
 from support.equip import equip
-from support.files import as_json, read_lines, read_record, replace_file, writing
-from support.images import check_aspect, open_image, picture_file
+from support.files import as_json, replace_file, writing
+from support.images import marked, open_image, picture_file
+from support.log import metric_text
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
 from support.options import option, parse
 from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
-from support.runs import lock
+from support.results import default_folder, read_finished, results_folder
+from support.runs import lock, precision_of
 from support.screen import say
 from support.sources import Example, noticed, read, stat_of
+from support.weights import local_folder
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs,
 # metrics). "answers", the mean score of the tasks without boxes, has a name of its own in each
 # benchmark: "name = answers".
-SHOWN = ("gIoU", "cIoU", "N-acc strict", "N-acc official", "unreadable", "T-acc", "bbox accuracy", "targets IoU>0.5",
-         "answers")
+SHOWN = ("gIoU", "cIoU", "N-acc", "N-acc official", "unreadable", "T-acc", "boxes", "targets", "answers")
 ALWAYS = ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent", "length", "examples")
 JUDGES = ("rewards.py", "data.py", "eval.py", *(f"support/{name}.py" for name in (     # what makes a score
     "answers", "boxes", "cells", "folders", "images", "masks", "math_answers", "verify_math")))
-BOX_ACCURACIES = ("bbox accuracy official", "bbox accuracy")    # the authors'; ours, of present targets
+BOX_ACCURACIES = ("boxes official", "boxes")    # the authors'; ours, of present targets
 BENCHMARKS = {
-    "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc strict", "unreadable", "T-acc",
+    "grefcoco": ("grounding", ("gIoU", "cIoU", "N-acc official", "N-acc", "unreadable", "T-acc",
                                *BOX_ACCURACIES)),
     "reasonseg": ("grounding", ("gIoU", "cIoU", *BOX_ACCURACIES)),
     "isic": ("grounding", ("gIoU", "cIoU", *BOX_ACCURACIES)),
@@ -78,13 +79,15 @@ BENCHMARKS = {
 
 @dataclass
 class Options:
-    """Every option of eval.py."""
+    """Holds every option of eval.py."""
     model: str = option("", "what is answered", "model folder, run folder of train.py, or hub id; must be given")
     data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, .jsonl or .parquet file, "
                        "folder, or hub id")
-    task: str = option("", "what is answered", "task of rows without a column task (without it, the benchmark's)",
+    task: str = option("", "what is answered", "task of rows that name none (without it, the benchmark's)",
                        ("", *TASKS))
     columns: str = option("", "what is answered", "as in train.py: FIELD=NAME,… for columns with other names")
+    box_format: str = option("xyxy", "what is answered", "as in train.py", FORMATS)
+    box_units: str = option("pixels", "what is answered", "as in train.py", UNITS)
     skip_bad_rows: bool = option(False, "what is answered", "leave out rows that cannot be used, and list them")
     limit: int = option(0, "what is answered", "the first LIMIT examples only (0: all)", least=0)
     image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
@@ -95,13 +98,14 @@ class Options:
     repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
                                        "generation_config", above=0)
     sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
-    precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
-    onednn: bool = option(True, "how", "on a CPU, large float32 products by oneDNN")
+    precision: str = option("", "how", "of the weights (default: a run's own, else float32)",
+                            ("", "float32", "bfloat16"))
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
-    out: str = option("", "output", "folder for metrics.json, records.jsonl, overlay.png (default: "
-                      "evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); with --image the picture")
+    out: str = option("", "output", "folder for report.html, metrics.json, records.jsonl, "
+                      "overlay.png (default: evaluations/MODEL-DATA, or RUN/evaluations/step_N-DATA); "
+                      "with --image the picture")
 
     def check(self) -> None:
         """Raises Mistake if options cannot be together."""
@@ -124,13 +128,14 @@ def is_tiny(model: Qwen2_5_VL) -> bool:
     return model.config.vocab_size < 1000
 
 
-def unknown_to(model: Qwen2_5_VL, question: str, size: tuple[int, int]) -> list[str]:
+def unknown_to(model: Qwen2_5_VL, example: Example) -> list[str]:
     """Returns what to say if the tiny model is asked for what it cannot know; nothing for any other
-    model. size: (width, height) of the picture, (0, 0) without one."""
-    words = re.findall(r"[^\W\d_]+", question)
+    model."""
+    words = re.findall(r"[^\W\d_]+", example.question)
     foreign = [f"the word {word!r}" for word in words if word.lower() not in WORDS][:1]
-    if size not in ((0, 0), (scenes.SIZE, scenes.SIZE)):
-        foreign.append(f"a picture of {size[0]}×{size[1]} pixels")
+    foreign += ["a picture of {}×{} pixels".format(*image.size) for image in example.images
+                if image.size != (scenes.SIZE, scenes.SIZE)][:1]
+    foreign += ["several pictures"] * (len(example.images) > 1)
     if not foreign or not is_tiny(model):
         return []
     return [f"the tiny model knows the built-in world alone, and not {' and '.join(foreign)}: what it makes of it says "
@@ -162,7 +167,7 @@ class Record:
     predicted: list[dict]
     truth: list[dict]
     size: tuple[int, int]              # (width, height) of the frame the model saw
-    original_size: tuple[int, int]     # and of the picture
+    original_size: tuple[int, int]     # and of the picture; of several, the first
     official_boxes: list = field(default_factory=list)    # what the authors' scripts read in the answer, in the
     official_points: list = field(default_factory=list)   # pixels of the picture (`official_reading`)
     true_box: list | None = None       # around the truth, in the pixels of the picture; None: there is nothing
@@ -227,23 +232,27 @@ def mean(values) -> float | None:
 
 def summarise(records: list[Record]) -> dict[str, float | None]:
     """Returns every metric of the table. Present and absent: grounding questions with and without a
-    true box. "official": as the authors' scripts compute it, where that is not what the name says:
-    over all questions, by `official_reading`."""
+    true box. N-acc, boxes and targets count an answer only if nothing follows it. "official": as
+    the authors' scripts compute it, where that is not what the name says: over all questions, by
+    `official_reading`."""
     grounding = [r for r in records if TASKS[r.task].boxes]
     present, absent = [r for r in grounding if r.truth], [r for r in grounding if not r.truth]
     others = [r for r in records if not TASKS[r.task].boxes]
     union, targets = sum(r.union for r in grounding), sum(len(r.truth) for r in present)
     anomalous = [bool(r.truth) for r in grounding]
+
+    def ends(record: Record) -> bool:
+        return not trailing_text(record.response)
     return {
         "gIoU": mean(map(mask_iou, grounding)),
         "cIoU": sum(r.intersection for r in grounding) / union if union else None,
-        "N-acc strict": mean(not r.predicted and r.error is None for r in absent),
+        "N-acc": mean(not r.predicted and r.error is None and ends(r) for r in absent),
         "N-acc official": mean(not r.official_boxes for r in absent),     # an unreadable answer counts as a rejection
         "unreadable": mean(r.error is not None for r in records),
         "T-acc": mean(bool(r.predicted) for r in present),
-        "bbox accuracy": mean(box_hit(r.predicted, r.truth) for r in present),
-        "bbox accuracy official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
-        "targets IoU>0.5": sum(targets_found(r.predicted, r.truth) for r in present) / targets if targets else None,
+        "boxes": mean(ends(r) and box_hit(r.predicted, r.truth) for r in present),
+        "boxes official": mean(official_box_hit(r.official_boxes, r.true_box) for r in grounding),
+        "targets": sum(targets_found(r.predicted, r.truth) for r in present if ends(r)) / targets if targets else None,
         "anomaly accuracy": mean((r.area > 0) == bool(r.truth) for r in grounding),
         "ROC-AUC official": roc_auc([float(r.area > 0) for r in grounding], anomalous),
         "ROC-AUC by area": roc_auc([r.area / (r.original_size[0] * r.original_size[1]) for r in grounding], anomalous),
@@ -252,8 +261,8 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
                                       for r in grounding),
         "thinks, present": mean(r.thinks for r in present),
         "thinks, absent": mean(r.thinks for r in absent),
-        "trailing text, present": mean(bool(trailing_text(r.response)) for r in present),
-        "trailing text, absent": mean(bool(trailing_text(r.response)) for r in absent),
+        "trailing text, present": mean(not ends(r) for r in present),
+        "trailing text, absent": mean(not ends(r) for r in absent),
         "answers": mean(r.score for r in others),                    # counting and other short answers
         "length": mean(r.length for r in records),
         "examples": len(records),
@@ -271,15 +280,15 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
     examples = iter(examples)
     while chunk := [processor.prompt(e) for e in itertools.islice(examples, batch)]:
         penalty = RepetitionPenalty(repetition_penalty, [prompt.tokens for prompt in chunk])
-        answers = generate(model, chunk, 1, max_new_tokens, temperature=0, adjust=penalty, stop=stop)
+        answers = generate(model, chunk, max_new_tokens, adjust=penalty, stop=stop)
         records = [judge(p, processor.decode(o.tokens), len(o.tokens)) for p, (o,) in zip(chunk, answers)]
         boxed = [(r, p) for r, p in zip(records, chunk) if TASKS[p.example.task].boxes]
         # As the authors' scripts: no masks where an item lacks its point.
         objects = [[{"bbox_2d": b, "point_2d": xy} for b, xy in zip(r.official_boxes, r.official_points)]
                    for r, _ in boxed]
         if segmenter and boxed:
-            images = [p.example.image for _, p in boxed]
-            masks = segmenter(images, objects)       # type: ignore[arg-type]      # boxes have a picture
+            images = [p.example.images[0] for _, p in boxed]
+            masks = segmenter(images, objects)
         else:
             masks = [box_mask(items, p.original_size) for items, (_, p) in zip(objects, boxed)]
         for mask, (record, prompt) in zip(masks, boxed):
@@ -314,11 +323,13 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
 
 def for_sheet(pairs: list[tuple[Record, Prompt]]) -> list[tuple]:
     """Returns what support.pictures.draw_sheet shows of each answer: its reward's terms, and
-    whether it is right."""
+    whether it is right. With boxes it is if every target is found and no box is too many."""
     shown = []
     for record, prompt in pairs:
         if TASKS[record.task].boxes:
-            right = record.error is None and box_hit(record.predicted, record.truth)
+            boxes, targets = len(record.predicted), len(record.truth)
+            found = targets_found(record.predicted, record.truth)
+            right = record.error is None and boxes == targets == found
         else:
             right = record.score >= 0.5
         reward = score(record.task, record.response, prompt.answer, prompt.side)
@@ -337,17 +348,14 @@ def original_frame(items: list[dict], prompt: Prompt) -> list[dict]:
 def table(columns: dict[str, dict[str, float | None]], shown: tuple[str, ...] = SHOWN) -> str:
     """Returns a table of {title: metrics} as text, one metric a line, without those that none
     has."""
-    def cell(name: str, value) -> str:
-        if value is None:
-            return "–"
-        return f"{value:d}" if name == "examples" else f"{value:.1f}" if name == "length" else f"{value:.3f}"
     widths = [max(len(title), 8) for title in columns]
     lines = [" " * 22 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths))]
     for entry in (*shown, *ALWAYS):
         name, metric = entry.split(" = ") if " = " in entry else (entry, entry)
         if all(m.get(metric) is None for m in columns.values()):      # an earlier version may lack a metric
             continue
-        cells = (f"  {cell(metric, m.get(metric)):>{w}}" for m, w in zip(columns.values(), widths))
+        cells = (f"  {metric_text(metric, m.get(metric)):>{w}}"
+                 for m, w in zip(columns.values(), widths))
         lines.append(f"{name:<22}" + "".join(cells))
     return "\n".join(lines)
 
@@ -359,7 +367,6 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
     task = cfg.task or ("scene_grounding" if is_tiny(model) else "grounding")
     try:
         image = open_image(picture_file(cfg.image, Path()), rotate=True)
-        check_aspect(*image.size)
     except ValueError as error:
         raise Mistake(f"--image {cfg.image}: {error}") from None
     processor, limit = Processor(model.folder), longest_answer(cfg, model)
@@ -369,14 +376,16 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
             check_text("question", question)
             if len(question) > MAX_CHARACTERS:
                 raise ValueError(f"the question has more than {MAX_CHARACTERS:,} characters")
+            text = marked(question, 1)
         except ValueError as error:
             raise Mistake(f"--question: {error}") from None
         asked += 1
-        for line in unknown_to(model, question, image.size) if asked == 1 else ():
+        example = Example("photo", (image,), text, "[]" if TASKS[task].boxes else "", task)
+        for line in unknown_to(model, example) if asked == 1 else ():
             say(line)
-        prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
+        prompt = processor.prompt(example)
         penalty = RepetitionPenalty(cfg.repetition_penalty, [prompt.tokens])
-        [[answer]] = generate(model, [prompt], 1, limit, temperature=0, adjust=penalty)
+        [[answer]] = generate(model, [prompt], limit, adjust=penalty)
         response = processor.decode(answer.tokens)
         say(response)
         if answer.truncated:
@@ -387,7 +396,7 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
             picture = Path(cfg.out or f"{Path(cfg.image).stem}.answer.png")
             if asked > 1:
                 picture = picture.with_stem(f"{picture.stem}-{asked}")
-            draw_answer(image, items, picture)
+            draw_answer(image, items, question, response, picture)
             boxes = f"in pixels of {cfg.image}: {json.dumps(items)}"
             say(f"the answer cannot be read: {unreadable}" if unreadable else boxes)
             say(f"drawn: {picture}")
@@ -425,72 +434,24 @@ def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
             "repetition_penalty": cfg.repetition_penalty}
 
 
-def results_folder(cfg: Options, model: Qwen2_5_VL, settings: dict) -> tuple[Path, str]:    # type: ignore[return]
-    """Returns where the results go, and a notice. If the usual folder holds another evaluation,
-    NAME-2, NAME-3 … is taken. Raises Mistake if --out itself does."""
-    usual = out = Path(cfg.out) if cfg.out else default_folder(cfg, model)
-    said = ""
-    for attempt in itertools.count(2):
-        path = out / "settings.json"
-        try:
-            old = read_record(path) if os.path.lexists(path) else settings
-        except Mistake:         # nothing says what the records there are of
-            old = {}
-        if old == settings:
-            return out, said and f"{said}; writing to {out}\n"
-        different = [name for name in settings if old.get(name) != settings[name]] if old else ["evaluation (damaged)"]
-        if cfg.out and not old:
-            raise Mistake(f"{path} is damaged: give another --out, or remove {out}")
-        if cfg.out:
-            changes = "; ".join(f"{name}: {old.get(name)!r} → {settings[name]!r}" for name in different)
-            raise Mistake(f"{out} holds the results of an evaluation with other settings ({changes}): give another "
-                          f"--out, or remove {out}")
-        said = said or f"{usual} holds results of another {' and '.join(different)}"
-        out = usual.with_name(f"{usual.name}-{attempt}")
-
-
-def read_finished(out: Path) -> tuple[dict[int, dict], int]:
-    """Returns the records that an interrupted evaluation left in `out`, by example number; and how
-    many of its lines hold none, such as the one that was being written."""
-    def fits(line: dict) -> bool:
-        try:
-            summarise([record_of(line)])
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
-            return False
-        return type(line.get("index")) is int
-
-    parts = [read_lines(part, fits) for part in sorted(out.glob("records*.jsonl"))]
-    return {line["index"]: line for lines, _ in parts for line in lines}, sum(damaged for _, damaged in parts)
-
-
 def record_of(line: dict) -> Record:
     return Record(**{name: line[name] for name in Record.__dataclass_fields__})
 
 
-def default_folder(cfg: Options, model: Qwen2_5_VL) -> Path:
-    """Returns a folder in the run, with the checkpoint's step, or else in the current folder: a
-    model folder is never written into. Another --limit is another evaluation."""
-    def plain(name: str) -> str:
-        return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-    data = plain(cfg.data) + (f"-first{cfg.limit}" if cfg.limit else "")
-    if (Path(cfg.model) / "metrics.jsonl").exists():
-        return Path(cfg.model) / "evaluations" / f"{model.folder.name}-{data}"
-    return Path("evaluations") / f"{plain(cfg.model)}-{data}"
-
-
 def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, device) -> None:
-    """Every rank answers its share of the examples that no interrupted evaluation has left; rank 0
-    sums up."""
+    """Answers, on every rank, its share of the examples that no interrupted evaluation has left;
+    rank 0 sums up."""
     task, shown = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
     if cfg.masks and not source.has_masks:
         raise Mistake(f"--masks compares with true masks, and {cfg.data} has no column mask: leave it out")
     segmenter = Segmenter(cfg.masks, device) if cfg.masks else None
     settings = what_matters(cfg, task, model, source)
-    out, elsewhere = results_folder(cfg, model, settings)
+    usual = Path(cfg.out) if cfg.out else default_folder(cfg.model, model.folder, cfg.data, cfg.limit)
+    out, elsewhere = results_folder(usual, bool(cfg.out), settings)
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         lock(out)
-    done, damaged = read_finished(out)
+    done, damaged = read_finished(out, lambda line: summarise([record_of(line)]))
     gather_json(None, device)          # every rank has read the folder before rank 0 writes to it
     if rank == 0:
         replace_file(out / "settings.json", as_json(settings, 2))
@@ -522,7 +483,7 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
                     "predicted_original_frame": original_frame(record.predicted, prompt)}
             file.write(as_json(line))
             file.flush()
-            for said in unknown_to(model, record.question, prompt.original_size) if at == rank == 0 else ():
+            for said in unknown_to(model, prompt.example) if at == rank == 0 else ():
                 say(said)
             if len(drawn) < 12:
                 drawn.append((record, prompt))
@@ -533,25 +494,29 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
 
 def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[str], shown: tuple, drawn: list) -> None:
     """Joins what the ranks wrote, prints the table, writes metrics.json and the picture."""
-    lines, _ = read_finished(out)
+    lines, _ = read_finished(out, lambda line: summarise([record_of(line)]))
     if len(lines) < len(numbers) - len(bad):
         raise Mistake(f"{out} holds {len(lines)} of {len(numbers)} examples; do all ranks write to the same disk?")
     replace_file(out / "records.jsonl", "".join(as_json(lines[n]) for n in sorted(lines)))
     for part in out.glob("records.rank*.jsonl"):
         part.unlink()
     metrics = summarise([record_of(lines[n]) for n in numbers if n in lines])
-    say(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
+    say(table({f"{cfg.model} on {cfg.data}, {cfg.precision}": metrics}, shown))
     if metrics["gIoU"] is not None and not cfg.masks and {"gIoU", "anomaly accuracy"} & set(shown):
         say("filled boxes stand in for masks (--masks)")
     if bad:
         say(f"left out: {len(bad)} rows, listed in metrics.json")
     measured = {name: value for name, value in metrics.items() if value is not None}
     replace_file(out / "metrics.json", as_json({**settings, "left_out": bad, "metrics": measured}, 2))
-    pictures = ""
     if drawn:
         draw_sheet(for_sheet(drawn), out / "overlay.png")
-        pictures = " and overlay.png"
-    say(f"wrote metrics.json, records.jsonl{pictures} to {out}")
+    first = [entry.split(" = ")[-1] for entry in (*shown, *ALWAYS)]
+    report.write(out / "report.html", f"{cfg.model} on {cfg.data}",
+                 report.table(("setting", "value"), [*settings.items()]),
+                 report.evaluations({"value": measured}, first),
+                 report.pictures("Answers", {"overlay.png": out / "overlay.png"}))
+    pictures = ", overlay.png" if drawn else ""
+    say(f"wrote report.html, metrics.json, records.jsonl{pictures} to {out}")
 
 
 def main() -> None:
@@ -560,9 +525,12 @@ def main() -> None:
     rank, world, device = start_ranks()
     torch.set_grad_enabled(False)
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
-    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
-    model = load_model(cfg.model, getattr(torch, cfg.precision), device)
-    equip(model, cfg.onednn)
+    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns,
+                                         box_format=cfg.box_format, box_units=cfg.box_units)
+    folder = local_folder(cfg.model)
+    cfg.precision = cfg.precision or precision_of(folder)
+    model = load_model(folder, getattr(torch, cfg.precision), device)
+    equip(model)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)
     elif rank == 0:

@@ -82,18 +82,26 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
         gain = gain - cfg.kl * kl_k3(logp, ref_logp)
     if cfg.entropy_bonus:
         gain = gain + cfg.entropy_bonus * entropy
-    with torch.no_grad():
-        y, rollouts = (weight > 0) & is_y, (weight > 0) & ~is_y
-        logged = {"logp_y": (logp * y).sum(1)[y.any(1)]}
-        if not method.rollouts:
-            logged["entropy"] = entropy[y]
-        else:
-            # The size of the two terms of Eq. 9.
-            size = (weight * torch.where(is_y, weight_y, advantage).abs()).double() / denominator
-            logged |= {"logp_gap": (logp - sampled_logp).abs()[rollouts],
-                       "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
-                       "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
+    logged = logged_of_loss(method, logp=logp, sampled_logp=sampled_logp, entropy=entropy,
+                            advantage=torch.where(is_y, weight_y, advantage), cut=cut, is_y=is_y,
+                            weight=weight, denominator=denominator)
     return -(weight * gain).sum() / denominator, logged
+
+
+@torch.no_grad()
+def logged_of_loss(method: "Method", *, logp: Tensor, sampled_logp: Tensor, entropy: Tensor,
+                   advantage: Tensor, cut: Tensor, is_y: Tensor, weight: Tensor, denominator: int
+                   ) -> dict[str, Tensor]:
+    """Returns what docs/logged.md says of a step's loss. advantage: of a token of y the weight of
+    its ∇log π. cut: whether the clip cuts its gradient off."""
+    y, rollouts = (weight > 0) & is_y, (weight > 0) & ~is_y
+    logp_y = (logp * y).sum(1)[y.any(1)]
+    if not method.rollouts:
+        return {"logp_y": logp_y, "entropy_y": entropy[y]}
+    size = (weight * advantage.abs()).double() / denominator    # of the two terms of Eq. 9
+    return {"logp_y": logp_y, "logp_gap": (logp - sampled_logp).abs()[rollouts],
+            "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
+            "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
 
 
 def group_advantages(r: Tensor, std: str = "sample") -> Tensor:
@@ -165,6 +173,8 @@ def divisor(tokens: int, responses: int, normaliser: str) -> int:
 # The methods
 
 LUFFY_GAMMA = 0.1
+CHORD_MU = 0.1
+SUM_LAMBDA = 0.1
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ def chord_token(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
     return weight * logp, weight
 
 
-# μ and λ are --label-weight. Where the weight of y is a constant, it stands as y's advantage.
+# Where the weight of y is a constant, it stands as y's advantage.
 METHODS = {
     "visurf": Method(
         text="Eq. 8: Â over G+1 rewards, after control 3",
@@ -232,18 +242,18 @@ METHODS = {
         advantages=lambda cfg, r: beside(1, torch.zeros_like(r[1:])) if failed(r)
         else beside(0, group_advantages(r[1:], "none")), token_of_y=cross_entropy),
     "chord": Method(
-        text="a token of y weighs μ p(1−p), and (1−μ) Â over G: CHORD-φ, arXiv 2508.11408; "
+        text="a token of y weighs μ p(1−p), and (1−μ) Â over G, μ = 0.1: CHORD-φ, arXiv 2508.11408; "
              "modelscope/Trinity-RFT, trinity/algorithm/policy_loss_fn/chord_policy_loss.py",
         advantages=lambda cfg, r: beside(
-            cfg.label_weight, (1 - cfg.label_weight) * group_advantages(r[1:], cfg.std)),
+            CHORD_MU, (1 - CHORD_MU) * group_advantages(r[1:], cfg.std)),
         token_of_y=chord_token),
     "sgrpo": Method(
         text="Â over G+1 where the group fails, else over G: S-GRPO, arXiv 2604.16557",
         advantages=lambda cfg, r: group_advantages(r, cfg.std) if failed(r)
         else beside(0, group_advantages(r[1:], cfg.std))),
     "sum": Method(
-        text="λ times the cross-entropy of y, and Â over G: SFT and RLVR added up",
-        advantages=lambda cfg, r: beside(cfg.label_weight, group_advantages(r[1:], cfg.std)),
+        text="λ = 0.1 times the cross-entropy of y, and Â over G: SFT and RLVR added up",
+        advantages=lambda cfg, r: beside(SUM_LAMBDA, group_advantages(r[1:], cfg.std)),
         token_of_y=cross_entropy),
 }
 
@@ -252,7 +262,7 @@ def worked_example(groups: dict[str, tuple[float, list[float]]]) -> str:
     """Returns a table for each group, (r(y), r(o_1) … r(o_G)), with a line a method: r(y) after
     control 3, the advantages, and the weight of ∇log π of a token of y, at three probabilities."""
     from rewards import smooth
-    cfg = types.SimpleNamespace(std="sample", label_weight=0.1)
+    cfg = types.SimpleNamespace(std="sample")
     log_p = torch.tensor([0.01, 0.5, 0.99], dtype=torch.float64).log()
     lines = []
     for title, (r_y, r_o) in groups.items():

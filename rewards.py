@@ -39,7 +39,7 @@ from scipy.optimize import linear_sum_assignment
 from support import scenes
 from support.answers import (MAX_CHARACTERS, MAX_OBJECTS, SPECIAL, anls, answer_text, boxed,
                              final_text, has_thinking_format, parse_boxes, parse_json,
-                             relaxed_match)
+                             relaxed_match, trailing_text)
 from support.boxes import iou_matrix
 from support.cells import accepted, read_accepted, read_boxes, read_choices, read_math, read_plain
 from support.math_answers import math_equal
@@ -111,9 +111,9 @@ def label_reward(task: str, y: str, answer: str, pays_thinking: bool = False,
     accuracy stay. pays_thinking (the ablation): y is paid for thinking as a complete response is,
     and r(y) is 7 where it is 6 with the control. side: as in reward_in."""
     reward = reward_in(task, side)(y, answer)
-    if "thinking" not in reward.terms:
+    if "thinks" not in reward.terms:
         return reward
-    return Reward({**reward.terms, "thinking": float(pays_thinking)}, reward.error)
+    return Reward({**reward.terms, "thinks": float(pays_thinking)}, reward.error)
 
 
 def smooth(r_y: float, r_o: list[float]) -> tuple[float, bool]:
@@ -203,6 +203,11 @@ def score(task: str, response: str, answer: str, side: int | None = None) -> Rew
     return reward or Reward({}, failure)
 
 
+def full_accuracy(task: str) -> float:
+    """Returns the most points that the accuracy term of a task's reward can give."""
+    return FULL_ACCURACY if TASKS[task].boxes else 1.0
+
+
 def earned(task: str, y: str, answer: str) -> tuple[Reward, float]:
     """Returns the reward of y, after control 2, and its share of full accuracy, 0 … 1. Errors of
     the reward are not caught: data.check_example tells them of the row."""
@@ -256,16 +261,19 @@ def accuracy(predicted: list[dict], truth: list[dict], side: int = 840) -> float
     return float(cells[rows, columns].sum()) / max(len(predicted), len(truth))
 
 
-def grounding_reward(response: str, truth: str, side: int = 840) -> Reward:
-    """Returns the four terms. truth: JSON text of the boxes, in a frame of this side."""
+def grounding_reward(response: str, truth: str, side: int = 840, must_end: bool = False) -> Reward:
+    """Returns the four terms. truth: JSON text of the boxes, in a frame of this side. must_end: an
+    answer has its format only if nothing follows it; in the authors' reward text behind it is free
+    unless the response has a thought."""
     if len(response) > MAX_CHARACTERS:
-        terms = ("thinking", "answer_format", "accuracy", "non_repeat")
+        terms = ("thinks", "answer_format", "accuracy", "non_repeat")
         return Reward(dict.fromkeys(terms, 0.0), "too_long")
     (predicted, error), true_items = parse_boxes(response), json.loads(truth)
     return Reward({
-        "thinking": float(has_thinking_format(response)),
+        "thinks": float(has_thinking_format(response)),
         # What can be read has full format.
-        "answer_format": 2.0 if predicted else answer_format(response, true_items),
+        "answer_format": 0.0 if must_end and trailing_text(response) else
+        2.0 if predicted else answer_format(response, true_items),
         "accuracy": 0.0 if error else accuracy(predicted, true_items, side),
         "non_repeat": non_repeat(response),
     }, error)
@@ -364,6 +372,7 @@ TASKS = {
                       metric=accuracy_of(document_reward)),
     "vqa": VQA,
     # The built-in world asks in fewer words, for speed, about pictures of 112×112.
-    "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None, side=scenes.SIZE),
+    "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None, side=scenes.SIZE,
+                               reward=functools.partial(grounding_reward, must_end=True)),
     "scene_math": replace(MATH, prompt="{question}", strip=None),
 }

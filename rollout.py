@@ -1,7 +1,7 @@
 """Sampling with a KV cache: G rollouts of each prompt from one prefill.
 
     prefill           the prompts once, with their images; G rollouts share their keys and values
-    sample            one token a rollout from softmax(logits / T), or the likeliest at T = 0
+    sample            one token a rollout from softmax(logits / T), or the likeliest
     decode_one_token  one step of all rollouts
     generate          the three in turn, until every rollout has ended
 
@@ -12,15 +12,16 @@ Glossary
     suffix     the tokens that a rollout has so far
 
 A prompt gets the same rollouts in any batch and on any rank, and new ones each time it recurs, even
-within a step: its uniform numbers are seeded by (seed, place). Only a temperature shapes the
-distribution (no top-k, no top-p), so the log-probs returned are those of the training forward.
+within a step: its uniform numbers are seeded by (seed, place), see `uniforms`. Only a temperature
+shapes the distribution (no top-k, no top-p), so the log-probs returned are those of the training
+forward.
 
 A prompt leaves the batch when all its rollouts have ended. The others shrink together, to the
 largest number still running in any of them.
 """
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -100,11 +101,14 @@ class KVCache:
                        for k, v in self.suffix]
 
 
-def uniforms(seed: int, place: int, G: int, R: int) -> Tensor:
-    """Returns the numbers in [0, 1) that drive a prompt's rollouts, [G, R], float64."""
-    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(G, R, dtype=torch.float64, generator=generator)
+def uniforms(seed: int, places: Iterable[int], G: int, R: int) -> Tensor:
+    """Returns the numbers in [0, 1) that drive the rollouts of the prompts at these places,
+    [B, G, R], float64."""
+    def of_prompt(place: int) -> Tensor:
+        digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.rand(G, R, dtype=torch.float64, generator=generator)
+    return torch.stack([of_prompt(place) for place in places])
 
 
 def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: int
@@ -152,15 +156,14 @@ def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: 
 
 
 @torch.no_grad()
-def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_tokens: int = 256,
-             temperature: float = 1.0, seed: int = 0, places: Sequence[int] | None = None,
+def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
+             u: Tensor | None = None, temperature: float = 1.0, *,
              step: Callable[..., Tensor] = decode_one_token,
              adjust: Callable[..., Tensor] | None = None, stop: Sequence = ()
              ) -> list[list[Response]]:
-    """Returns G responses to each prompt. Runs the raw module, never a DDP wrapper.
+    """Returns the responses to each prompt. Runs the raw module, never a DDP wrapper.
 
-    temperature   0 is greedy decoding (then use G = 1)
-    places        of the prompts in the endless sequence of examples (None: 0, 1, 2 …)
+    u             [B, G, R] of `uniforms`: G rollouts each. None: one response, the likeliest tokens
     step          decodes one token: decode_one_token or, on a GPU, support/graphs.py's
     adjust        changes the logits; for evaluations only (support/penalty.py)
     stop          raises Stopped as soon as it is not empty
@@ -170,9 +173,8 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
     device = model.lm_head.weight.device
     eos = torch.tensor(model.eos_ids, device=device)
     start = torch.tensor([p.next_position for p in prompts], device=device)     # [B]
-    places = range(len(prompts)) if places is None else places
-    u = None if temperature == 0 else torch.stack(
-        [uniforms(seed, place, G, max_new_tokens) for place in places]).to(device)      # [B, G, R]
+    G = 1 if u is None else u.shape[1]
+    u = None if u is None else u.to(device)
     alive = torch.arange(len(prompts), device=device)                           # [B'], of B
     numbers = torch.arange(G, device=device).repeat(len(prompts), 1)            # [B', G'], of G
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
@@ -185,7 +187,7 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], G: int = 1, max_new_token
             if stop:
                 raise Stopped
             # 2. One token for each rollout.
-            logits = model.logits(hidden, temperature or 1.0)                   # [M, V]
+            logits = model.logits(hidden, temperature)                   # [M, V]
             if adjust is not None:
                 logits = adjust(logits, alive, numbers, token)
             now = alive[:, None], numbers

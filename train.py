@@ -41,20 +41,22 @@ from tqdm import tqdm
 import objective
 from data import Batch, Processor, Prompt, Response, Row, collate, load, pack_group
 from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
-from model import Qwen2_5_VL, load_model, random_model
-from rewards import LABEL_STYLES, TASKS, borrowed_thought, label_reward, label_text, reward_group
-from rollout import decode_one_token, generate
+from model import Qwen2_5_VL, load_model
+from rewards import (LABEL_STYLES, TASKS, borrowed_thought, full_accuracy, label_reward, label_text,
+                     reward_group)
+from rollout import decode_one_token, generate, uniforms
+from support.boxes import FORMATS, UNITS
 from support.checkpoints import load_optimizer, newest_checkpoint
 from support.equip import equip
 from support.graphs import GraphedStep
 from support.log import Meter, measure_groups, memory_line
-from support.lora import PARTS, merge_after
+from support.lora import PARTS, merge_after, without_adapters
 from support.mistakes import Mistake, run_main
 from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
 from support.probe import trained_on
-from support.ranks import add_over_ranks, gather_json, leave_ranks, start_ranks
+from support.ranks import add_over_ranks, gather_json, idle_cores, leave_ranks, start_ranks
 from support.run import Run, begin_or_resume, check_same
 from support.runs import saved_options
 from support.screen import CONTROL
@@ -84,13 +86,11 @@ PRESETS = {
 
 @dataclass
 class Config:
-    """Every option; saved with the run."""
+    """Holds every option. It is saved with the run."""
     preset: str = option("laptop", "method", "named set of options, the defaults of all others", tuple(PRESETS))
     method: str = option("visurf", "method", "visurf (Eq. 8), rlvr (GRPO), sft (cross-entropy); the others: see "
                          "objective.py", tuple(objective.METHODS))
-    label_weight: float = option(0.1, "method", "μ of chord, λ of sum", least=0, most=1)
     model: str = option("assets/tiny", "method", "model folder in the Hugging Face layout, run folder, or hub id")
-    random_weights: bool = option(False, "method", "take only config and tokenizer from --model (for pretraining)")
     std: str = option("sample", "method", "std R of Eq. 6 and 7", ("sample", "population", "none"))
     normaliser: str = option("token-mean", "method", "length normalisation; seq-sum is Eq. 9 to the letter",
                              ("token-mean", "seq-mean", "seq-sum"))
@@ -111,11 +111,14 @@ class Config:
     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
 
     data: str = option("scenes:train", "data", "scenes:SPLIT, .jsonl or .parquet file, folder, or hub id")
-    task: str = option("", "data", "task of rows without a column task (rewards.py), of --eval-data too", ("", *TASKS))
+    task: str = option("", "data", "task of rows that name none (rewards.py), of --eval-data too", ("", *TASKS))
     columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, "
-                          "choices, id")
+                          "choices, id, task")
+    box_format: str = option("xyxy", "data", "boxes of files: xyxy, two corners; xywh, a corner, width and height",
+                             FORMATS)
+    box_units: str = option("pixels", "data", "their units: pixels; thousandths of the picture's sides", UNITS)
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
-    seed: int = option(42, "data", "seeds the order of the data, the rollouts and random weights", least=0)
+    seed: int = option(42, "data", "seeds the order of the data, the rollouts and new adapters", least=0)
 
     rollouts: int = option(8, "sampling", "G, rollouts of each prompt [recipe 8]", least=1)
     max_new_tokens: int = option(128, "sampling", "R, longest response; a longer one is truncated [recipe 2000]",
@@ -155,16 +158,12 @@ class Config:
                                  least=0, resumable=True)
     checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward: less memory, about "
                                           "30 % more time", resumable=True)
-    onednn: bool = option(True, "optimisation", "on a CPU, large float32 products by oneDNN",
-                          resumable=True)
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
     resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and by its saved "
                          "options; or one of its checkpoints, RUN/checkpoints/step_N", resumable=True)
     accept_changed_data: bool = option(False, "output", "go on although the data is not what it was",
                                        resumable=True)
-    tensorboard: bool = option(False, "output", "writes the numbers as event files to runs/NAME/tensorboard, too",
-                               resumable=True)
     dry_run: bool = option(False, "output", "one step at worst-case length: memory and hours; writes nothing",
                            resumable=True)
     eval_data: str = option("scenes:val", "output", "evaluated before, during and after; empty: never",
@@ -178,8 +177,6 @@ class Config:
                        resumable=True)
     keep_best: str = option("", "output", "metric of the evaluations, such as T-acc, whose best checkpoint stays, too",
                             ("", *summarise([])), resumable=True)
-    log_every: int = option(10, "output", "steps between printed lines; metrics.jsonl has every step", least=1,
-                            resumable=True)
 
     @property
     def G(self) -> int:
@@ -204,8 +201,6 @@ class Config:
                  f"{self.method} has no label"),
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
-                ("lora_rank", self.lora_rank and self.random_weights,
-                 "random weights are saved nowhere, and an adapter is nothing without them"),
                 ("kl", self.kl and not method.rollouts,
                  f"has no meaning with --method {self.method}")):
             if wrong:
@@ -230,7 +225,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 @dataclass
 class Group:
-    """A prompt and its S responses: y first, then the rollouts: those that the method trains on."""
+    """Holds a prompt and those of its responses that the method trains on: y first, then the
+    rollouts."""
     prompt: Prompt
     responses: list[Response]
     smoothed: bool = False
@@ -263,8 +259,9 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         part = prompts[i:i + cfg.sampling_batch]
         places = range(first + i, first + i + len(part))
         sampled += [[] for _ in part] if not cfg.G else generate(
-            model, part, cfg.G, cfg.max_new_tokens, cfg.temperature, cfg.seed, places,
-            GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token, stop=stop)
+            model, part, cfg.max_new_tokens, uniforms(cfg.seed, places, cfg.G, cfg.max_new_tokens),
+            cfg.temperature, stop=stop,
+            step=GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token)
     groups = []
     for place, (prompt, drawn) in enumerate(zip(prompts, sampled), first):
         y, responses, length_y = None, drawn, 0
@@ -367,12 +364,13 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     device = ddp.module.lm_head.weight.device
     batches, of_batch, by_entropy = pack(cfg, groups, device, step)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
-    for mb in batches:
-        with torch.no_grad():
-            if cfg.inner_epochs > 1:
-                mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
-            if reference is not None:
-                mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
+    with torch.no_grad():
+        for mb in batches if cfg.inner_epochs > 1 else ():
+            mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
+        if reference is not None:
+            with without_adapters(reference):
+                for mb in batches:
+                    mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
     for epoch in range(cfg.inner_epochs):
         loss_sum = 0.0
         for i, mb in enumerate(batches):
@@ -410,7 +408,7 @@ class Job:
     cfg: Config
     run: Run                              # keeps the book
     ddp: DistributedDataParallel          # the loss goes through this, sampling through ddp.module
-    reference: Qwen2_5_VL | None          # frozen, for --kl
+    reference: Qwen2_5_VL | None          # for --kl: a frozen model, or the policy without adapters
     processor: Processor
     optimizers: list
     source: Source                        # of examples, to train on
@@ -454,7 +452,7 @@ def train_step(job: Job) -> dict:
     prompts = [job.processor.prompt(example) for example in take(job.source, places, cfg.seed)]
     with run.together("sampling"):      # sections 3.2 to 3.4: rollouts, rewards, Eq. 6 and 7
         groups = make_groups(cfg, job.ddp.module, job.processor, prompts, places.start, run.signals, run.step)
-        measure_groups(groups, run.meter)
+        measure_groups(groups, run.meter, full_accuracy)
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, run.meter,
                                 run.step, run.leaves)       # Eq. 8 and 9
     return run.end_step(loss, norm, job.optimizers[0].param_groups[0]["lr"],
@@ -463,8 +461,8 @@ def train_step(job: Job) -> dict:
 
 
 def run_evaluation(job: Job) -> None:
-    """Every rank answers its share; rank 0 draws its first answers and prints all evaluations so
-    far."""
+    """Answers, on every rank, its share; rank 0 draws its first answers and prints all evaluations
+    so far."""
     cfg, run = job.cfg, job.run
     own = job.held_out[run.rank::run.world]
     answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=run.signals)
@@ -486,17 +484,17 @@ def run_evaluation(job: Job) -> None:
 # Before the loop
 
 def open_data(cfg: Config, processor: Processor, data: str):
-    """The source of --data or --eval-data, by the same options."""
+    """Opens --data or --eval-data, by the same options."""
     flag = "--data" if data == cfg.data else "--eval-data"
 
-    def fits(example, size) -> list[tuple[str, str]]:
-        return processor.check_label(example, size, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens, cfg.G > 0,
-                                     cfg.label_thought == "rollout")
-    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag)
+    def fits(example, sizes) -> list[tuple[str, str]]:
+        return processor.check_label(example, sizes, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens,
+                                     cfg.G > 0, cfg.label_thought == "rollout")
+    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag, cfg.box_format, cfg.box_units)
 
 
 def set_up() -> Job:
-    """Everything that the loop works with."""
+    """Returns everything that the loop works with."""
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
     rank, world, device = start_ranks()
@@ -525,22 +523,20 @@ def set_up() -> Job:
 
 def make_models(cfg: Config, checkpoint: Path | None, base: str, device
                 ) -> tuple[Qwen2_5_VL, Qwen2_5_VL | None]:
-    """Returns the policy, and the frozen reference of --kl. base: the digest of --model."""
+    """Returns the policy, and the frozen reference of --kl, which with LoRA is the policy without
+    its adapters. base: the digest of --model."""
     if cfg.cuda_graphs and device.type != "cuda":
         raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
-    begin = random_model if cfg.random_weights and not checkpoint else load_model
-    model = begin(begins, dtype, device)
-    equip(model, cfg.onednn, cfg, base, checkpoint)
+    model = load_model(begins, dtype, device)
+    equip(model, cfg, base, checkpoint)
     if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     if not cfg.kl:
         return model, None
-    torch.manual_seed(cfg.seed)
-    reference = (random_model if cfg.random_weights else load_model)(cfg.model, dtype, device)
-    return model, reference.requires_grad_(False)
+    return model, model if cfg.lora_rank else load_model(cfg.model, dtype, device).requires_grad_(False)
 
 
 def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
@@ -553,6 +549,10 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     run.say(f"{cfg.method}: {size / 1e6:.1f} M parameters of {checkpoint or cfg.model}{some}, {run.world} rank(s) on "
             f"{run.device.type}, {cfg.precision}, preset {cfg.preset}{changed}\n"
             f"{memory_line(model, run.world, cfg.offload_optimizer)}")
+    alone = run.world == 1 and run.device.type == "cpu" and torch.get_num_threads() == 1
+    if alone and (idle := idle_cores()):
+        run.say(f"this process uses one core, and {idle} more are idle: torchrun --nproc-per-node 2 "
+                "train.py … took 0.84 of the time, measured on the default job")
     for line in (line for source in sources for line in noticed(source)):
         run.say(line)
     first = run.state["cursor"]
@@ -562,10 +562,12 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     reward = label_reward(example.task, y, prompt.answer, cfg.reward_label_thinking, prompt.side)
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     side = job.processor.config.vision_patch_size
-    seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"
+    sizes = ", ".join(f"{gw * side}×{gh * side}" for gh, gw in prompt.grids)
+    seen = f"picture{'s' * (len(prompt.grids) > 1)} of {sizes}" if sizes else "no picture"
+    system = f"  system: {example.system}\n" * bool(example.system)
     run.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
-            f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
-    for line in unknown_to(model, example.question, prompt.original_size):
+            f"{system}  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
+    for line in unknown_to(model, example):
         run.say(line)
 
 

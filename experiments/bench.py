@@ -171,14 +171,14 @@ def make_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype
         torch.set_default_dtype(torch.float32)
         model.to(device).folder = folder
     model.eos_ids = (-1,)
-    return equip(model, onednn=True)
+    return equip(model)
 
 
 def make_prompts(folder: Path, count: int, pixels: int, words: int) -> list[Prompt]:
     """Different noise in each picture of pixels × pixels; (pixels / 28)² image tokens, then text."""
     processor = Processor(folder)
     picture = torch.randint(256, (count, pixels, pixels, 3), dtype=torch.uint8).numpy()
-    return [processor.prompt(Example(str(i), Image.fromarray(picture[i]), " ".join(["word"] * words), "1", "vqa"))
+    return [processor.prompt(Example(str(i), (Image.fromarray(picture[i]),), " ".join(["word"] * words), "1", "vqa"))
             for i in range(count)]
 
 
@@ -210,6 +210,12 @@ def token_step(graphs: bool):
     return GraphedStep(rollout.decode_one_token) if graphs else rollout.decode_one_token
 
 
+def rollouts(model, prompts: list[Prompt], G: int, R: int, **features) -> list:
+    """G rollouts of each prompt, of up to R tokens."""
+    u = rollout.uniforms(0, range(len(prompts)), G, R)
+    return rollout.generate(model, prompts, R, u, **features)
+
+
 def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: int, R: int, repeats: int,
              graphs: bool = False) -> None:
     device, image = model.lm_head.weight.device, model.config.image_token_id
@@ -221,7 +227,7 @@ def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: i
         assert made.shape == (len(prompts) * G, inputs["input_ids"].shape[1] + R), made.shape
 
     def run_ours():
-        made = rollout.generate(model, prompts, G, R, step=token_step(graphs))
+        made = rollouts(model, prompts, G, R, step=token_step(graphs))
         assert all(len(o.tokens) == R for group in made for o in group)
     times = compare({"ours": run_ours, "theirs": run_theirs}, repeats)
     table.against("sampling / transformers generate", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G {G}, "
@@ -231,21 +237,19 @@ def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: i
 def leaving(table: Table, size: str, model, prompt: Prompt, B: int, G: int, R: int, repeats: int) -> None:
     """Rollouts that leave the batch when they end, against the same where each stays as long as the longest of its
     group. Lengths are log-normal around R/4, at most R: an end is where the uniform numbers hold a 2."""
-    plain, numbers, none = rollout.sample, rollout.uniforms, model.eos_ids
+    plain, none = rollout.sample, model.eos_ids
+    numbers = rollout.uniforms(0, range(B), G, R)
 
     def run(lengths: torch.Tensor):
         def call():
-            def marked(seed, place, *shape):
-                u = numbers(seed, place, *shape)
-                return u.scatter_(1, lengths[place][:, None] - 1, 2.0)
-
             def until_the_mark(logits, u):
                 logits[:, 0] = -torch.inf
                 token, logp, entropy = plain(logits, u.clamp(max=1 - 1e-6))
                 return token.where(u < 2, 0), logp.clamp(min=-99), entropy
-            rollout.sample, rollout.uniforms, model.eos_ids = until_the_mark, marked, (0,)
-            made = rollout.generate(model, [prompt] * B, G, R)
-            rollout.sample, rollout.uniforms, model.eos_ids = plain, numbers, none
+            rollout.sample, model.eos_ids = until_the_mark, (0,)
+            u = numbers.scatter(2, lengths[..., None] - 1, 2.0)
+            made = rollout.generate(model, [prompt] * B, R, u)
+            rollout.sample, model.eos_ids = plain, none
             assert [[len(o.tokens) for o in group] for group in made] == lengths.tolist()
         return call
     for sigma in (0.5, 1.0):
@@ -351,7 +355,7 @@ def against_mkl(table: Table, size: str, model, prompts: list[Prompt], G: int, R
             call()
             onednn.ONEDNN_FROM, onednn.PACKED_FROM = chosen
         return run
-    for what, call in (("sampling", lambda: rollout.generate(model, prompts, G, R)), ("training", one_row)):
+    for what, call in (("sampling", lambda: rollouts(model, prompts, G, R)), ("training", one_row)):
         times = compare({"ours": call, "mkl": by_mkl(call)}, repeats)
         table.against(f"oneDNN / MKL, {what}", f"{size}, {len(prompts[0].tokens)}-token prompts, G {G}, {R} new",
                       times["ours"], times["mkl"])
@@ -428,7 +432,7 @@ def clocked(seconds: dict, places: list[tuple[object, str, str]]):
 def parts(table: Table, steps: int) -> None:
     """The default job's step. Model code: what runs inside Qwen2_5_VL, its backward, and the optimizer."""
     options = Options()
-    model = equip(load_model(TINY), onednn=True)
+    model = equip(load_model(TINY))
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(options, model)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
@@ -467,14 +471,14 @@ def growth(table: Table, size: str, model, folder: Path, repeats: int, quick: bo
             for prompt, several in zip(prompts, responses):
                 (-model(**vars(collate(pack_group(prompt, several), model.lm_head.weight.device)))[0].sum()).backward()
             model.zero_grad(set_to_none=True)
-        return {"sampling": lambda: rollout.generate(model, prompts, G, R), "training": one_update}
+        return {"sampling": lambda: rollouts(model, prompts, G, R), "training": one_update}
     for name, values in lists.items():
         for value in values:
             now = {**base, name: value}
             prompts = make_prompts(folder, now["images"], now["pixels"], now["words"])
             both = calls(prompts, now["G"], now["R"])
             if name == "G":
-                bare = [Processor(folder).prompt(Example("bare", None, "word", "1", "vqa"))]
+                bare = [Processor(folder).prompt(Example("bare", (), "word", "1", "vqa"))]
                 both |= {f"{k} alone": v for k, v in calls(bare, now["G"], now["R"]).items()}
             times = compare(both, repeats)
             table.line(f"growth with {name} = {value}", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, "
@@ -492,7 +496,7 @@ def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int
     """Seconds a token step takes, against those of reading all weights and caches once."""
     c, B, P = model.config, len(prompts), len(prompts[0].tokens)
     few, many = R // 4, R
-    made = {(n, graphs): lambda n=n, graphs=graphs: rollout.generate(
+    made = {(n, graphs): lambda n=n, graphs=graphs: rollouts(
                 model, prompts, G, n, step=token_step(graphs))
             for n in (few, many) for graphs in (False, True)}
     times = compare(made, 3)

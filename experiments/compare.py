@@ -9,24 +9,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.curves import draw_curves, read_metrics  # noqa: E402
+from support.log import metric_text  # noqa: E402
 from support.mistakes import run_main  # noqa: E402
 
 
 def evaluated_on(run: Path) -> str:
-    """The examples of a run's evaluations; runs of others are not to be compared."""
+    """Names the examples of a run's evaluations; runs of others are not to be compared."""
     config = json.loads((run / "config.json").read_text())["config"] if (run / "config.json").exists() else {}
     return f"the first {config.get('eval_examples')} of {config.get('eval_data')}"
 
 
 def compare(runs: list[Path]) -> str:
-    """One line a metric, one column a run: steps, seconds of all steps, the numbers of the last evaluation."""
+    """Returns a table with one column a run: steps, seconds of all steps, and every metric of the
+    last evaluation that a run has."""
     series = {run.name: read_metrics(run) for run in runs}
-    rows = {"steps": {name: str(max(s.get("loss", ([0], []))[0])) for name, s in series.items()},
-            "seconds": {name: f"{sum(s.get('seconds', ([], []))[1]):.0f}" for name, s in series.items()}}
+    rows: dict[str, dict[str, str]] = {}
+    for name, metrics in series.items():
+        if "step" in metrics:
+            rows.setdefault("steps", {})[name] = str(metrics["step"][0][-1])
+        if "seconds" in metrics:
+            rows.setdefault("seconds", {})[name] = f"{sum(metrics['seconds'][1]):.0f}"
     for name, metrics in series.items():
         for metric, (_, values) in metrics.items():
             if metric.startswith("EVAL "):
-                rows.setdefault(metric.removeprefix("EVAL "), {})[name] = f"{values[-1]:.3f}"
+                metric = metric.removeprefix("EVAL ")
+                rows.setdefault(metric, {})[name] = metric_text(metric, values[-1])
     widths = {name: max(len(name), 8) for name in series}
     lines = [" " * 24 + "  ".join(f"{name:>{w}}" for name, w in widths.items())]
     lines += [f"{metric:<24}" + "  ".join(f"{row.get(name, '–'):>{w}}" for name, w in widths.items())

@@ -32,7 +32,7 @@ from support.runs import versions  # noqa: E402
 def job_of(flags: list[str], model: Path, device) -> train.Job:
     """A training that has just begun from the model, and learns nothing."""
     cfg = replace(train.parse_config(flags), lr=1e-30)
-    ddp = DistributedDataParallel(equip(load_model(model), onednn=True), gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(equip(load_model(model)), gradient_as_bucket_view=True)
     state = {"step": 0, "cursor": 0, "bad_steps": 0}
     return train.Job(cfg, Run(cfg, 0, 1, device, state), ddp, None, Processor(model), make_optimizers(cfg, ddp.module),
                      load(cfg.data))

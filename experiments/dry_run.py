@@ -3,7 +3,7 @@ import time
 
 from data import Response, pack_group
 from objective import METHODS
-from rollout import decode_one_token, generate
+from rollout import decode_one_token, generate, uniforms
 from support.graphs import GraphedStep
 from support.log import Meter, peak_memory_gb
 from support.mistakes import Mistake
@@ -37,12 +37,13 @@ def dry_run(job, Group, label_tokens, update) -> None:
         lambda: update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter()), share / groups)}
     if cfg.G:
         decode = GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token
-        parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.G, cfg.max_new_tokens,
+        u = uniforms(cfg.seed, range(together), cfg.G, cfg.max_new_tokens)
+        parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.max_new_tokens, u,
                                               cfg.temperature, step=decode), share / together)
     evaluated = -(-len(job.held_out) // job.run.world)
     if evaluated:
         batch = min(evaluated, cfg.sampling_batch)
-        parts["evaluation"] = (lambda: generate(model, [prompt] * batch, 1, cfg.max_new_tokens, 0), evaluated / batch)
+        parts["evaluation"] = (lambda: generate(model, [prompt] * batch, cfg.max_new_tokens), evaluated / batch)
     seconds = {}
     for name, (call, times) in parts.items():
         if name == "update":

@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PLACE = ROOT / "runs/faults"
-SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "24", "--eval-data",
+SMALL = ["--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "24", "--eval-data",
          "scenes:val", "--eval-examples", "4", "--eval-every", "5", "--warmup-steps", "3"]
 LONG = 20_000           # characters of an answer that are read (support.answers.MAX_CHARACTERS)
 
@@ -164,7 +164,7 @@ def endurance(steps: int) -> None:
 
 SCRIPT = f"{sys.executable} {ROOT}/train.py"
 RESUME = f"{SCRIPT} --resume runs/a --steps 3"
-ON_MODEL = f"{SCRIPT} --model m {' '.join(SMALL[1:7])} --steps 1 --eval-data="
+ON_MODEL = f"{SCRIPT} --model m {' '.join(SMALL[:6])} --steps 1 --eval-data="
 ON_DATA = f"{SCRIPT} --model {ROOT}/assets/tiny --task scene_grounding --steps 2 --prompts-per-step 2 --eval-data="
 EVALUATE = f"{sys.executable} {ROOT}/eval.py --model {ROOT}/assets/tiny --data scenes:test --limit 4 --out out"
 POSTSCRIPT = "printf '%%!PS-Adobe-3.0 EPSF-3.0\\n%%%%BoundingBox: 0 0 9 9\\n' > "

@@ -4,12 +4,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python experiments/make_tiny.py
+python - <<'END'
+import torch
+from model import random_model
+torch.manual_seed(42)
+random_model("assets/tiny").save_pretrained("runs/tiny-random")
+END
 sft() {
     torchrun --nproc-per-node 2 train.py --method sft --optimizer muon --adam-eps 1e-8 --lr 3e-3 --weight-decay 0 \
         --warmup-steps 20 --cooldown 0 --prompts-per-step 64 --micro-rows 8 --eval-data "" --save-every 0 "$@"
 }
 # 1. Short answers only: captions, counting, attributes, where things are. Long captions teach the vision tower.
-sft --name tiny-words --data scenes:words --model assets/tiny --random-weights --normaliser token-mean --steps 1500
+sft --name tiny-words --data scenes:words --model runs/tiny-random --normaliser token-mean --steps 1500
 # 2. Grounding as well. One-token answers would vanish beside forty-token ones, hence seq-mean.
 sft --name tiny-pretrain --data scenes:pretrain --model runs/tiny-words/checkpoints/step_1500 --normaliser seq-mean \
     --steps 2100 --cooldown 0.781

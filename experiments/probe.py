@@ -23,7 +23,7 @@ from data import Processor, load  # noqa: E402
 from experiments.reproduce import BASES, ROOT, base_of, colour_is_there  # noqa: E402
 from model import Qwen2_5_VL, load_model  # noqa: E402
 from rewards import TASKS  # noqa: E402
-from rollout import generate, prefill  # noqa: E402
+from rollout import generate, prefill, uniforms  # noqa: E402
 from support.answers import parse_boxes  # noqa: E402
 from support.runs import versions  # noqa: E402
 
@@ -53,8 +53,8 @@ def rejecting(model: Qwen2_5_VL, processor: Processor) -> dict[str, float]:
     says: dict[str, list[bool]] = {"present": [], "absent": []}
     for begin in range(0, QUESTIONS["test"], 64):
         asked = [example for i in range(begin, begin + 64) if TASKS[(example := source[i]).task].boxes]
-        groups = generate(model, [processor.prompt(example) for example in asked], ROLLOUTS, LONGEST,
-                          places=range(begin, begin + len(asked)))
+        groups = generate(model, [processor.prompt(example) for example in asked], LONGEST,
+                          uniforms(0, range(begin, begin + len(asked)), ROLLOUTS, LONGEST))
         for example, group in zip(asked, groups):
             says["present" if example.answer != "[]" else "absent"] += [
                 parse_boxes(processor.decode(response.tokens)) == ([], None) for response in group]

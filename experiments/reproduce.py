@@ -28,10 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support import scenes  # noqa: E402
-from support.runs import read_config, read_log, versions  # noqa: E402
+from support.runs import read_config, read_log, today, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
-PAGES = ("README.md", "experiments/README.md", "docs/sensitivity.md")
+PAGES = ("README.md", "experiments/README.md", "experiments/appendix.md", "docs/sensitivity.md")
 SEEDS = (42, 43, 44, 45, 46)
 RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every method may choose from
 SPLITS = ("test", "reasoning-test", "elsewhere-test", "pair-test")
@@ -106,11 +106,12 @@ EXPERIMENTS = {
     **{f"{base}-{method}": FAMILY_METHODS[method] for base in STRENGTHS for method in BOUNDARY_METHODS},
     **SENSITIVITY,
 }
-COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "response_length", "logp_y",
-          "r_rollouts", "rollouts/thinking", "unreadable")
+COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "length",
+          "logp_y", "r(o)", "o/thinks", "unreadable")
 DRAWN = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
-         "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats", "response_length": "tokens of a rollout",
-         "rollouts/thinking": "thinking of o"}
+         "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats",
+         "length": "tokens of a rollout", "o/thinks": "rollouts that think"}
+COMPARED = ("rlvr", "sft", "sft-long", IN_FULL)       # with ViSurf, by holm_table
 one_base_at_a_time = threading.Lock()
 Results = dict[str, dict[float, dict[int, dict]]]          # name → learning rate → seed → result
 
@@ -142,7 +143,12 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def steps_of(run: Path) -> list[dict]:
-    return [line for line in read_log(run)[0] if "eval" not in line]
+    return [renamed(line) for line in read_log(run)[0] if "eval" not in line]
+
+
+def renamed(values: dict) -> dict:
+    """Returns the values under today's names."""
+    return {today(name): value for name, value in values.items()}
 
 
 def answer(model: str, split: str, out: str) -> dict[str, float]:
@@ -150,7 +156,8 @@ def answer(model: str, split: str, out: str) -> dict[str, float]:
     folder = ROOT / "runs" / out / split
     call("eval.py", "--model", model, "--data", f"scenes:{split}", "--out", str(folder))
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    metrics = json.loads((folder / "metrics.json").read_text())["metrics"] | {"thought tells": tells(records)}
+    metrics = renamed(json.loads((folder / "metrics.json").read_text())["metrics"])
+    metrics["thought tells"] = tells(records)
     return rounded(metrics | (by_size(records, split) if "sums" in split else {}) |
                    (by_colour(records, split) if split in SPLITS else {}) |
                    ({"thought as learnt": as_learnt(records)} if split == "test" else {}))
@@ -213,7 +220,8 @@ def answer_blindly(response: str, split: str) -> dict[str, float]:
     from data import Processor, load
     from eval import judge, summarise
     processor, source = Processor(ROOT / "assets/tiny"), load(f"scenes:{split}")
-    return rounded(summarise([judge(processor.prompt(source[i]), response, 0) for i in range(len(source))]))
+    return rounded(renamed(summarise([judge(processor.prompt(source[i]), response, 0)
+                                      for i in range(len(source))])))
 
 
 def rounded(values: dict) -> dict:
@@ -223,7 +231,7 @@ def rounded(values: dict) -> dict:
 def score(metrics: dict[str, float]) -> float:
     """What a learning rate and a checkpoint are chosen by, on a val split: the mean of the shares of absent and of
     present things that are answered right, as far as the split has them; of sums the share of right ones."""
-    shares = [metrics[name] for name in ("N-acc strict", "bbox accuracy") if metrics.get(name) is not None]
+    shares = [metrics[name] for name in ("N-acc", "boxes") if metrics.get(name) is not None]
     return statistics.fmean(shares or [metrics["answers"]])
 
 
@@ -295,7 +303,7 @@ def make(name: str, rate: float, seed: int) -> str:
     if lines:
         result |= {"seconds": round(seconds), "peak_memory_gb": max(line["peak_memory_gb"] for line in lines),
                    "course": course(lines)}
-        evaluated = {line["step"]: line["eval"] for line in read_log(run)[0]
+        evaluated = {line["step"]: renamed(line["eval"]) for line in read_log(run)[0]
                      if "eval" in line and (run / "checkpoints" / f"step_{line['step']}").is_dir()}
         step = max(evaluated, key=lambda s: score(evaluated[s]))     # of those kept, the first of the best
         last = step == stage_lines[-1]["step"]
@@ -326,7 +334,7 @@ def at(split: str, key: str) -> Column:
 
 def at_end(name: str) -> Column:
     """The last 20 steps of the training."""
-    return lambda result: result["course"][name][-1]
+    return lambda result: result["course"].get(name, [None])[-1]
 
 
 def at_start(name: str) -> Column:
@@ -339,40 +347,47 @@ def highest(name: str) -> Column:
     return lambda result: max(value for value in result["course"][name] if value is not None)
 
 
-MAIN = {"N-acc": at("test", "N-acc strict"), "T-acc": at("test", "T-acc"), "boxes": at("test", "bbox accuracy"),
-        "thinks, present": at("test", "thinks, present"), "thinks, absent": at("test", "thinks, absent"),
-        "trailing text, absent": at("test", "trailing text, absent"), "counting": at("test", "answers"),
-        "reasoning": at("reasoning-test", "bbox accuracy")}
+MAIN = {**{name: at("test", name) for name in (
+            "N-acc", "T-acc", "boxes", "thinks, present", "thinks, absent",
+            "trailing text, absent", "answers")},
+        "reasoning": at("reasoning-test", "boxes")}
+FIRST = {name: MAIN[name] for name in ("N-acc", "boxes", "thinks, present", "answers", "reasoning")}
 
 
 def found(split: str) -> Column:
     """Boxes, of the present things that are not rejected."""
-    return lambda result: result["metrics"][split]["bbox accuracy"] / (result["metrics"][split]["T-acc"] or math.inf)
+    boxes, kept = at(split, "boxes"), at(split, "T-acc")
+    return lambda result: boxes(result) / (kept(result) or math.inf)
 
 
-# What is lost, in its parts: things rejected that are there, answers without a thought, boxes beside the thing.
+# What is lost, in its parts: things rejected that are there, answers without a thought, boxes
+# beside the thing.
 PARTS = {"here: T-acc": MAIN["T-acc"], "boxes": MAIN["boxes"], "boxes, not rejected": found("test"),
-         "reasoning: T-acc": at("reasoning-test", "T-acc"), "thinks": at("reasoning-test", "thinks, present"),
-         "reasoning": MAIN["reasoning"], "reasoning, not rejected": found("reasoning-test")}
-ELSEWHERE = {f"{place}: {label}": at(split, key) for place, split in (
+         "reasoning: T-acc": at("reasoning-test", "T-acc"),
+         "thinks": at("reasoning-test", "thinks, present"), "reasoning": MAIN["reasoning"],
+         "reasoning, not rejected": found("reasoning-test")}
+ELSEWHERE = {f"{place}: {name}": at(split, name) for place, split in (
     ("here", "test"), ("pair", "pair-test"), ("elsewhere", "elsewhere-test"))
-    for label, key in (("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"))}
-REJECTS = {f"{place}: {label}": at(split, key) for place, split in (("here", "test"), ("elsewhere", "elsewhere-test"))
-           for label, key in (("N-acc", "N-acc strict"), ("colour there", "N-acc, colour there"),
+    for name in ("N-acc", "T-acc", "boxes")}
+REJECTS = {f"{place}: {label}": at(split, key)
+           for place, split in (("here", "test"), ("elsewhere", "elsewhere-test"))
+           for label, key in (("N-acc", "N-acc"), ("colour there", "N-acc, colour there"),
                               ("not there", "N-acc, colour not there"))}
 # MAIN, with the two parts of N-acc behind it.
 REJECTING = {"N-acc": MAIN["N-acc"], "colour there": REJECTS["here: colour there"],
              "not there": REJECTS["here: not there"], **MAIN}
-AT_END = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
-          "entropy": at_end("entropy"), "smoothed": at_end("smoothed"), "tied": at_end("tied"),
-          "r(o)": at_end("r_rollouts"), "tokens": at_end("response_length")}
-THOUGHTS = {**MAIN, "thought tells": at("test", "thought tells"), "as learnt": at("test", "thought as learnt")}
-CONTROLLED = {**{label: MAIN[label] for label in ("N-acc", "T-acc", "boxes", "thinks, present")},
-              "reasoning": MAIN["reasoning"], "log π(y), first": at_start("logp_y"), "Â_y, last": at_end("advantage_y"),
-              "smoothed": at_end("smoothed"), "entropy, highest": highest("entropy"), "last": at_end("entropy"),
-              "unreadable, highest": highest("unreadable"), "r(o), last": at_end("r_rollouts")}
-BEST = {"step": lambda r: r["best"]["step"], **{label: lambda r, key=key: r["best"]["test"].get(key) for label, key in (
-    ("N-acc", "N-acc strict"), ("T-acc", "T-acc"), ("boxes", "bbox accuracy"), ("thinks, present", "thinks, present"))}}
+FOUR = ("N-acc", "T-acc", "boxes", "thinks, present")
+SETTINGS = {name: MAIN[name] for name in (*FOUR, "reasoning")}
+AT_END = {**{name: MAIN[name] for name in FOUR},
+          **{name: at_end(name) for name in ("entropy", "entropy_y", "smoothed", "tied", "r(o)", "length")}}
+THOUGHTS = {**MAIN, "thought tells": at("test", "thought tells"),
+            "as learnt": at("test", "thought as learnt")}
+CONTROLLED = {**SETTINGS, "logp_y, first": at_start("logp_y"),
+              "advantage_y, last": at_end("advantage_y"), "smoothed": at_end("smoothed"),
+              "entropy, highest": highest("entropy"), "last": at_end("entropy"),
+              "unreadable, highest": highest("unreadable"), "r(o), last": at_end("r(o)")}
+BEST = {"step": lambda r: r["best"]["step"],
+        **{name: lambda r, name=name: r["best"]["test"].get(name) for name in FOUR}}
 
 
 def in_family(family: str, key: str = "") -> Column:
@@ -391,9 +406,9 @@ def in_all_families(results: dict) -> float | None:
 
 
 FAMILY = {**{family: in_family(family) for family in FAMILIES}, "mean of all": in_all_families,
-          "anomaly: N-acc": in_family("anomaly", "N-acc strict"),
-          "anomaly: boxes": in_family("anomaly", "bbox accuracy"),
-          "sums up to nine": in_family("sums", "up to nine"), "above": in_family("sums", "above nine")}
+          **{f"anomaly: {name}": in_family("anomaly", name) for name in ("N-acc", "boxes")},
+          "sums up to nine": in_family("sums", "up to nine"),
+          "above": in_family("sums", "above nine")}
 THINKS = {**{family: in_family(family, "thinks, present") for family in FAMILIES[:-1]},
           "anomaly: none": in_family("anomaly", "thinks, absent"),
           "none: trailing text": in_family("anomaly", "trailing text, absent")}
@@ -403,13 +418,21 @@ def read_results() -> Results:
     results: Results = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
-        results.setdefault(result["experiment"], {}).setdefault(result["rate"], {})[result["seed"]] = result
+        result["metrics"] = {split: renamed(of) for split, of in result["metrics"].items()}
+        if "best" in result:
+            result["best"]["test"] = renamed(result["best"]["test"])
+            result["course"] = renamed(result["course"])
+            if result["stages"][-1][:2] == ["--method", "sft"] and "entropy" in result["course"]:
+                result["course"]["entropy_y"] = result["course"].pop("entropy")     # over label tokens
+        rates = results.setdefault(result["experiment"], {})
+        rates.setdefault(result["rate"], {})[result["seed"]] = result
     return results
 
 
 def chosen_rate(rates: dict[float, dict[int, dict]]) -> float:
     """Of the rates tried with the first seed the best on scenes:val; of equal ones the smallest."""
-    tried = {rate: score(seeds[SEEDS[0]]["metrics"]["val"]) for rate, seeds in rates.items() if SEEDS[0] in seeds}
+    tried = {rate: score(seeds[SEEDS[0]]["metrics"]["val"]) for rate, seeds in rates.items()
+             if SEEDS[0] in seeds}
     return max(sorted(tried), key=tried.get) if tried else min(rates)
 
 
@@ -420,16 +443,21 @@ def shown_rate(rates: dict[float, dict[int, dict]]) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t; nan of fewer than three values, of which it says nothing."""
+    """Mean, and half of its 95 % interval by Student's t; nan of fewer than three values, of which
+    it says nothing."""
     from scipy.stats import t
-    if len(values) < 3:
-        return statistics.fmean(values), math.nan
-    return statistics.fmean(values), t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    n, mean = len(values), statistics.fmean(values)
+    if n < 3:
+        return mean, math.nan
+    return mean, t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
-def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against: str | None = None) -> str:
-    """Mean ± 95 % interval over the seeds; with `against` of the differences to it, on the seeds that both have."""
-    lines = ["| | lr | seeds | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
+def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against: str | None = None,
+          origin: bool = True) -> str:
+    """Mean ± 95 % interval over the seeds; with `against` of the differences to it, on the seeds
+    that both have. origin: show the learning rate and the number of seeds of a row."""
+    lines = ["| | " + "lr | seeds | " * origin + " | ".join(columns) + " |",
+             "|---" * (1 + 2 * origin + len(columns)) + "|"]
     for name, seeds in rows.items():
         others = rows.get(against, {})
         if against in UNTRAINED and others:
@@ -438,77 +466,149 @@ def table(rows: dict[str, dict[int, dict]], columns: dict[str, Column], against:
             pairs = [(begun_from(seeds, seed), other) for seed, other in others.items()]
             pairs = pairs or [(own, None) for own in seeds.values()]
         else:
-            pairs = [(seeds[seed], others.get(seed)) for seed in seeds if not against or seed in others]
+            pairs = [(seeds[seed], others.get(seed)) for seed in seeds
+                     if not against or seed in others]
         if name == against or not pairs or against and not others:
             continue
-        cells = []
-        for column in columns.values():
-            values = [(column(own), column(other) if other else 0.0) for own, other in pairs]
-            cells.append(shown([a - b for a, b in values if a is not None and b is not None], bool(against)))
         # A row of all families has no one rate.
-        rate = "–" if name in UNTRAINED or "rate" not in pairs[0][0] else f"{pairs[0][0]['rate']:g}"
-        lines.append(f"| {name} | {rate} | {len(seeds if name in UNTRAINED else pairs)} | " + " | ".join(cells) + " |")
+        rated = name not in UNTRAINED and "rate" in pairs[0][0]
+        count = len(seeds if name in UNTRAINED else pairs)
+        cells = [name, *((f"{pairs[0][0]['rate']:g}" if rated else "–", f"{count}") * origin)]
+        for column in columns.values():
+            values = [(column(own), column(other) if other else None) for own, other in pairs]
+            if against:
+                cells.append(difference([(a, b) for a, b in values if None not in (a, b)]))
+            else:
+                cells.append(shown([a for a, _ in values if a is not None]))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def begun_from(bases: dict[int, dict], seed: int) -> dict:
-    """The result of the base that the training of a seed began from. A base that was made anew, on another machine, is
-    evaluated under the first seed that begins from it: `run gui-base --seeds 45`."""
+    """The result of the base that the training of a seed began from. A base that was made anew, on
+    another machine, is evaluated under the first seed that begins from it: `run gui-base --seeds
+    45`."""
     return bases[max((first for first in bases if first <= seed), default=min(bases))]
 
 
-def shown(values: list[float], signed: bool) -> str:
+def shown(values: list[float], sign: str = "", parted: bool | None = None) -> str:
+    """The text of a cell: mean ± interval or, of seeds that fall into two groups, both groups.
+    parted: whether they do; asked here by default."""
     if not values:
         return "–"
     mean, half = interval(values)
     digits = 0 if abs(mean) >= 100 else 3
-    return f"{mean:{'+' if signed else ''}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    if in_two_groups(values) if parted is None else parted:
+        few, others = sorted(two_groups(values), key=len)
+        spans = [" to ".join(dict.fromkeys(f"{end:{sign}.{digits}f}"
+                                           for end in (group[0], group[-1])))
+                 for group in (few, others)]
+        return f"{spans[0]} in {len(few)} of {len(values)}, else {spans[1]}"
+    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def difference(pairs: list[tuple[float, float]]) -> str:
+    """The text of a cell of differences: in two groups where one of the two sides is."""
+    parted = any(in_two_groups(list(side)) for side in zip(*pairs))
+    return shown([a - b for a, b in pairs], "+", parted)
+
+
+def two_groups(values: list[float]) -> tuple[list[float], list[float]]:
+    """The values in order, parted at their widest gap.
+
+    >>> two_groups([0.9, 0.0, 1.0])
+    ([0.0], [0.9, 1.0])
+    """
+    ordered = sorted(values)
+    cut = max(range(1, len(ordered)), key=lambda i: ordered[i] - ordered[i - 1])
+    return ordered[:cut], ordered[cut:]
+
+
+def in_two_groups(shares: list[float]) -> bool:
+    """Whether three or more shares leave a gap of more than 0.15 that is also more than half of
+    their range. Their mean would lie in the gap, where no seed is."""
+    if len(shares) < 3 or not all(0 <= share <= 1 for share in shares):
+        return False
+    low, high = two_groups(shares)
+    return high[0] - low[-1] > max(0.15, (high[-1] - low[0]) / 2)
+
+
+def holm_table(rows: dict[str, dict[int, dict]]) -> str:
+    """ViSurf minus each method of COMPARED, paired by seed: p of a t test, smallest first, and what
+    p may be at most by Holm's method, which keeps the chance of any false one at 5 %."""
+    from scipy.stats import ttest_1samp
+    found = []
+    for name in COMPARED:
+        seeds = [seed for seed in rows.get("visurf", {}) if seed in rows.get(name, {})]
+        for label in ("N-acc", "T-acc", "boxes", "answers", "reasoning"):
+            values = [MAIN[label](rows["visurf"][s]) - MAIN[label](rows[name][s]) for s in seeds]
+            if len(values) > 2:
+                found.append((ttest_1samp(values, 0).pvalue, f"{label}, against {name}", values))
+    lines, survives = ["| | ViSurf's gain | p | p at most | survives |", "|---" * 5 + "|"], True
+    for place, (p, name, values) in enumerate(sorted(found)):
+        most = 0.05 / (len(found) - place)
+        survives = survives and bool(p <= most)          # after the first that fails none does
+        lines.append(f"| {name} | {shown(values, '+', False)} | {p:.5f} | {most:.5f} | "
+                     f"{'yes' if survives else 'no'} |")
+    return "\n".join(lines)
 
 
 def read_cost() -> dict[str, dict]:
-    """What experiments/cost.py measured: "seconds": name → its stages: steps, and seconds of a step at its start and
-    its end; "memory": name → GB."""
+    """What experiments/cost.py measured: "seconds": name → its stages: steps, and seconds of a step
+    at its start and its end; "memory": name → GB. Unless sft-long was measured, it is 1,200 steps
+    of sft."""
     path = ROOT / "experiments/cost.json"
-    return json.loads(path.read_text()) if path.exists() else {"seconds": {}, "memory": {}}
+    cost = json.loads(path.read_text()) if path.exists() else {"seconds": {}, "memory": {}}
+    if "sft" in cost["seconds"]:
+        long = [stage | {"steps": 1200} for stage in cost["seconds"]["sft"]]
+        cost["seconds"].setdefault("sft-long", long)          # where it was not measured
+    return cost
 
 
 def read_probe() -> dict[str, dict[str, dict[str, float]]]:
-    """What experiments/probe.py measured: base → "accuracy" → a kind of absent things, or "rejecting" → present or
-    absent."""
+    """What experiments/probe.py measured: base → "accuracy" → a kind of absent things, or
+    "rejecting" → present or absent."""
     path = ROOT / "experiments/probe.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def times(measured: dict[str, list[dict]]) -> dict[str, float]:
-    """Seconds of a whole training: the steps of each stage times the mean of a step at its start and at its end."""
+    """Seconds of a whole training: the steps of each stage times the mean of a step at its start
+    and at its end."""
     return {name: sum(stage["steps"] * (stage["start"] + stage["end"]) / 2 for stage in stages)
             for name, stages in measured.items()}
 
 
 def cost_table(measured: dict[str, dict]) -> str:
     whole = times(measured["seconds"])
-    lines = ["| | a step at the start, s | at the end, s | whole training, s | against RLVR | peak memory, GB |",
-             "|---" * 6 + "|"]
+    lines = ["| | a step at the start, s | at the end, s | whole training, s | against RLVR | "
+             "peak memory, GB |", "|---" * 6 + "|"]
     for name, stages in measured["seconds"].items():
-        lines.append(f"| {name} | {stages[0]['start']:.2f} | {stages[-1]['end']:.2f} | {whole[name]:.0f} | "
-                     f"{whole[name] / whole['rlvr']:.2f} | {measured['memory'][name]:.3f} |")
+        memory = f"{measured['memory'][name]:.3f}" if name in measured["memory"] else "–"
+        lines.append(f"| {name} | {stages[0]['start']:.2f} | {stages[-1]['end']:.2f} | "
+                     f"{whole[name]:.0f} | {whole[name] / whole['rlvr']:.2f} | {memory} |")
     return "\n".join(lines)
 
 
-def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Of each base of the boundary: what ViSurf gains over RLVR on the seeds that both have, what experiments/probe.py
-    measured of the base, and what ViSurf rejects that began from it, on all its seeds."""
-    lines = ["| | seeds of both | gain over RLVR: N-acc | boxes | reasoning | its rollouts reject: present | absent "
-             "| the probe: colour there | not there | ViSurf rejects: colour there | not there |", "|---" * 11 + "|"]
+def base_table(rows: dict[str, dict[int, dict]],
+               probed: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Of each base of the boundary: what ViSurf gains over RLVR on the seeds that both have, what
+    experiments/probe.py measured of the base, and what ViSurf rejects that began from it, on all
+    its seeds."""
+    lines = ["| | seeds of both | gain over RLVR: N-acc | boxes | reasoning "
+             "| its rollouts reject: present | absent | the probe: colour there | not there "
+             "| ViSurf rejects: colour there | not there |", "|---" * 11 + "|"]
     for base in BASES:
-        rlvr, visurf = (rows.get(f"{base}-{method}".removeprefix("base-"), {}) for method in ("rlvr", "visurf"))
+        rlvr, visurf = (rows.get(f"{base}-{method}".removeprefix("base-"), {})
+                        for method in ("rlvr", "visurf"))
         pairs = [(visurf[seed], rlvr[seed]) for seed in visurf if seed in rlvr]
-        gains = [[column(own) - column(other) for own, other in pairs]
-                 for column in (MAIN["N-acc"], MAIN["boxes"], MAIN["reasoning"])]
-        rejected = [[REJECTING[place](own) for own in visurf.values()] for place in ("colour there", "not there")]
-        measured = [f"{value:.3f}" for what in ("rejecting", "accuracy") for value in probed[base][what].values()
-                    ] if base in probed else ["–"] * 4
-        cells = [*(shown(gain, True) for gain in gains), *measured, *(shown(share, False) for share in rejected)]
+        gains = [[(MAIN[name](own), MAIN[name](other)) for own, other in pairs]
+                 for name in ("N-acc", "boxes", "reasoning")]
+        rejected = [[REJECTING[place](own) for own in visurf.values()]
+                    for place in ("colour there", "not there")]
+        measured = [f"{value:.3f}" for what in ("rejecting", "accuracy")
+                    for value in probed[base][what].values()] if base in probed else ["–"] * 4
+        cells = [*map(difference, gains), *measured, *map(shown, rejected)]
         if pairs:
             lines.append(f"| {base} | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -516,9 +616,11 @@ def base_table(rows: dict[str, dict[int, dict]], probed: dict[str, dict[str, dic
 
 def grid(results: Results) -> str:
     """score on scenes:val of the first seed, for every learning rate that was tried."""
-    trained = {name: results[name] for name in EXPERIMENTS if name in results and name not in UNTRAINED}
+    trained = {name: results[name] for name in EXPERIMENTS
+               if name in results and name not in UNTRAINED}
     rates = sorted({rate for of_name in trained.values() for rate in of_name})
-    lines = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
+    lines = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+             "|---" * (1 + len(rates)) + "|"]
     for name, of_name in trained.items():
         tried = [of_name.get(rate, {}).get(SEEDS[0]) for rate in rates]
         cells = (f"{score(r['metrics']['val']):.3f}" if r else "–" for r in tried)
@@ -527,52 +629,69 @@ def grid(results: Results) -> str:
 
 
 def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
-    """The rows of each table: name → seed → result, at each method's own learning rate; of two stages the best."""
-    rows = {name: results[name][shown_rate(results[name])] for name in EXPERIMENTS if name in results}
+    """The rows of each table: name → seed → result, at each method's own learning rate; of two
+    stages the best."""
+    rows = {name: results[name][shown_rate(results[name])]
+            for name in EXPERIMENTS if name in results}
 
     def of(*names: str) -> dict[str, dict[int, dict]]:
         return {name: rows[name] for name in names if name in rows}
     stages = {name: score(rows[name][SEEDS[0]]["metrics"]["val"]) for name in TWO_STAGE
               if SEEDS[0] in rows.get(name, ())}
     two_stage = [max(stages, key=stages.get)] if stages else []
-    main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, IN_FULL, "visurf", "visurf-thought", *RIVALS)
-    other_rates = {f"visurf-lr-{rate:g}": seeds for rate, seeds in results.get("visurf", {}).items()
+    main = of(*LOOKS, "sft", "sft-long", "rlvr", *two_stage, IN_FULL, "visurf", "visurf-thought",
+              *RIVALS)
+    other_rates = {f"visurf-lr-{rate:g}": seeds
+                   for rate, seeds in results.get("visurf", {}).items()
                    if seeds is not rows["visurf"]}
     families: dict[str, dict[int, dict]] = {}              # method → seed → family → result
     for family in FAMILIES:
         for method in FAMILY_METHODS:
             for seed, result in rows.get(f"{family}-{method}", {}).items():
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
-    return {"main": main, "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
+    return {"first": of("base", "rlvr", "sft", IN_FULL, "visurf"), "main": main,
+            "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
             "boundary": of(*(f"{base}-{method}".removeprefix("base-") for base in BASES
                              for method in BOUNDARY_METHODS)),
             "sensitivity": of("visurf") | other_rates | of(*SENSITIVITY),
-            "families": {method: families[method] for method in FAMILY_METHODS if method in families},
-            "first": of("base", "visurf", "rlvr", "sft", "sft-long", *two_stage, IN_FULL, "visurf-thought"),
+            "families": {method: families[method] for method in FAMILY_METHODS
+                         if method in families},
+            "parts": of("base", "visurf", "rlvr", "sft", "sft-long", *two_stage, IN_FULL,
+                        "visurf-thought"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", IN_FULL, *SAME_RATE, "visurf"),
             "controls": of("visurf", *CONTROLS),
-            "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought", "sft-thought-of-one",
-                          "sft50-rlvr", "sft50-rlvr-thought", IN_FULL, f"{IN_FULL}-thought"),
-            "injection": of("base", "rlvr", "sgrpo", "visurf", "visurf-no-smoothing", "visurf-no-controls", "sft")}
+            "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought",
+                          "sft-thought-of-one", "sft50-rlvr", "sft50-rlvr-thought", IN_FULL,
+                          f"{IN_FULL}-thought"),
+            "injection": of("base", "rlvr", "sgrpo", "visurf", "visurf-no-smoothing",
+                            "visurf-no-controls", "sft"),
+            # Six lines at most can be told apart.
+            "course": of("visurf", "visurf-thought", "rlvr", "sft", IN_FULL, "hpt")}
 
 
 def tables(results: Results) -> dict[str, str]:
     """Name of a table → its Markdown."""
     of = parts(results)
     return {
-        "first": table(of["first"], MAIN), "main": table(of["main"], MAIN), "grid": grid(results),
-        "paired": table(of["main"], MAIN, against="visurf"), "lengths": table(of["lengths"], MAIN),
-        "parts": table(of["first"], PARTS), "parts-paired": table(of["first"], PARTS, against="rlvr"),
+        "first": table(of["first"], FIRST, origin=False), "main": table(of["main"], MAIN),
+        "grid": grid(results), "paired": table(of["main"], MAIN, against="visurf"),
+        "holm": holm_table(of["main"]), "lengths": table(of["lengths"], MAIN),
+        "parts": table(of["parts"], PARTS),
+        "parts-paired": table(of["parts"], PARTS, against="rlvr"),
         "thought": table(of["thought"], THOUGHTS), "rejects": table(of["trained"], REJECTS),
         "controls": table(of["controls"], CONTROLLED),
         "controls-paired": table(of["controls"], MAIN, against="visurf"),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
-        "injection": table(of["injection"], ELSEWHERE, against="rlvr"), "best": table(of["trained"], BEST),
-        "cost": cost_table(read_cost()),
-        "families": table(of["families"], FAMILY), "families-gain": table(of["families"], FAMILY, against="base"),
+        "injection": table(of["injection"], ELSEWHERE, against="rlvr"),
+        "best": table(of["trained"], BEST), "cost": cost_table(read_cost()),
+        "families": table(of["families"], FAMILY),
+        "families-gain": table(of["families"], FAMILY, against="base"),
         "families-paired": table(of["families"], FAMILY, against="visurf"),
-        "families-thinks": table(of["families"], THINKS), "boundary": table(of["boundary"], REJECTING),
-        "bases": base_table(of["boundary"], read_probe()), "sensitivity": table(of["sensitivity"], REJECTING),
+        "families-thinks": table(of["families"], THINKS),
+        "boundary": table(of["boundary"], REJECTING),
+        "bases": base_table(of["boundary"], read_probe()),
+        "settings": table(of["sensitivity"], SETTINGS, origin=False),
+        "sensitivity": table(of["sensitivity"], REJECTING),
         "sensitivity-paired": table(of["sensitivity"], REJECTING, against="visurf")}
 
 
@@ -583,40 +702,44 @@ def draw(results: Results, root: Path) -> None:
     for needed in (folder, root / "assets", root / "docs"):
         needed.mkdir(parents=True, exist_ok=True)
     figures.draw_weights(root / "docs/weights.png")
+
+    def bar(values: list[float]) -> tuple[float, float] | None:
+        """None: the seeds stand for themselves."""
+        return None if in_two_groups(values) else interval(values)
     if of["trained"]:
-        names = ("N-acc", "boxes", "thinks, present", "thinks, absent", "reasoning")
-        shown_first = {name: MAIN[name] for name in names}
-        figures.draw_points(of["first"], shown_first, interval, root / "assets/methods.png")
+        figures.draw_points(of["first"], FIRST, bar, root / "assets/methods.png")
         looking = {name: seeds for name, seeds in of["main"].items() if name not in POLICIES}
-        figures.draw_points(looking, MAIN, interval, folder / "methods.png")
+        figures.draw_points(looking, MAIN, bar, folder / "methods.png")
         few = {label: column for label, column in ELSEWHERE.items() if "T-acc" not in label}
-        figures.draw_points(of["injection"], few, interval, folder / "elsewhere.png")
-        figures.draw_course(of["trained"], DRAWN, folder / "course.png")
-        figures.draw_points(of["first"], PARTS, interval, folder / "parts.png")
-        figures.draw_points(of["thought"], THOUGHTS, interval, folder / "thought.png")
+        figures.draw_points(of["injection"], few, bar, folder / "elsewhere.png")
+        figures.draw_course(of["course"], DRAWN, folder / "course.png")
         if measured := times(read_cost()["seconds"]):
-            figures.draw_cost({name: seconds / measured["rlvr"] for name, seconds in measured.items()}, of["trained"],
-                              interval, lambda result: score(result["metrics"]["test"]), folder / "cost.png")
+            figures.draw_cost({name: seconds / measured["rlvr"]
+                               for name, seconds in measured.items()}, of["trained"], interval,
+                              lambda result: score(result["metrics"]["test"]),
+                              folder / "cost.png")
     if of["controls"]:
         figures.draw_course(of["controls"], DRAWN, folder / "controls.png")
     if of["families"]:
         scores = {name: FAMILY[name] for name in (*FAMILIES, "mean of all")}
-        figures.draw_points(of["families"], scores, interval, folder / "families.png")
+        figures.draw_points(of["families"], scores, bar, folder / "families.png")
     if len(of["sensitivity"]) > 1:
-        figures.draw_points(of["sensitivity"], MAIN, interval, folder / "sensitivity.png")
+        figures.draw_points(of["sensitivity"], MAIN, bar, folder / "sensitivity.png")
     if any(name.startswith(STRENGTHS) and name not in UNTRAINED for name in of["boundary"]):
-        shown = {name: MAIN[name] for name in ("N-acc", "T-acc", "boxes")}
-        figures.draw_boundary(of["boundary"], STRENGTHS, shown, folder / "boundary.png")
-    lengths = {name: seeds for name, seeds in of["lengths"].items() if name not in (IN_FULL, *SAME_RATE)}
+        shown_there = {name: MAIN[name] for name in ("N-acc", "T-acc", "boxes")}
+        figures.draw_boundary(of["boundary"], STRENGTHS, shown_there, folder / "boundary.png")
+    lengths = {name: seeds for name, seeds in of["lengths"].items()
+               if name not in (IN_FULL, *SAME_RATE)}
     if len(lengths) > 1:
-        figures.draw_lengths(lengths, interval, {k: MAIN[k] for k in (
-            "N-acc", "boxes", "thinks, present", "thinks, absent")}, folder / "lengths.png")
+        columns = {name: MAIN[name] for name in (
+            "N-acc", "boxes", "thinks, present", "thinks, absent")}
+        figures.draw_lengths(lengths, interval, columns, folder / "lengths.png")
 
 
 def fill(text: str, made: dict[str, str]) -> str:
     """The text with every table renewed."""
-    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{made[m[2]]}\n{m[3]}", text,
-                  flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)",
+                  lambda m: f"{m[1]}{made[m[2]]}\n{m[3]}", text, flags=re.DOTALL)
 
 
 def run(names: list[str], seeds: list[int], rates: list[float], jobs: int) -> None:

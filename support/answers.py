@@ -3,6 +3,7 @@ evaluated: `json.loads`, a schema, and bounds on length, depth and magnitude."""
 import json
 import re
 
+from support.boxes import centre
 from support.files import nesting_depth
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
@@ -30,9 +31,8 @@ def answer_text(response: str) -> str | None:
 
 
 def trailing_text(response: str) -> str:
-    """Returns what follows the answer that answer_text reads. Accuracy and metrics look at the
-    answer alone, as the authors' scripts do; only the thinking format asks for the end. Text after
-    the answer is therefore free, unless the response has a thought."""
+    """Returns what follows the answer that answer_text reads. The authors' scripts look at the
+    answer alone."""
     return response[response.find("<answer>"):].partition("</answer>")[2].strip()
 
 
@@ -123,7 +123,7 @@ def parse_points(response: str) -> list[list[float]]:
         if numbers(point, 2):
             points.append(point)
         elif numbers(box, 4):
-            points.append([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+            points.append(centre(box))
     return points
 
 

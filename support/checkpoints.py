@@ -35,14 +35,14 @@ FIRST: dict = {"step": 0, "cursor": 0, "bad_steps": 0, "data": "", "base": "", "
 
 
 def places(run: Path) -> dict[int, Path]:
-    """Step → what has the name of its checkpoint, in the order of the steps. step_08 or
+    """Returns step → what has the name of its checkpoint, in the order of the steps. step_08 or
     step_8_backup have not."""
     steps = {p.name.removeprefix("step_"): p for p in (run / "checkpoints").glob("step_*")}
     return {step: steps[str(step)] for step in sorted(int(s) for s in steps if s.isdecimal() and str(int(s)) == s)}
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """Step → folder, in the order of the steps."""
+    """Returns step → folder, in the order of the steps."""
     return {step: path for step, path in places(run).items() if path.is_dir()}
 
 
@@ -52,7 +52,7 @@ def digest_of(state: dict) -> str:
 
 
 def read_state(folder: Path) -> dict:
-    """The fields of FIRST, from state.json."""
+    """Returns the fields of FIRST, from state.json."""
     state = read_record(folder / "state.json")
     return {name: state.get(name, value) for name, value in FIRST.items()}
 
@@ -168,8 +168,8 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
 
 
 def unfinished(folder: Path) -> Path:
-    """Another name for the folder of a checkpoint, by which it is none; nothing is there any
-    more."""
+    """Returns another name for the folder of a checkpoint, by which it is none; nothing is there
+    any more."""
     path = folder.with_name(f".unfinished_{folder.name}")
     remove(path)
     return path
@@ -184,14 +184,14 @@ def keep_newest(run: Path, count: int, best: int | None) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Gives what stands in the place of a checkpoint another name, which it returns."""
+    """Gives what stands where a checkpoint should be another name, which it returns."""
     others = len(list(path.parent.glob(f"{path.name}_before_resume*")))
     return path.rename(path.with_name(f"{path.name}_before_resume" + (f"_{others + 1}" if others else "")))
 
 
 def set_later_aside(run: Path, start: int) -> list[str]:
     """Makes room for the checkpoints of a run that goes on from step `start`: later ones, and
-    whatever stands in the place of one, get another name; what was never finished is removed.
+    whatever stands where one should be, get another name; what was never finished is removed.
     Returns what to say."""
     for path in (run / "checkpoints").glob(".unfinished_*"):
         remove(path)
@@ -215,20 +215,20 @@ def room_for(run: Path, model: nn.Module, kept: int) -> list[str]:
 
 
 def is_sharded(optimizer) -> bool:
-    """Whether it is a ZeroRedundancyOptimizer, which takes more than a second to import and so is
-    not named here."""
+    """Tells whether it is a ZeroRedundancyOptimizer, which takes more than a second to import and
+    so is not named here."""
     return hasattr(optimizer, "consolidate_state_dict")
 
 
 def optimizer_tensors(optimizer) -> dict[str, Tensor]:
-    """Optimizer state as named tensors: "number of the parameter.quantity"."""
+    """Returns optimizer state as named tensors: "number of the parameter.quantity"."""
     return {f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
             for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
 
 
 def load_optimizer(optimizer, path: Path) -> None:
-    """The inverse. A sharded optimizer takes its own part, so the number of ranks may have changed.
-    Raises Mistake if the file is damaged or another optimizer's."""
+    """Does the inverse. A sharded optimizer takes its own part, so the number of ranks may have
+    changed. Raises Mistake if the file is damaged or another optimizer's."""
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     check_regular(path)
     try:

@@ -7,20 +7,15 @@ from support.lora import add_lora, freeze, load_adapter
 from support.onednn import use_onednn
 
 
-def equip(model: nn.Module, onednn: bool, cfg=None, digest: str = "", adapter: Path | None = None
-          ) -> nn.Module:
-    """Returns the model with what was asked for. Its layers change their classes in place; their
-    names and weights stay. In this order:
-
-    onednn    large products on a CPU go by oneDNN (support/onednn.py)
-    cfg       a training's options. --freeze: parts that learn nothing. --lora-rank: adapters, which
-              alone learn then, drawn from torch's global generator (support/lora.py)
+def equip(model: nn.Module, cfg=None, digest: str = "", adapter: Path | None = None) -> nn.Module:
+    """Returns the model, of which large products on a CPU go by oneDNN from now on
+    (support/onednn.py). cfg: the options of a training, which may freeze parts of it or add
+    adapters (support/lora.py). Layers change their classes in place; their names and weights stay.
 
     digest: weights.model_digest of the model. adapter: a checkpoint whose adapter goes on learning.
     Raises Mistake if an option does not fit the model.
     """
-    if onednn:
-        use_onednn(model)
+    use_onednn(model)
     if cfg is not None:
         freeze(model, cfg.freeze)
         if cfg.lora_rank:

@@ -26,7 +26,8 @@ def nesting_depth(text: str) -> int:
 
 
 def parse_json(data: bytes):
-    """The value of JSON in UTF-8. Raises ValueError if it is none, too long or nested too deep."""
+    """Returns the value of JSON in UTF-8. Raises ValueError if it is none, too long or nested too
+    deep."""
     if len(data) > MAX_BYTES:
         raise ValueError(f"longer than {MAX_BYTES:,} bytes")
     text = data.decode("utf-8-sig")
@@ -43,8 +44,8 @@ def check_regular(path: Path) -> None:
 
 
 def read_record(path: Path, **kinds) -> dict:
-    """The JSON object in a file. kinds: names of fields that it must have, with their types.
-    Raises Mistake if there is no such object."""
+    """Returns the JSON object in a file. kinds: names of fields that it must have, with their
+    types. Raises Mistake if there is no such object."""
     check_regular(path)
     again = "Copy it anew from where it came"
     try:
@@ -64,8 +65,8 @@ def read_record(path: Path, **kinds) -> dict:
 
 
 def read_lines(path: Path, fits: Callable[[dict], bool]) -> tuple[list[dict], int]:
-    """The objects of a file with one JSON object a line, none if there is no file; and how many
-    lines hold no object that `fits`, such as one cut off by a full disk."""
+    """Returns the objects of a file with one JSON object a line, none if there is no file; and how
+    many lines hold no object that `fits`, such as one cut off by a full disk."""
     lines: list[dict] = []
     damaged = 0
     if not os.path.lexists(path):
@@ -86,8 +87,8 @@ def read_lines(path: Path, fits: Callable[[dict], bool]) -> tuple[list[dict], in
 
 
 def as_json(value, indent: int | None = None) -> str:
-    """JSON text with a newline at its end. A number that is not finite becomes null: JSON has
-    none."""
+    """Returns JSON text with a newline at its end. A number that is not finite becomes null: JSON
+    has none."""
     def finite(part):
         if isinstance(part, dict):
             return {name: finite(each) for name, each in part.items()}
@@ -137,6 +138,6 @@ def remove(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

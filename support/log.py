@@ -2,6 +2,7 @@
 import resource
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,13 @@ from support.verify_math import ended_now
 
 
 class Meter(defaultdict):
-    """Named quantities, joined over micro-batches and ranks: name → [sum, number of values]; a
-    total has number 0."""
+    """Holds named quantities, joined over micro-batches and ranks: name → [sum, number of values];
+    a total has number 0."""
     def __init__(self):
         super().__init__(lambda: [0.0, 0])
 
     def add(self, name: str, values) -> None:
-        """A mean: every element of `values` (tensor or list) counts once. No element, no entry."""
+        """Adds to a mean: every element of `values` (tensor or list) counts once."""
         values = values.double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
         if values:
             self[name][0] += sum(values)
@@ -43,35 +44,38 @@ class Meter(defaultdict):
         return {name: total / count if count else total for name, (total, count) in joined.items()}
 
 
-def measure_groups(groups: list, meter: Meter) -> None:
-    """Measures groups (train.Group) before any gradient. docs/logged.md defines each name."""
+def measure_groups(groups: list, meter: Meter, full_accuracy: Callable[[str], float]) -> None:
+    """Measures groups (train.Group) before any gradient. docs/logged.md defines each name.
+    full_accuracy: task → the most points of its accuracy term (rewards.py)."""
     if unverified := ended_now():
         meter.total("errors/math_ended", unverified)
     for group in groups:
         rollouts, ys = group.rollouts, [o for o in group.responses if o.is_y and o.reward is not None]
         if not rollouts:        # nothing was rewarded
             continue
-        for who, responses in (("rollouts", rollouts), ("y", ys)):
+        for who, responses in (("o", rollouts), ("y", ys)):
             for o in responses:
                 for term, points in o.reward.terms.items():
                     meter.add(f"{who}/{term}", [points])
+        most = full_accuracy(group.prompt.example.task)
+        meter.add("accuracy", [o.reward.terms.get("accuracy", 0.0) / most for o in rollouts])
         for o in rollouts:
             meter.add("unreadable", [o.reward.error is not None])
             if o.reward.error:
                 meter.total(f"errors/{o.reward.error}", 1)
             meter.add("entropy", o.entropy)
-        meter.add("r_rollouts", [o.r for o in rollouts])
-        meter.add("response_length", [len(o.tokens) for o in rollouts])
+        meter.add("r(o)", [o.r for o in rollouts])
+        meter.add("length", [len(o.tokens) for o in rollouts])
         meter.add("truncated", [o.truncated for o in rollouts])
         meter.add("tied", [not any(o.advantage for o in group.responses)])
         for y in ys:
-            meter.add("r_y", [y.r])
+            meter.add("r(y)", [y.r])
             meter.add("advantage_y", [y.advantage])
             meter.add("smoothed", [group.smoothed])
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """CUDA: allocated; CPU: resident. 1e9 bytes."""
+    """Returns the peak in 1e9 bytes: allocated on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024                               # Linux counts in KiB
@@ -79,7 +83,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def memory_line(model: nn.Module, world: int, offload: bool) -> str:
-    """By arithmetic."""
+    """Says, by arithmetic, what a rank needs before any activation."""
     weights, learning = (sum(p.numel() * p.element_size() for p in parameters) / 1e9
                          for parameters in (model.parameters(), learn(model)))
     base = sum(layer.base.numel() * layer.base.element_size() for layer in adapters(model).values()) / 1e9
@@ -88,11 +92,26 @@ def memory_line(model: nn.Module, world: int, offload: bool) -> str:
             + (f"; {base:.2f} GB of the base in the memory of the host" if base else ""))
 
 
+def metric_text(name: str, value: float | None) -> str:
+    """Returns a metric of an evaluation as it is shown: a dash if there was nothing to measure."""
+    digits = {"examples": 0, "length": 1}.get(name, 3)
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def bar_line(m: dict, evaluation: dict) -> str:
+    """Returns what stands behind the bar. m: a line of metrics.jsonl. evaluation: the newest."""
+    parts = [f"r(o) {m['r(o)']:.2f}" if "r(o)" in m else "",
+             f"N-acc {evaluation['N-acc']:.3f}" if evaluation.get("N-acc") is not None else ""]
+    for verb, name in (("samples", "sampling_tokens_per_s"), ("trains", "training_tokens_per_s")):
+        if name in m:
+            parts.append(f"{verb} {m[name]:,.0f} tokens/s")
+            break
+    return ", ".join(filter(None, parts))
+
+
 def progress_line(m: dict) -> str:
-    """A line of metrics.jsonl in at most 120 columns."""
-    shown = (("lr", "lr", ".0e"), ("r_rollouts", "r(o)", ".2f"),
-             ("rollouts/accuracy", "acc", ".2f"), ("rollouts/thinking", "think", ".2f"),
-             ("advantage_y", "Â_y", "+.2f"), ("smoothed", "smooth", ".2f"), ("tied", "tied", ".2f"),
-             ("logp_y", "logπ(y)", ".0f"), ("entropy", "H", ".2f"), ("response_length", "len", ".0f"))
-    parts = (f"{label} {m[name]:{form}}" for name, label, form in shown if name in m)
+    """Returns a line of metrics.jsonl in at most 120 columns."""
+    shown = {"r(o)": ".2f", "accuracy": ".2f", "o/thinks": ".2f", "advantage_y": "+.2f",
+             "smoothed": ".2f", "tied": ".2f", "entropy": ".2f", "entropy_y": ".2f", "length": ".0f"}
+    parts = (f"{name.removeprefix('o/')} {m[name]:{form}}" for name, form in shown.items() if name in m)
     return f"{m['step']:>4}  " + "  ".join(parts)

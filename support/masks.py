@@ -27,13 +27,13 @@ class Segmenter:
         self.side = self.model.config.prompt_encoder_config.image_size     # pixels of the square it sees: 1024
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """[3, side, side], float32."""
+        """Returns [3, side, side], float32."""
         resized = image.convert("RGB").resize((self.side, self.side), Image.Resampling.BILINEAR)
         return ((torch.from_numpy(np.array(resized)) / 255 - MEAN) / STD).permute(2, 0, 1)
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], objects: list[list[dict]]) -> list[np.ndarray]:
-        """images and, for each, its boxes and points in its own pixels → bool masks [height,
+        """Takes images and, for each, its boxes and points in its own pixels → bool masks [height,
         width]. No objects, an empty mask. The images are encoded together."""
         wanted = [i for i, items in enumerate(objects) if items]
         masks = [np.zeros((image.height, image.width), bool) for image in images]

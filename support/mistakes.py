@@ -26,8 +26,8 @@ class Stopped(Exception):
 
 
 def stop_signals(sentence: str) -> list[float]:
-    """From now on SIGTERM and Ctrl-C only note the time in the list that this returns, for the loop
-    to see, and print the sentence; a second Ctrl-C ends the process at once. One Ctrl-C under
+    """Returns a list in which SIGTERM and Ctrl-C from now on only note the time, for the loop to
+    see. They also print the sentence. A second Ctrl-C ends the process at once. One Ctrl-C under
     torchrun comes twice, from the terminal and from torchrun."""
     times: list[float] = []
 
@@ -44,8 +44,8 @@ def stop_signals(sentence: str) -> list[float]:
 
 
 def out_of_memory(error: BaseException):
-    """Whether it is that, of Python, of a GPU, or of PyTorch on a CPU, which has no class of its
-    own."""
+    """Tells whether memory ran out: Python's, a GPU's, or a CPU's, for which PyTorch has no
+    class."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and re.search("can't allocate memory|bad_alloc|out of memory", str(error)))
 
@@ -82,10 +82,12 @@ def run_main(main) -> None:
     except (Mistake, OSError, MemoryError, RuntimeError) as error:
         mistake = clean(sentence_of(error))
         if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))    # torchrun lists every rank that fails
             time.sleep(2)
         sys.stdout.flush()
         print(f"\n{mistake}", file=sys.stderr, flush=True)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with open(path, "w") as file:
-                json.dump({"message": {"message": mistake, "extraInfo": {"timestamp": int(time.time())}}}, file)
+                json.dump({"message": {"message": f"\n\n{mistake}\n",
+                                       "extraInfo": {"timestamp": int(time.time())}}}, file)
         os._exit(1)      # not sys.exit: the threads of a process group would be waited for

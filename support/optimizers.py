@@ -40,8 +40,8 @@ class MasterAdamW(torch.optim.Optimizer):
             p.copy_(state["master"].to(p.dtype))
 
     def fetch(self, gradients: list[Tensor]) -> Iterator[Tensor]:
-        """The gradients where the state lies, in turn. From a GPU to the host the next one is on
-        its way, into pinned memory, while one is worked on."""
+        """Yields the gradients where the state lies, in turn. From a GPU to the host the next one
+        is on its way, into pinned memory, while one is worked on."""
         if not self.host or not gradients or not gradients[0].is_cuda:
             yield from gradients
             return
@@ -57,7 +57,8 @@ class MasterAdamW(torch.optim.Optimizer):
             yield copy
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """The base class casts every state to its parameter's type; these must stay float32."""
+        """Loads the states in float32; the base class would cast them to the type of the
+        parameters."""
         super().load_state_dict(state_dict)
         for index, state in state_dict["state"].items():
             parameter = [p for group in self.param_groups for p in group["params"]][index]
@@ -67,7 +68,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def learn(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are not frozen."""
+    """Returns the parameters that are not frozen."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -78,8 +79,8 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def make_optimizers(cfg, model: nn.Module) -> list:
-    """AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the rest, the
-    same on all. Of the parameters that are not frozen."""
+    """Returns AdamW, its state sharded over the ranks; or Muon for the matrices and AdamW for the
+    rest, the same on all. Of the parameters that are not frozen."""
     parameters = learn(model)
     kind = MasterAdamW if any(p.dtype == torch.bfloat16 for p in parameters) else torch.optim.AdamW
     adamw: dict = {"lr": cfg.lr, "betas": (0.9, 0.999), "eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
@@ -99,7 +100,7 @@ def make_optimizers(cfg, model: nn.Module) -> list:
 
 
 def share_of_lr(cfg, step: int) -> float:
-    """1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last
+    """Returns 1, after cfg.warmup_steps of linear warm-up and before a linear decay over the last
     cfg.cooldown of all steps; never below 0. step from 0."""
     up = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     down = (cfg.steps - step) / (cfg.cooldown * cfg.steps) if cfg.cooldown else 1.0

@@ -19,14 +19,16 @@ FLAGS = {"--batch-size": "--prompts-per-step is the batch, --micro-rows and --sa
          "--num-generations": "--rollouts is G", "--beta": "--kl is its weight", "--output-dir": "runs/NAME, by --name",
          "--bf16": "--precision bfloat16", "--nproc-per-node": TORCHRUNS, "--nnodes": TORCHRUNS,
          "--device": "a GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses, and empty it means the CPU",
-         "--wandb": "--tensorboard writes event files; metrics.jsonl holds every number"}
+         "--wandb": "metrics.jsonl holds every number, and curves.png shows them",
+         "--tensorboard": "metrics.jsonl holds every number, and curves.png shows them"}
 
 
 def option(default, group: str, text: str, choices: tuple = (), least=None, most=None, above=None,
            resumable: bool = False):
-    """A field of the options: its default, the group and line of --help that it stands in, what it
-    may be, and whether a run that goes on may have another value. Numbers must be finite. A default
-    of "" or None, or of a switch, is not shown: the text says what happens without the option."""
+    """Returns a field of the options: its default, the group and line of --help that it stands in,
+    what it may be, and whether a run that goes on may have another value. Numbers must be finite. A
+    default of "" or None, or of a switch, is not shown: the text says what happens without the
+    option."""
     return dataclasses.field(default=default, metadata={
         "group": group, "help": text, "choices": choices or None, "least": least, "most": most, "above": above,
         "resumable": resumable})
@@ -111,7 +113,7 @@ def as_flag(name: str, value) -> str:
 
 
 def add_flag(group, f: dataclasses.Field, default) -> None:
-    """A flag with its line of --help. Of --X and --no-X that line names the one that changes
+    """Adds a flag with its line of --help. Of --X and --no-X that line names the one that changes
     something."""
     flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
     if f.type is bool:

@@ -22,8 +22,8 @@ processors: dist.ProcessGroup | None = None    # of all ranks, over their proces
 
 
 def end_with_torchrun() -> None:
-    """From now on this process gets a SIGTERM when torchrun ends, whatever ends it (Linux alone
-    knows how). Raises Mistake if it has ended already: joining would wait for TIMEOUT."""
+    """Asks the kernel for a SIGTERM when torchrun ends, whatever ends it. Only Linux can do that.
+    Raises Mistake if it has ended already: joining would wait for TIMEOUT."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":       # torchrun's store is there before its ranks
@@ -32,6 +32,13 @@ def end_with_torchrun() -> None:
             socket.create_connection(address, timeout=60).close()
         except OSError as error:
             raise Mistake(f"torchrun is gone: nothing answers at {address[0]}:{address[1]} ({error})") from None
+
+
+def idle_cores() -> int:
+    """Returns how many cores of this machine have had nothing to do in the last minute, besides one
+    for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, cores - 1 - round(os.getloadavg()[0]))
 
 
 def start_ranks() -> tuple[int, int, torch.device]:
@@ -97,7 +104,8 @@ def check_same_weights(model: torch.nn.Module, device) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits for every rank. Raises Mistake, with their numbers, if some do not come within TIMEOUT."""
+    """Waits for every rank. Raises Mistake, with their numbers, if some do not come within
+    TIMEOUT."""
     try:
         dist.monitored_barrier(processors, TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:

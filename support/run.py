@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from support import report
 from support.checkpoints import (FIRST, checkpoints, keep_newest, read_state, room_for, save_checkpoint,
                                  sound_checkpoint)
-from support.curves import draw_curves, tensorboard_writer, write_events
+from support.curves import draw_curves
 from support.files import as_json, remove, writing
-from support.log import Meter, peak_memory_gb, progress_line
+from support.log import Meter, bar_line, peak_memory_gb, progress_line
 from support.mistakes import Mistake, Stopped, stop_signals
 from support.onednn import give_memory_back
 from support.options import fixed
@@ -28,7 +29,8 @@ from support.weights import local_folder, model_digest
 
 MAX_BAD_STEPS = 10      # non-finite steps in a row before a run gives up
 CHECKED_EVERY = 50      # steps between two looks at whether all ranks hold the same weights
-DRAWN_EVERY = 50        # steps between two drawings of curves.png
+PRINTED_EVERY = 10      # steps between two printed lines
+DRAWN_EVERY = 50        # steps between two drawings of curves.png and report.html
 
 
 def begin_or_resume(cfg, rank: int, device) -> tuple[Path | None, dict, list[str]]:
@@ -80,7 +82,7 @@ def best_of(history: dict[str, dict], metric: str) -> int | None:
 
 
 class Run:
-    """The book of a training.
+    """Keeps the book of a training.
 
     state: step, cursor, bad_steps and what else a checkpoint keeps (checkpoints.FIRST)
     signals: is not empty as soon as a signal has come, on this rank
@@ -95,8 +97,6 @@ class Run:
         self.history: dict[str, dict] = {}          # "step N" → metrics of the evaluation there
         self.meter = Meter()
         self.bar = tqdm(disable=True)
-        if cfg.tensorboard:
-            tensorboard_writer()                    # raises Mistake if the package is not there
 
     @property
     def step(self) -> int:
@@ -107,24 +107,28 @@ class Run:
             say(text)
 
     def log(self, line: dict) -> None:
-        """Adds a line to metrics.jsonl and to the event files. Draws the curves where that is
-        due."""
+        """Adds a line to metrics.jsonl. Shows the run where that is due."""
         if self.rank or not self.folder.name:
             return
         check_ours(self.folder)
         path = self.folder / "metrics.jsonl"
         with writing(path), open(path, "a") as file:
             file.write(as_json(line))
-        if self.cfg.tensorboard:
-            write_events(self.folder, line)
         if "eval" in line or line["step"] % DRAWN_EVERY == 0:
+            self.show()
+
+    def show(self) -> None:
+        """Draws curves.png and writes report.html, if there is anything to show."""
+        check_ours(self.folder)
+        if self.rank == 0 and (self.folder / "metrics.jsonl").exists():
             draw_curves([self.folder], self.folder / "curves.png")
+            report.write_run(self.folder, self.cfg)
 
     # ----------------------------------------------------------------------------------------------
     # Begin and end
 
     def is_finished(self, evaluates: bool) -> bool:
-        """Whether a run that goes on has all its steps, and the last evaluation too."""
+        """Tells whether a run that goes on has all its steps, and the last evaluation too."""
         lines = read_log(run_and_step(Path(self.cfg.resume))[0])[0] if self.cfg.resume else []
         evaluated = any("eval" in line and line["step"] == self.step for line in lines)
         if self.is_done() and (evaluated or not evaluates):
@@ -154,7 +158,6 @@ class Run:
             if not 0.5 < then / max(rates[0], 1e-30) < 2:
                 self.say(f"the learning rate goes on at {now:.1e}, after {rates[0]:.1e}: its schedule is now that of "
                          f"{cfg.steps} steps")
-        self.bar = tqdm(total=cfg.steps, initial=self.step, unit="step", disable=self.rank > 0)
 
     def discard(self) -> None:
         """Removes the folder of a new run that holds nothing yet."""
@@ -166,17 +169,15 @@ class Run:
         """Says how the run ended. bad: the rows of the data that were left out."""
         self.remove_old_checkpoints()
         self.bar.close()
+        self.show()
         if self.stopping and not self.is_done():
             skipped = self.state["bad_steps"]
             lost = f"; the last {skipped} step(s) were skipped and are not saved" if skipped else ""
             return self.say(f"stopped at step {self.saved}{lost}; go on with torchrun train.py --resume {self.folder}")
-        if self.rank == 0:
-            draw_curves([self.folder], self.folder / "curves.png")
-        pictures = f"   pictures: {self.folder}/samples/" if self.history else ""
         left_out = {reason for rank in gather_json(bad, self.device) for reason in rank}
         rows = f"   left out: {len(left_out)} rows of {self.cfg.data}" if left_out else ""
-        self.say(f"metrics: {self.folder}/metrics.jsonl   curves: {self.folder}/curves.png{pictures}   model: "
-                 f"{checkpoints(self.folder)[self.cfg.steps]}{rows}")
+        self.say(f"report: {self.folder}/report.html   metrics: {self.folder}/metrics.jsonl   "
+                 f"model: {checkpoints(self.folder)[self.cfg.steps]}{rows}")
 
     # ----------------------------------------------------------------------------------------------
     # What is due
@@ -225,8 +226,8 @@ class Run:
 
     @contextlib.contextmanager
     def unless_stopped(self):
-        """Within it a signal leaves what is at work, which counts as not begun. Of a Mistake it
-        says which checkpoint is from before."""
+        """Ends early after a signal: what is at work then counts as not begun. Adds to a
+        Mistake which checkpoint is from before."""
         try:
             yield
         except Stopped:
@@ -253,6 +254,8 @@ class Run:
         """Returns the places of this rank's prompts in the endless sequence of examples. left_out:
         how many rows of the data so far."""
         self.remove_old_checkpoints()
+        if self.rank == 0 and self.bar.disable:     # sooner, it would count the first evaluation
+            self.bar = tqdm(total=self.cfg.steps, initial=self.step, unit="step", smoothing=0)
         self.meter, self.began, self.left_out = Meter(), time.perf_counter(), left_out
         share = self.cfg.prompts_per_step // self.world
         first = self.state["cursor"] + self.rank * share
@@ -282,8 +285,10 @@ class Run:
                  "seconds_data": loaded - self.began, "seconds_sampling": sampled - loaded, "seconds_waiting": sums[2]}
         give_memory_back()
         self.log(line)
+        newest = next(reversed(self.history.values()), {})
+        self.bar.set_postfix_str(bar_line(line, newest), refresh=False)
         self.bar.update()
-        if line["step"] % self.cfg.log_every == 0:
+        if line["step"] % PRINTED_EVERY == 0:
             self.say(progress_line(line))
         if not finite:
             self.say(f"step {line['step']} skipped: loss {loss}, gradient norm {norm}, examples "

@@ -4,13 +4,16 @@ write there.
     runs/NAME/config.json            every option, the git commit, the versions, the prompts of the tasks; where the run
                                      went on with other options, those, and under "before" what held until which step
     runs/NAME/metrics.jsonl          one line a step, one an evaluation
-    runs/NAME/samples/step_N.png     answers of an evaluation
+    runs/NAME/curves.png             the same, drawn (support/curves.py)
+    runs/NAME/samples/step_N.png     answers of an evaluation (support/pictures.py)
+    runs/NAME/report.html            all of it on one page (support/report.py)
     runs/NAME/.lock                  held by the process that writes to the run
 """
 import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +31,20 @@ NO_RUN_YET = {"config.json", ".lock"}      # all that a start leaves which was k
 # folder → open file, which ends with its process, however that ends; what os.stat says of the
 # folder
 locks: dict[str, tuple] = {}
+# What an earlier version called a metric, and its name now.
+RENAMED = {"N-acc strict": "N-acc", "bbox accuracy": "boxes", "r_rollouts": "r(o)", "r_y": "r(y)",
+           "bbox accuracy official": "boxes official", "targets IoU>0.5": "targets",
+           "response_length": "length"}
+
+
+def today(name: str) -> str:
+    """Returns what a metric of metrics.jsonl is called now.
+
+    >>> today("N-acc strict"), today("rollouts/thinking"), today("y/accuracy")
+    ('N-acc', 'o/thinks', 'y/accuracy')
+    """
+    name = re.sub("^rollouts/", "o/", RENAMED.get(name, name))
+    return re.sub("^([oy])/thinking$", r"\1/thinks", name)
 
 
 def versions() -> dict[str, str]:
@@ -85,8 +102,8 @@ def wait_until_seen(run: Path, rank: int, seconds: int = 60) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Until this process ends, no other one writes to the folder. Raises Mistake if another one
-    does."""
+    """Keeps every other process from writing to the folder, until this one ends. Raises Mistake if
+    another one does."""
     name = os.path.abspath(folder)
     if name in locks:
         return
@@ -107,8 +124,8 @@ def lock(folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder is the one that was locked: not removed, and no other one or link in its
-    place."""
+    """Tells whether the folder is still the one that was locked, and was not removed or
+    replaced."""
     try:
         return os.path.samestat(os.stat(folder), locks[os.path.abspath(folder)][1])
     except (OSError, KeyError):
@@ -123,8 +140,8 @@ def check_ours(run: Path) -> None:
 
 
 def read_log(run: Path) -> tuple[list[dict], int]:
-    """metrics.jsonl: its records, none before the first step, and how many lines are none (cut off
-    by a full disk or a crash of the machine)."""
+    """Returns the records of metrics.jsonl by today's names, none before the first step; and how
+    many of its lines hold none (cut off by a full disk or a crash of the machine)."""
     def number(value) -> bool:
         return type(value) in (int, float)
 
@@ -132,11 +149,15 @@ def read_log(run: Path) -> tuple[list[dict], int]:
         evaluation = line.get("eval", {})
         return (type(line.get("step")) is int and number(line.get("lr", 0.0)) and isinstance(evaluation, dict)
                 and all(value is None or number(value) for value in evaluation.values()))
-    return read_lines(run / "metrics.jsonl", fits)
+    def named(values: dict) -> dict:
+        return {today(name): value for name, value in values.items()}
+    lines, damaged = read_lines(run / "metrics.jsonl", fits)
+    return [named({**line, "eval": named(line["eval"])} if "eval" in line else line)
+            for line in lines], damaged
 
 
 def read_config(run: Path) -> dict:
-    """config.json. Raises Mistake if it is not there, damaged, or without options."""
+    """Returns config.json. Raises Mistake if it is not there, damaged, or without options."""
     path = run / "config.json"
     if not os.path.lexists(path):
         raise Mistake(f"--resume {run}: there is no {path}{did_you_mean(run)}")
@@ -161,8 +182,14 @@ def saved_options(run: Path) -> dict:
     the checkpoint that it is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it
     names something else."""
     saved = read_config(run_and_step(run)[0])["config"]
-    for name in ("image_cache", "from_step"):       # of earlier versions; they changed no number
-        saved.pop(name, None)
+    for name in ("image_cache", "from_step", "log_every", "tensorboard", "onednn"):
+        saved.pop(name, None)                   # options of earlier versions that changed no number
+    for name, value in (("random_weights", False), ("label_weight", 0.1)):
+        if saved.pop(name, value) != value:
+            raise Mistake(f"{run} was started with --{name.replace('_', '-')}, which is no option "
+                          "any more: go on with the version that its config.json names")
+    if isinstance(saved.get("keep_best"), str):
+        saved["keep_best"] = today(saved["keep_best"])
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if all(type(saved.get(name)) is int for name in ("cooldown_steps", "steps")):
@@ -170,8 +197,20 @@ def saved_options(run: Path) -> dict:
     return saved
 
 
+def precision_of(folder: Path) -> str:
+    """Returns the precision in which a checkpoint of a run was trained: in another one it is
+    another policy. Of any other model folder float32."""
+    path = folder.parent.parent / "config.json"
+    if folder.parent.name != "checkpoints" or not os.path.lexists(path):
+        return "float32"
+    precision = read_record(path, config=dict)["config"].get("precision", "float32")
+    if precision not in ("float32", "bfloat16"):
+        raise Mistake(f"{path}: precision is {precision!r}, which cannot be; give --precision")
+    return precision
+
+
 def run_and_step(path: Path) -> tuple[Path, int]:
-    """runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
+    """Returns runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
     if path.parent.name != "checkpoints":
         return path, 0
     if not path.name.removeprefix("step_").isdecimal():

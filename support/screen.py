@@ -60,7 +60,7 @@ class Screen:
 
 
 def open_screen() -> None:
-    """From now on printing raises no error that a program could end by."""
+    """Keeps printing from raising an error that could end a program."""
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -30,8 +30,8 @@ ended = 0       # questions so far that the kernel ended, or over which the chil
 
 
 def too_complex(text: str) -> bool:
-    """Longer than CHARACTERS, or brackets nested deeper than DEPTH: sympy's reader takes seconds
-    over sixty of them."""
+    """Tells whether a text is longer than CHARACTERS or has brackets nested deeper than DEPTH:
+    sympy's reader takes seconds over sixty of them."""
     depth = deepest = 0
     for mark in re.findall(r"[][(){}]", text):
         depth += 1 if mark in "[({" else -1
@@ -69,7 +69,8 @@ def same_value(answer: str, truth: str) -> bool:
         if child is None:
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root,
-                                     text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                     text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     start_new_session=True)     # Ctrl-C is for this process alone
             if not child_says("\n"):
                 from support.mistakes import Mistake       # here: it imports torch, which the child does without
                 raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")
@@ -81,7 +82,7 @@ def same_value(answer: str, truth: str) -> bool:
 
 
 def ended_now() -> int:
-    """How many questions were ended since this was last asked."""
+    """Returns how many questions were ended since this was last asked."""
     global ended
     number, ended = ended, 0
     return number
@@ -91,8 +92,9 @@ def ended_now() -> int:
 # The child
 
 def end_with_parent(parent: int) -> None:
-    """The kernel ends this process when the one that started it is gone, however that went. Only
-    Linux does so. On macOS the process ends by itself: the pipe that it reads has an end then."""
+    """Lets the kernel end this process when the one that started it is gone, however that went.
+    Only Linux does so. On macOS the process ends by itself: the pipe that it reads has an end
+    then."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:                      # it went before this line
@@ -100,8 +102,8 @@ def end_with_parent(parent: int) -> None:
 
 
 def fork_worker(compare):
-    """A worker that answers lines of JSON pairs. Returns its process id and the files to ask and to
-    hear."""
+    """Starts a worker that answers lines of JSON pairs. Returns its process id and the files to ask
+    and to hear."""
     me = os.getpid()
     their_questions, questions = os.pipe()
     answers, their_answers = os.pipe()

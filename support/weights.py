@@ -31,9 +31,9 @@ MOST = {"num_hidden_layers": 512, "vision_depth": 512, "vocab_size": 2 ** 20, "i
 
 
 def local_folder(name, what: str = "--model") -> Path:
-    """The folder of a model: a folder, also one of this repository wherever the program is started
-    (assets/tiny); a run of train.py, whose newest sound checkpoint it then is; else a hub id,
-    downloaded (weights as safetensors only). what: begins the sentence if there is none."""
+    """Returns the folder of a model: a folder, also one of this repository wherever the program is
+    started (assets/tiny); a run of train.py, whose newest sound checkpoint it then is; else a hub
+    id, downloaded (weights as safetensors only). what: begins the sentence if there is none."""
     folder = Path(name)
     if not folder.is_dir() and (REPOSITORY / name).is_dir():
         folder = REPOSITORY / name
@@ -62,7 +62,7 @@ def local_folder(name, what: str = "--model") -> Path:
 
 
 def shown(value) -> str:
-    """A value as it stands in a JSON file, cut to 100 characters."""
+    """Returns a value as it stands in a JSON file, cut to 100 characters."""
     return json.dumps(value)[:100]
 
 
@@ -225,7 +225,7 @@ def check_fit(path: Path, fields: dict, qwen3: bool) -> None:
 
 
 def read_eos_ids(folder: Path, config) -> tuple[int, ...]:
-    """Every token that ends a response. config: the model's, for its vocabulary."""
+    """Returns every token that ends a response. config: the model's, for its vocabulary."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         ids = read_record(path).get("eos_token_id") if path.exists() else None
@@ -252,7 +252,7 @@ def open_safetensors(path: Path):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: model.safetensors, or those that
+    """Returns the files that hold the weights: model.safetensors, or those that
     model.safetensors.index.json names."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -264,16 +264,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 of a model's config and weights: whether it is the one that was trained. Of an
-    adapter: of its config and matrices, which know their base (`base_of`)."""
+    """Returns the SHA-256 of a model's config and weights: whether it is the one that was trained.
+    Of an adapter: of its config and matrices, which know their base (`base_of`)."""
     names = ("config.json", lora.CONFIG, lora.WEIGHTS, "model*.safetensors")
     files = sorted(path for name in names for path in folder.glob(name))
     return hashlib.sha256("".join(f"{path.name} {digest(path)}\n" for path in files).encode()).hexdigest()
 
 
 def base_of(adapter: lora.Adapter) -> Path:
-    """The folder of an adapter's base. Raises Mistake if it is not there, or not the model that the
-    adapter was trained on, which an adapter of other programs does not say."""
+    """Returns the folder of an adapter's base. Raises Mistake if it is not there, or not the model
+    that the adapter was trained on, which an adapter of other programs does not say."""
     folder = local_folder(adapter.of, f"{adapter.folder} is an adapter of")
     if adapter.base not in ("", model_digest(folder)):
         raise Mistake(f"{adapter.folder}: the base of the adapter, {folder}, is not the model that it was trained on: "
@@ -323,7 +323,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 
 def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
     """Writes a complete folder: config, safetensors (sharded above max_shard_size), tokenizer,
-    processor files. Of a model with adapters these, in the place of the weights."""
+    processor files. For a model with adapters it writes these instead of the weights."""
     from huggingface_hub import save_torch_state_dict
     if model.folder is None:
         raise Mistake("this model was not loaded from a folder, so its config.json and tokenizer are unknown")

@@ -298,6 +298,15 @@ def test_lines_of_the_log_that_cannot_be_read(tmp_path, tail, damaged):
     assert [line["step"] for line in read][:2] == [1, 2] and count == damaged
 
 
+def test_old_names_are_read_as_those_of_today(tmp_path):
+    old = [{"step": 0, "eval": {"N-acc strict": 0.5, "bbox accuracy": 0.25, "targets IoU>0.5": 0.75, "T-acc": 1.0}},
+           {"step": 1, "loss": 0.0, "r_rollouts": 4.0, "rollouts/thinking": 0.5, "rollouts/accuracy": 1.5, "response_length": 9}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    [evaluation, step], damaged = read_log(tmp_path)
+    assert evaluation["eval"] == {"N-acc": 0.5, "boxes": 0.25, "targets": 0.75, "T-acc": 1.0} and not damaged
+    assert step == {"step": 1, "loss": 0.0, "r(o)": 4.0, "o/thinks": 0.5, "o/accuracy": 1.5, "length": 9}
+
+
 def test_one_writer(tmp_path):
     """A second one is refused as long as the first lives, however that ends."""
     code = "import sys; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\nfrom support.runs import lock\n" \

@@ -16,7 +16,7 @@ import train
 from data import Processor, Response, collate, pack_group
 from eval import evaluate
 from model import load_model
-from rollout import generate
+from rollout import generate, uniforms
 from support.lora import add_lora, merge_after
 from support.optimizers import make_optimizers
 from support.sources import Scenes
@@ -161,4 +161,4 @@ def test_a_tensor_of_the_wrong_device_is_noticed(far, monkeypatch):
     plain = rollout.collate_images
     monkeypatch.setattr(rollout, "collate_images", lambda prompts, device: plain(prompts, "cpu"))
     with pytest.raises(RuntimeError, match="on the device and of others"):
-        generate(model, [prompt], 2, 4)
+        generate(model, [prompt], 4, uniforms(0, [0], 2, 4))

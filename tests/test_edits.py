@@ -63,7 +63,7 @@ def test_an_edit_trains_and_does_not_depend_on_the_split(tmp_path, edited, one_r
         assert math.isfinite(line["loss"]) and (line["grad_norm"] > 0 or line["clipped_rollouts"] == line["clipped_y"] == 1)
     check_splits(edited_objective.loss, cfg)
     if "overlong penalty" in name:
-        assert all("rollouts/overlong" in line for line in steps)
+        assert all("o/overlong" in line for line in steps)
     else:
         ours, plain = (summed(loss, cfg, SPLITS["one forward"])["by logp"] for loss in (edited_objective.loss, objective.loss))
         assert (ours - plain).abs().max() > 1e-3, "the edit changes nothing"

@@ -22,6 +22,7 @@ from model import load_model
 from support import runs
 from support.boxes import box_hit
 from support.mistakes import Mistake
+from support.runs import precision_of
 from support.sources import BadRow, Example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,16 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_what_was_not_measured_is_a_dash_not_a_zero():
     metrics = summarise([Record("id", "vqa", "", "", 1, False, None, [], [], (0, 0), (0, 0), score=1.0)])
-    assert metrics["N-acc strict"] is None and metrics["gIoU"] is None and metrics["answers"] == 1
+    assert metrics["N-acc"] is None and metrics["gIoU"] is None and metrics["answers"] == 1
     assert "N-acc" not in table({"step 0": metrics})                 # a row that nobody measured is left out
-    other = metrics | {"N-acc strict": 0.5}
+    other = metrics | {"N-acc": 0.5}
     assert [line.split() for line in table({"a": metrics, "b": other}).splitlines() if "N-acc" in line] == [
-        ["N-acc", "strict", "–", "0.500"]]
+        ["N-acc", "–", "0.500"]]
 
 
 def test_an_answer_is_judged_in_the_frame_the_model_saw_and_reported_in_the_pictures_own():
     processor = Processor("assets/tiny")
-    example = Example("a", Image.new("RGB", (100, 50)), "red ring",
+    example = Example("a", (Image.new("RGB", (100, 50)),), "red ring",
                       json.dumps([{"bbox_2d": [10, 10, 50, 40], "point_2d": [30, 25]}]), "scene_grounding")
     prompt = processor.prompt(example)                          # 100×50 becomes 112×56
     response = f"<answer>{prompt.answer}</answer>"
@@ -73,12 +74,14 @@ def lines(out: Path) -> list[dict]:
 
 def test_the_command_writes_metrics_records_and_a_picture(complete):
     out, printed = complete
-    assert "N-acc strict" in printed and "filled boxes stand in for masks" in printed
+    assert "N-acc" in printed and "filled boxes stand in for masks" in printed
     assert "repetition penalty 1.0" in printed
     assert json.loads((out / "metrics.json").read_text())["metrics"]["examples"] == 7
     assert [record["index"] for record in lines(out)] == list(range(7))
     assert Image.open(out / "overlay.png").width > 1000
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "metrics.json", "overlay.png", "records.jsonl", "settings.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "metrics.json", "overlay.png", "records.jsonl", "report.html", "settings.json"]
+    page = (out / "report.html").read_text()
+    assert "<td>T-acc</td>" in page and "<td>max_new_tokens</td>" in page and page.count("data:image/png") == 1
 
 
 def test_two_ranks_and_interruption_give_the_same(complete, tmp_path):
@@ -186,16 +189,19 @@ def test_half_a_record_is_left_out_and_counted(small, monkeypatch, capsys, damag
     assert records.read_bytes().splitlines() == [first, second]
 
 
-@pytest.mark.parametrize("question, size, said", [
-    ("the leftmost of the two squares", (112, 112), None), ("How many red rings are there?", (112, 112), None),
-    ("a zebra", (112, 112), "not the word 'zebra'"), ("red ring", (640, 480), "not a picture of 640×480 pixels"),
-    ("2 Katzen", (640, 480), "the word 'Katzen' and a picture of 640×480 pixels"), ("red or blue", (0, 0), "not the word 'or'")])
-def test_what_the_tiny_model_cannot_know(question, size, said):
+@pytest.mark.parametrize("question, sizes, said", [
+    ("the leftmost of the two squares", [(112, 112)], None), ("How many red rings are there?", [(112, 112)], None),
+    ("a zebra", [(112, 112)], "not the word 'zebra'"), ("red ring", [(640, 480)], "not a picture of 640×480 pixels: what"),
+    ("2 Katzen", [(640, 480)], "the word 'Katzen' and a picture of 640×480 pixels"), ("red or blue", [], "not the word 'or'"),
+    ("red <image> in <image>", [(112, 112)] * 2, "not several pictures: what"),
+    ("red ring", [(112, 112), (9, 7), (5, 7)], "not a picture of 9×7 pixels and several pictures: what")])
+def test_what_the_tiny_model_cannot_know(question, sizes, said):
     model = load_model(ROOT / "assets/tiny")
-    lines = unknown_to(model, question, size)
+    example = Example("1", tuple(Image.new("RGB", size) for size in sizes), question, "1", "vqa")
+    lines = unknown_to(model, example)
     assert [said in line for line in lines] == [True] * bool(said)
     model.config = replace(model.config, vocab_size=151_936)
-    assert unknown_to(model, question, size) == []
+    assert unknown_to(model, example) == []
 
 
 def test_every_question_of_the_built_in_world_is_known():
@@ -235,4 +241,19 @@ def test_a_photo_lying_on_its_side_is_turned(small, monkeypatch, capsys):
     exif[0x0112] = 6
     Image.new("RGB", (80, 40)).save("photo.jpg", exif=exif)
     evaluate_here(monkeypatch, capsys, "--model", "model", "--image", "photo.jpg", "--question", "red ring")
-    assert Image.open("photo.answer.png").size == (40, 80)
+    drawn = Image.open("photo.answer.png")           # five times as large, and not as wide as its text
+    assert drawn.width == 320 + 16 and drawn.height > 5 * 80 + 20
+    assert drawn.getpixel((8 + 5 * 40 - 1, 8 + 5 * 80 - 1)) == (0, 0, 0) and drawn.getpixel((8 + 5 * 40 + 1, 50)) == (255,) * 3
+
+
+def test_the_precision_is_that_of_the_run(tmp_path):
+    """In another one it is another policy. A folder of no run is scored in float32."""
+    folder = tmp_path / "checkpoints/step_3"
+    folder.mkdir(parents=True)
+    assert precision_of(folder) == precision_of(tmp_path) == "float32"
+    for written, read in (({"precision": "bfloat16"}, "bfloat16"), ({}, "float32")):
+        (tmp_path / "config.json").write_text(json.dumps({"config": written}))
+        assert precision_of(folder) == read and precision_of(tmp_path) == "float32"
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"precision": "int8"}}))
+    with pytest.raises(Mistake, match="config.json: precision is 'int8', which cannot be; give --precision"):
+        precision_of(folder)

@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from PIL import Image
 
 from data import Prompt
 from eval import Record, intersection_union, judge, mask_iou, official_reading, roc_auc, summarise
@@ -69,19 +70,23 @@ def test_summary_by_hand():
         record([], [], task="vqa", score=1.0), record([], [], task="math")])
     assert metrics["gIoU"] == pytest.approx((1 + 1 / 3 + 0 + 1 + 1 + 0) / 6)
     assert metrics["cIoU"] == pytest.approx((100 + 50) / (100 + 150 + 100 + 0 + 0 + 100))
-    assert metrics["N-acc strict"] == pytest.approx(1 / 3)       # one valid []; the unreadable answer is no rejection
+    assert metrics["N-acc"] == 0        # the one [] goes on after its end; an unreadable answer is no rejection
     assert metrics["N-acc official"] == pytest.approx(2 / 3)     # … but the official script counts it
     assert metrics["T-acc"] == pytest.approx(2 / 3)
-    assert metrics["bbox accuracy"] == pytest.approx(1 / 3)
-    assert metrics["bbox accuracy official"] == pytest.approx((1 + 2) / 6)   # and the two empty answers to empty truths
+    assert metrics["boxes"] == pytest.approx(1 / 3)
+    assert metrics["boxes official"] == pytest.approx((1 + 2) / 6)   # and the two empty answers to empty truths
     assert metrics["unreadable"] == pytest.approx(2 / 8)
-    assert metrics["targets IoU>0.5"] == pytest.approx(1 / 3)
+    assert metrics["targets"] == pytest.approx(1 / 3)
     assert metrics["thinks, present"] == pytest.approx(2 / 3)
     assert metrics["thinks, absent"] == pytest.approx(2 / 3)
     assert metrics["trailing text, absent"] == pytest.approx(1 / 3) and metrics["trailing text, present"] == 0
     assert metrics["answers"] == pytest.approx(1 / 2)
     assert metrics["length"] == pytest.approx((40 + 40 + 2 + 8 + 10 * 4) / 8)
     assert metrics["examples"] == 8
+    ended, goes_on = ([record([], [], tail=tail), record(box, box, tail=tail)] for tail in ("", " [1]"))
+    for name, of_one in (("N-acc", 1), ("boxes", 1), ("targets", 1), ("N-acc official", 1), ("T-acc", 1)):
+        assert summarise(ended)[name] == of_one
+        assert summarise(goes_on)[name] == (of_one if name in ("N-acc official", "T-acc") else 0)
 
 
 def test_point_hit_counts_the_border():
@@ -129,10 +134,10 @@ BOX, POINT = '"bbox_2d": [10, 20, 30, 40]', '"point_2d": [20, 30]'
 
 def judged(answer: str, truth: list[dict], seen=(100, 100), original=(200, 50)) -> Record:
     """An answer to a picture of 200×50 pixels that the model saw as 100×100. truth: in the picture's pixels."""
-    example = Example("1", None, "thing", json.dumps(truth), "grounding")
+    example = Example("1", (Image.new("RGB", original),), "thing", json.dumps(truth), "grounding")
     in_frame = [{key: [c * s[i % 2] for i, c in enumerate(t[key])] for key in t}
                 for t in truth for s in [(seen[0] / original[0], seen[1] / original[1])]]
-    return judge(Prompt(example, [], None, None, [], json.dumps(in_frame), seen, original), answer, 1)
+    return judge(Prompt(example, [], None, None, [], json.dumps(in_frame), [Image.new("RGB", seen)]), answer, 1)
 
 
 @pytest.mark.parametrize("items, boxes, points", [
@@ -155,8 +160,8 @@ def test_a_box_without_a_point_is_no_correct_rejection():
     drawn = judged(f"<answer>[{{{BOX}}}]</answer>", [])
     metrics = summarise([drawn])
     assert drawn.predicted == [] and drawn.error == "no_point_2d"
-    assert metrics["N-acc official"] == metrics["gIoU"] == metrics["bbox accuracy official"] == 0
-    assert metrics["N-acc strict"] == 0 and metrics["unreadable"] == 1
+    assert metrics["N-acc official"] == metrics["gIoU"] == metrics["boxes official"] == 0
+    assert metrics["N-acc"] == 0 and metrics["unreadable"] == 1
     gibberish = summarise([judged("red", [])])
     assert gibberish["N-acc official"] == gibberish["gIoU"] == gibberish["unreadable"] == 1
 
@@ -239,8 +244,8 @@ def test_official_rows_equal_the_slow_ones():
             gui.append(False)
             rejected.append(not boxes)
     metrics = summarise(records)
-    assert metrics["bbox accuracy official"] == pytest.approx(sum(hits) / len(hits))
+    assert metrics["boxes official"] == pytest.approx(sum(hits) / len(hits))
     assert metrics["GUI accuracy official"] == pytest.approx(sum(gui) / len(gui))
     assert metrics["N-acc official"] == pytest.approx(sum(rejected) / len(rejected))
-    assert 0.2 < metrics["bbox accuracy official"] < 0.8 and 0.05 < metrics["GUI accuracy official"] < 0.8
-    assert metrics["N-acc official"] > metrics["N-acc strict"] > 0.1
+    assert 0.2 < metrics["boxes official"] < 0.8 and 0.05 < metrics["GUI accuracy official"] < 0.8
+    assert metrics["N-acc official"] > metrics["N-acc"] > 0.1

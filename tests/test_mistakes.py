@@ -47,7 +47,7 @@ MISTAKES = [
     ("train", "--steps x", "--steps: invalid int value: 'x'"), ("train", "--steps 0", "--steps 0: must be at least 1"),
     ("train", "--max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
     ("train", "--lr -1", "--lr -1.0: .*above 0"), ("train", "--lr 1e38", "--lr 1e.38: must be at most 1e.30"),
-    ("train", "--log-every 0", "--log-every 0: must be at least 1"), ("train", "--lr inf", "--lr inf: .* finite"),
+    ("train", "--keep -1", "--keep -1: must be at least 0"), ("train", "--lr inf", "--lr inf: .* finite"),
     ("train", "--prompts-per-step 0", "--prompts-per-step 0: must be at least 1"),
     ("train", "--temperature nan", "--temperature nan: must be a finite number"),
     ("train", "--eval-examples -3", "--eval-examples -3: must be at least 0"),
@@ -57,7 +57,7 @@ MISTAKES = [
     ("train", "--resume runs/taken/checkpoints/step_2", "runs/taken/config.json is not JSON.* the options of the run are not known"),
     ("train", "--resume runs/taken/checkpoints/step_2_backup", "goes on from a folder checkpoints/step_N"),
     ("train", "--resume runs/x --lr 3", "--resume runs/x: there is no "),
-    ("train", "--name taken --eval-data= --onednn", "runs/taken exists and is not overwritten"),
+    ("train", "--name taken --eval-data=", "runs/taken exists and is not overwritten"),
     ("train", "--learning-rate 1", r"--learning-rate: did you mean --lr\?"),
     ("train", "--model nowhere", "--model nowhere: there is no such folder, and it is no hub id"),
     ("train", "--model own/er", "--model own/er: there is no such folder, and the hub does not give it"),
@@ -80,17 +80,18 @@ MISTAKES = [
     ("train", "--eval-data outside.jsonl --columns answer=truth", "row 1: no answer: none of the columns truth holds one"),
     ("train", "--cuda-graphs", "--cuda-graphs: there is no CUDA device"),
     ("train", "--data=", "--data : must name what is trained on"),
+    ("eval", "--model assets/tiny --image a.png --question <image>,<image>", "--question: the question names 2 picture.s. by <image>, and has 1"),
     ("eval", f"--model assets/tiny --image a.png --question {'x' * 20_001}", "--question: the question has more than 20,000"),
     ("train", "--seed -1", "--seed -1: must be at least 0"), ("train", f"--seed {10**30}", "--seed 1000.*: must be at most 92"),
     ("train", f"--steps {10**30}", "must be at most"), ("train", f"--name {'x' * 300}", "a name of at most 200 bytes"),
     ("train", "--name a\x1b[2Jb", "without control characters"),
     ("train", "--smoothing false", "--smoothing takes no value; its opposite is --no-smoothing"),
     ("train", "--smoothing=false", "--smoothing takes no value; its opposite is --no-smoothing"),
-    ("train", "--no-onednn 1", "--no-onednn takes no value; its opposite is --onednn"),
+    ("train", "--no-smoothing 1", "--no-smoothing takes no value; its opposite is --smoothing"),
     ("train", "--method grpo", r"did you mean rlvr \(GRPO\)\?"), ("train", "--precision fp16", r"did you mean bfloat16\?"),
     ("train", "--batch-size 8", "--batch-size: --prompts-per-step is the batch"),
     ("train", "--per_device_train_batch_size 8", "--per_device_train_batch_size: --prompts-per-step is the batch"),
-    ("train", "--device cuda", "--device: .*CUDA_VISIBLE_DEVICES chooses"), ("train", "--wandb", "--wandb: --tensorboard"),
+    ("train", "--device cuda", "--device: .*CUDA_VISIBLE_DEVICES chooses"), ("train", "--wandb", "--wandb: metrics.jsonl"),
     ("train", "--nproc-per-node 2", "--nproc-per-node: an option of torchrun stands before the script"),
     ("train", "--nproc_per_node=2", "--nproc_per_node: an option of torchrun stands before the script"),
     ("train", "--prompts_per_step 2", r"--prompts_per_step: did you mean --prompts-per-step\?"),
@@ -179,16 +180,16 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def test_under_torchrun_the_sentence_is_nearly_the_last_thing(tmp_path):
+def test_under_torchrun_the_sentence_stands_alone_before_the_last_line(tmp_path):
     process = start(tmp_path, "--steps", "0")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and not list(tmp_path.iterdir())
-    assert "--steps 0: must be at least 1" in "\n".join(output.strip().splitlines()[-3:])
+    assert [line.strip() for line in output.splitlines() if line.strip()][-2] == "--steps 0: must be at least 1"
     assert "train.py\", line" not in output      # no traceback of ours
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    process = start(tmp_path, "--random-weights", "--prompts-per-step", "2", "--rollouts", "2", "--max-new-tokens", "8",
+def test_ctrl_c_saves_shows_and_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, "--prompts-per-step", "2", "--rollouts", "2", "--max-new-tokens", "8",
                     "--eval-data", "", "--name", "a")
     metrics = tmp_path / "runs/a/metrics.jsonl"
     for _ in range(600):
@@ -200,3 +201,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert f"stopped at step {step}; go on with torchrun train.py --resume runs/a" in output, output
     assert (tmp_path / f"runs/a/checkpoints/step_{step}/state.json").exists()
+    for ours in ("support", "train.py"):         # the traceback is torchrun's alone
+        assert f'File "{ROOT / ours}' not in output, output
+    assert (tmp_path / "runs/a/curves.png").exists()
+    assert f", step {step} of 400</title>" in (tmp_path / "runs/a/report.html").read_text()
+
+
+def test_ctrl_c_does_not_reach_the_verifier_of_math():
+    code = ("import signal, time\nfrom support import verify_math\nverify_math.same_value('1/2', '0.5')\n"
+            "came, child = [], verify_math.child\nsignal.signal(signal.SIGINT, lambda *_: came.append(1))\n"
+            "print('ready', flush=True)\nwhile not came: time.sleep(0.01)\ntime.sleep(0.3)\n"
+            "print(verify_math.same_value('3/6', '0.5'), verify_math.child is child)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "True True\n"

@@ -12,9 +12,15 @@ from rollout import KVCache, collect, decode_one_token, generate, sample, unifor
 from support import graphs
 from support.mistakes import Mistake
 from support.penalty import RepetitionPenalty
-from support.sources import Scenes
+from support.sources import Example, Scenes
 
 FOLDER = "assets/tiny"
+
+
+def rollouts(model, prompts, G: int, R: int, temperature: float = 1.0, seed: int = 0, places=None, **features):
+    """G rollouts of each prompt, by the numbers of its place, which is where it stands in the list."""
+    places = range(len(prompts)) if places is None else places
+    return generate(model, prompts, R, uniforms(seed, places, G, R), temperature, **features)
 
 
 @pytest.fixture(scope="module", params=["Qwen2.5-VL", "Qwen3-VL"])
@@ -42,8 +48,11 @@ def model(folder):
 
 @pytest.fixture
 def prompts(processor):
-    """Prompts of different lengths, on different pictures."""
-    return [processor.prompt(Scenes("test")[i]) for i in (0, 2, 5, 8, 3)]
+    """Prompts of different lengths, on different pictures: one, three and none."""
+    scenes = [Scenes("test")[i] for i in (0, 2, 5)]
+    three = Example("3", tuple(scene.images[0] for scene in scenes), "red <image> or <image><image>", "red", "vqa")
+    none = Example("0", (), "How many squares are there?", "4", "vqa")
+    return [processor.prompt(example) for example in (*scenes, three, none)]
 
 
 def rescored(model, prompt, responses):
@@ -77,18 +86,18 @@ def uncached(model, prompt, R, temperature, u):
 
 def test_cached_tokens_equal_uncached_tokens(model, prompts, products):
     products(model)
-    greedy = generate(model, prompts, 1, 12, temperature=0)
-    sampled = generate(model, prompts, 3, 12, temperature=0.7, seed=5, places=range(9, 9 + len(prompts)))
+    greedy = generate(model, prompts, 12)
+    sampled = rollouts(model, prompts, 3, 12, 0.7, seed=5, places=range(9, 9 + len(prompts)))
     for place, (prompt, (alone,), group) in enumerate(zip(prompts, greedy, sampled), 9):
         assert alone.tokens == uncached(model, prompt, 12, 0, None)
-        u = uniforms(5, place, 3, 12)
+        u = uniforms(5, [place], 3, 12)[0]
         assert [r.tokens for r in group] == [uncached(model, prompt, 12, 0.7, u[g]) for g in range(3)]
         assert len({tuple(r.tokens) for r in group}) > 1   # the rollouts of a prompt do differ
 
 
 def test_recorded_log_probs_equal_the_training_forward(model, prompts, products):
     products(model)
-    for prompt, group in zip(prompts, generate(model, prompts, 4, 20, temperature=0.7)):
+    for prompt, group in zip(prompts, rollouts(model, prompts, 4, 20, 0.7)):
         for response, logp in zip(group, rescored(model, prompt, group)):
             torch.testing.assert_close(torch.tensor(response.logp), logp, atol=1e-5, rtol=1e-5)
         batch = collate(pack_group(prompt, group))
@@ -131,7 +140,7 @@ def test_bfloat16_sampling_is_the_policy_that_is_trained():
             layer.self_attn.k_proj.bias += 140
     prompts = [processor.prompt(Scenes("train")[i]) for i in range(4)]
     gap = []
-    for prompt, group in zip(prompts, generate(model, prompts, 8, 48)):
+    for prompt, group in zip(prompts, rollouts(model, prompts, 8, 48)):
         batch = collate(pack_group(prompt, group))
         with torch.no_grad():
             logp = model(**vars(batch))[0][batch.segment > 0]
@@ -141,12 +150,12 @@ def test_bfloat16_sampling_is_the_policy_that_is_trained():
 
 def test_no_prompts(model):
     with pytest.raises(ValueError, match="list of prompts is empty"):
-        generate(model, [])
+        generate(model, [], 4)
 
 
 def test_rollouts_do_not_depend_on_the_batch(model, prompts):
     def run(places):
-        groups = generate(model, [prompts[place] for place in places], 4, 16, 1.0, places=places)
+        groups = rollouts(model, [prompts[place] for place in places], 4, 16, 1.0, places=places)
         return {place: [r.tokens for r in group] for place, group in zip(places, groups)}
     everywhere = list(range(len(prompts)))
     together = run(everywhere)
@@ -158,7 +167,7 @@ def test_rollouts_do_not_depend_on_the_batch(model, prompts):
 def test_seed_and_place_each_change_the_rollouts(model, prompts):
     """A prompt that comes twice in one call, as in a set smaller than a step, is answered by other rollouts."""
     def run(chosen, **keywords):
-        return [[r.tokens for r in group] for group in generate(model, chosen, 4, 16, 1.0, **keywords)]
+        return [[r.tokens for r in group] for group in rollouts(model, chosen, 4, 16, 1.0, **keywords)]
     alone = prompts[:1]
     assert run(alone, seed=1, places=[7]) == run(alone, seed=1, places=[7])
     assert run(alone, seed=1, places=[7]) != run(alone, seed=2, places=[7])
@@ -174,7 +183,7 @@ def test_sampled_frequencies_match_the_softmax(model, prompts, temperature):
     with torch.no_grad():
         hidden = hidden_states(model, batch)[0, len(prompts[1].tokens) - 1]
         expected = n * (model.lm_head(hidden).masked_fill(model.banned, -torch.inf) / temperature).softmax(-1).double()
-    first = [r.tokens[0] for r in generate(model, [prompts[1]], n, 1, temperature, seed=3)[0]]
+    first = [r.tokens[0] for r in rollouts(model, [prompts[1]], n, 1, temperature, seed=3)[0]]
     seen = torch.bincount(torch.tensor(first), minlength=len(expected)).double()
     common = expected >= 5
     assert common.sum() > 3
@@ -215,12 +224,12 @@ def test_rollouts_leave_the_batch_and_change_nothing(model, prompts):
         rows.append(len(token))
         return decode_one_token(m, token, *others)
     model.eos_ids = (-1,)
-    endless = generate(model, prompts, 4, 16, 1.0, seed=2)
+    endless = rollouts(model, prompts, 4, 16, 1.0, seed=2)
     counts = torch.tensor([o.tokens for group in endless for o in group]).flatten().bincount()
     model.eos_ids = tuple(counts.topk(6).indices.tolist())
     lengths = []
     rows.clear()
-    for whole, group in zip(endless, generate(model, prompts, 4, 16, 1.0, seed=2, step=step)):
+    for whole, group in zip(endless, rollouts(model, prompts, 4, 16, 1.0, seed=2, step=step)):
         for before, after in zip(whole, group):
             cut = next((i + 1 for i, token in enumerate(before.tokens) if token in model.eos_ids), 16)
             assert after.tokens == before.tokens[:cut] and after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
@@ -236,10 +245,10 @@ def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
     """Greedy, over several prompts that leave at different times: at each token the logits of what the prompt or the
     answer holds are those that transformers' processor makes of them."""
     penalise = RepetitionPenaltyLogitsProcessor(1.7)
-    plain = generate(model, prompts, 1, 12, temperature=0)
+    plain = generate(model, prompts, 12)
     model.eos_ids = tuple({group[0].tokens[k] for group, k in zip(plain, (3, 6))})
     adjust = RepetitionPenalty(1.7, [prompt.tokens for prompt in prompts])
-    found = generate(model, prompts, 1, 12, temperature=0, adjust=adjust)
+    found = generate(model, prompts, 12, adjust=adjust)
     for prompt, [answer] in zip(prompts, found):
         for r, token in enumerate(answer.tokens):
             batch = collate(pack_group(prompt, [Response([*answer.tokens[:r], 0])]))
@@ -251,7 +260,8 @@ def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
 
 
 def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts):
-    plain = generate(model, prompts, 1, 16, temperature=0)
+    model.eos_ids = (-1,)
+    plain = generate(model, prompts, 16)
     ends = {plain[0][0].tokens[2], plain[1][0].tokens[5]}    # two ids that do come up, at different places
     model.eos_ids = tuple(ends)
     sizes = []
@@ -259,7 +269,7 @@ def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts)
     def step(m, token, *others):
         sizes.append(len(token))
         return decode_one_token(m, token, *others)
-    for (before,), (after,) in zip(plain, generate(model, prompts, 1, 16, temperature=0, step=step)):
+    for (before,), (after,) in zip(plain, generate(model, prompts, 16, step=step)):
         cut = next((i + 1 for i, token in enumerate(before.tokens) if token in ends), 16)
         assert after.tokens == before.tokens[:cut]
         assert after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
@@ -290,9 +300,9 @@ def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
     monkeypatch.setattr(graphs, "WINDOW", 5)
     model.to(device)
     model.eos_ids = (-1,)
-    often = torch.tensor([r.tokens for group in generate(model, prompts, 8, 16, 1.0) for r in group]).flatten()
+    often = torch.tensor([r.tokens for group in rollouts(model, prompts, 8, 16, 1.0) for r in group]).flatten()
     model.eos_ids = tuple(often.bincount().topk(8).indices.tolist())
-    plain, static = (generate(model, prompts, 3, 16, 1.0, seed=2, step=step)
+    plain, static = (rollouts(model, prompts, 3, 16, 1.0, seed=2, step=step)
                      for step in (decode_one_token, graphs.GraphedStep(decode_one_token)))
     lengths = {max(len(r.tokens) for r in group) for group in plain}
     assert len(lengths) > 1 and max(lengths) > 10
@@ -302,10 +312,10 @@ def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
             torch.testing.assert_close(torch.tensor(response.logp), torch.tensor(again.logp), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_weights_that_are_not_finite_are_one_sentence(temperature):
+@pytest.mark.parametrize("u", [None, torch.full((1, 2, 4), 0.5)])
+def test_weights_that_are_not_finite_are_one_sentence(u):
     model, processor = load_model(FOLDER), Processor(FOLDER)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(Mistake, match="log-probs are not finite: its weights hold NaN or Inf"):
-        generate(model, [processor.prompt(Scenes("test")[0])], 1 if temperature == 0 else 2, 4, temperature)
+        generate(model, [processor.prompt(Scenes("test")[0])], 4, u)

@@ -1,4 +1,5 @@
 """The loop: one update for any number of ranks and any micro-batches, resume, SIGTERM, what a run leaves behind."""
+import copy
 import io
 import json
 import math
@@ -36,18 +37,24 @@ from model import load_model, random_model
 from support.checkpoints import FIRST, read_state
 from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
+from support.optimizers import make_optimizers
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.run import Run
 from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--random-weights", "--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
-         "--log-every", "1", "--warmup-steps", "3", "--cooldown", "0"]
+SMALL = ["--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12", "--eval-data", "",
+         "--warmup-steps", "3", "--cooldown", "0"]
 
 
 def example(i: int) -> Example:
-    """The pictures of the built-in world, and, as number 3 and 7, questions without one."""
-    return Example(f"text {i}", None, "How many legs has a cat?", "4", "vqa") if i % 4 == 3 else Scenes("test")[i]
+    """A picture of the built-in world; as number 3 and 7 a question without one, as 2 and 6 one about three small ones."""
+    if i % 4 < 2:
+        return Scenes("test")[i]
+    if i % 4 == 3:
+        return Example(f"text {i}", (), "How many legs has a cat?", "4", "vqa")
+    three = (Scenes("test")[i + k].images[0].resize(size) for k, size in enumerate([(56, 56), (112, 28), (28, 84)]))
+    return Example(f"three {i}", tuple(three), "red <image> or <image><image>", "red", "vqa")
 
 
 def give(group: train.Group, advantage: list[float]) -> None:
@@ -63,11 +70,13 @@ VARIANTS = {  # every setting whose sums could go wrong when they are split
     "visurf": {}, "seq-mean": {"normaliser": "seq-mean"}, "seq-sum": {"normaliser": "seq-sum", "std": "population"},
     "tied": {}, "sft": {"method": "sft"}, "rlvr": {"method": "rlvr", "max_row_tokens": 70}, "kl": {"kl": 0.1, "inner_epochs": 2},
     "lora": {"lora_rank": 2},
+    "offload": {"precision": "bfloat16", "offload_optimizer": True, "lr": 1e-2},     # arXiv 2604.23747: micro-batches were lost
 }
 
 
 def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: Path) -> None:
-    """One step of plain SGD on 8 prompts for each variant and micro-batch size; rank 0 saves the weights' change."""
+    """One step of plain SGD on 8 prompts for each variant and micro-batch size; rank 0 saves the weights' change. The
+    variant offload: of the optimizer of train.py, which in one micro-batch lies where the weights do."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     start_ranks()
@@ -75,7 +84,7 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
         for rows in micro_rows:
             torch.manual_seed(0)
             cfg = replace(train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=rows), **settings)
-            model = random_model(ROOT / "assets/tiny")
+            model = random_model(ROOT / "assets/tiny", getattr(torch, cfg.precision))
             reference = random_model(ROOT / "assets/tiny") if cfg.kl else None
             if cfg.lora_rank:
                 add_lora(model, cfg.lora_rank, 64.0, "model.layers|visual", "")
@@ -83,7 +92,9 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             processor, meter = Processor(model.folder), train.Meter()
             share = 8 // world
             prompts = [processor.prompt(example(i)) for i in range(rank * share, rank * share + share)]
-            groups = train.make_groups(cfg, model, processor, prompts, rank * share)
+            # In bfloat16 a rollout may differ from batch to batch.
+            exact = copy.deepcopy(model).float() if variant == "offload" else model
+            groups = train.make_groups(cfg, exact, processor, prompts, rank * share)
             for i, group in enumerate(groups, rank * share):
                 # Random weights earn nothing; rewards that differ make every advantage count.
                 torch.manual_seed(len(group.prompt.example.id) + ord(group.prompt.example.id[-1]))
@@ -93,6 +104,8 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
                 give(group, advantage)
             ddp = DistributedDataParallel(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+            if variant == "offload":
+                optimizer, = make_optimizers(replace(cfg, offload_optimizer=rows < 8), model)
             merge_after(optimizer, model)
             loss, norm, _ = train.update(cfg, ddp, reference, [optimizer], groups, meter)
             change = {name: p.detach() - before[name] for name, p in model.named_parameters()}
@@ -114,13 +127,13 @@ def test_ranks_and_micro_batches_do_not_change_the_update(tmp_path):
         size = torch.cat([t.flatten() for n, t in reference.items() if n not in ("loss", "norm", "weights")]).norm()
         assert size > 1e-3
         for file in files:
-            other = load_file(file)
+            other, near = load_file(file), 0.05 if variant == "offload" else 1e-5
             for name in ("loss", "norm", "weights"):
-                torch.testing.assert_close(other[name], reference[name], rtol=1e-5, atol=1e-6,
+                torch.testing.assert_close(other[name], reference[name], rtol=near, atol=near / 10,
                                            msg=f"{file.name} {name}")
             difference = torch.cat([(other[n] - reference[n]).flatten() for n in reference
                                     if n not in ("loss", "norm", "weights")])
-            assert difference.norm() < 1e-5 * size, file.name
+            assert difference.norm() < near * size, file.name
 
 
 @pytest.fixture
@@ -340,8 +353,8 @@ def test_the_label_borrows_a_thought(alone, monkeypatch):
     texts = ["<think>Is it red?</think> <answer>[1]</answer>", "<answer>[]</answer>", "<think>no end"]
     asked = []
 
-    def fake(_, prompts, G, *__, **___):
-        asked.append(G)
+    def fake(_, prompts, __, u, *___, **____):
+        asked.append(G := u.shape[1])
         return [[train.Response(processor.encode(text), [0.0] * len(processor.encode(text))) for text in texts[:G]]
                 for _ in prompts]
     monkeypatch.setattr(train, "generate", fake)
@@ -352,7 +365,7 @@ def test_the_label_borrows_a_thought(alone, monkeypatch):
         answer = rewards.label_text("scene_grounding", prompt.answer, "spaced")
         assert processor.decode(y.tokens) == "<think>Is it red?</think> " + answer
         assert y.tokens == processor.encode("<think>Is it red?</think> " + answer)
-        assert y.r == y.reward.total == 7 and y.reward.terms["thinking"] == 1 and not group.smoothed
+        assert y.r == y.reward.total == 7 and y.reward.terms["thinks"] == 1 and not group.smoothed
         expected = objective.group_advantages(torch.tensor([7.0, *(o.r for o in rollouts)], dtype=torch.float64))
         assert advantages(group) == expected.tolist() and y.advantage == max(advantages(group)) > 0
     ours, = train.make_groups(replace(cfg, method="sft"), model, processor, prompts[:1], 5)
@@ -481,9 +494,9 @@ def test_an_edit_is_one_hunk_and_one_option(tmp_path, edit, unedited):
         assert all("label_nll" in line for line in edited) and "label_nll" not in unedited[0]
         assert [line["loss"] for line in edited] != [line["loss"] for line in unedited]
     if edit == "a fourth control":      # the loss stays: where all rollouts are equal, Â_y does not depend on r(y)
-        assert edited[0]["r_y"] < unedited[0]["r_y"]
+        assert edited[0]["r(y)"] < unedited[0]["r(y)"]
     if edit == "a length penalty":
-        assert all(line["rollouts/length"] < 0 for line in edited)
+        assert all(line["o/length"] < 0 for line in edited)
         assert [line["loss"] for line in edited] != [line["loss"] for line in unedited]
 
 
@@ -544,7 +557,7 @@ def test_an_evaluation_keeps_the_prompts_of_its_picture_alone(alone, monkeypatch
     run.folder = tmp_path
     job = train.Job(run.cfg, run, SimpleNamespace(module=None), None, processor, [], [], range(40))
     train.run_evaluation(job)
-    assert run.history["step 7"]["N-acc strict"] == 1 and (tmp_path / "samples/step_7.png").exists()
+    assert run.history["step 7"]["N-acc"] == 1 and (tmp_path / "samples/step_7.png").exists()
     assert len(most) == 40 and max(most) <= 14
 
 
@@ -561,13 +574,13 @@ def test_the_point_of_the_paper_on_one_question(alone):
         for step in range(60):
             meter = train.Meter()
             groups = train.make_groups(cfg, model, processor, [prompt], step)
-            train.measure_groups(groups, meter)
+            train.measure_groups(groups, meter, rewards.full_accuracy)
             train.update(cfg, ddp, None, [optimizer], groups, meter)
             logs[method].append(meter.read(torch.device("cpu")))
     first, last = logs["visurf"][0], logs["visurf"][-20:]
     assert first["smoothed"] == 0 and first["advantage_y"] == pytest.approx(4 / 5 ** 0.5)   # G/√(G+1)
-    assert sum(m["r_rollouts"] for m in last) / 20 > 4 and sum(m["smoothed"] for m in last) / 20 > 0.7
-    assert all(m["r_rollouts"] == 1 and m["tied"] == 1 for m in logs["rlvr"])
+    assert sum(m["r(o)"] for m in last) / 20 > 4 and sum(m["smoothed"] for m in last) / 20 > 0.7
+    assert all(m["r(o)"] == 1 and m["tied"] == 1 for m in logs["rlvr"])
     assert logs["sft"][-1]["logp_y"] > -1
 
 
@@ -693,9 +706,10 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert code == 0, output
     run = tmp_path / "runs/a"
     assert (run / "samples/step_0.png").exists() and (run / "samples/step_1.png").exists()
+    assert "Answers, before and after" in (run / "report.html").read_text() and "runs/a/report.html" in output
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["rollouts"] == 3 and config["versions"]["torch"] and config["prompts"]["scene_grounding"]
-    assert "loss" in lines(run)[1] and "N-acc strict" in lines(run)[0]["eval"]
+    assert "loss" in lines(run)[1] and "N-acc" in lines(run)[0]["eval"]
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     reloaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "checkpoints/step_1")
     ours = load_model(run / "checkpoints/step_1")
@@ -709,7 +723,8 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert code == 0 and "step 0    step 1    step 2" in output, output     # the table has what was before, too
     text = (run / "metrics.jsonl").read_text()
     kept = [line for line in text.splitlines() if not ('"eval"' in line and '"step": 2' in line)]
-    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))     # killed in the last evaluation
+    old = "".join(line + "\n" for line in kept).replace('"N-acc"', '"N-acc strict"').replace('"r(o)"', '"r_rollouts"')
+    (run / "metrics.jsonl").write_text(old)     # killed in the last evaluation, by a version with other names
     code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
     assert code == 0 and (run / "metrics.jsonl").read_text() == text and "is finished" not in output, output
     code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
@@ -759,7 +774,7 @@ def test_a_signal_in_the_middle_loses_nothing(tmp_path, one_rank, monkeypatch, n
     import rollout
     monkeypatch.chdir(tmp_path)
     flags = [*SMALL, "--steps", "3", "--model", str(ROOT / "assets/tiny"), "--eval-data", "scenes:val", "--eval-examples",
-             "6", "--eval-every", "2", "--onednn"]
+             "6", "--eval-every", "2"]
 
     def start(*more):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
@@ -864,6 +879,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert output.index("stopping: the step at work is left, and what is complete is saved") < output.index("stopped at step")
     assert process.returncode == 0 and "stopped at step" in output, output
+    assert (tmp_path / "runs/long/curves.png").exists() and (tmp_path / "runs/long/report.html").exists()
     step = lines(tmp_path / "runs/long")[-1]["step"]
     folder = tmp_path / f"runs/long/checkpoints/step_{step}"
     state = read_state(folder)
