@@ -259,8 +259,8 @@ def test_a_budget_is_the_first_examples_of_train():
     source = load("photos:train640")
     examples = take(source, range(640, 1280), seed=7)          # the second epoch
     assert {example.id for example in examples} == {f"photos:train/{i}" for i in range(640)}
-    assert len({(example.question, example.image.tobytes()) for example in examples}) == 640
-    assert load("photos:train6400")[639].image == load("photos:train")[639].image
+    assert len({(example.question, example.images[0].tobytes()) for example in examples}) == 640
+    assert load("photos:train6400")[639].images[0] == load("photos:train")[639].images[0]
     assert load("photos:train6400").fingerprint != source.fingerprint
 
 
