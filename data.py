@@ -123,7 +123,7 @@ class Processor:
         settings = image_settings(folder, self.config)
         self.min_pixels = min_pixels or settings["min_pixels"]
         self.max_pixels = max_pixels or settings["max_pixels"]
-        if self.min_pixels > self.max_pixels:
+        if (min_pixels or max_pixels) and self.min_pixels > self.max_pixels:
             raise Mistake(f"--min-pixels {self.min_pixels:,} is more than --max-pixels "
                           f"{self.max_pixels:,}; where one is not given, it is that of {folder}")
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
