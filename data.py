@@ -113,14 +113,19 @@ class Prompt:
 
 
 class Processor:
-    """Makes prompts by a model folder's tokenizer, chat template and image settings."""
-    def __init__(self, folder):
+    """Makes prompts by a model folder's tokenizer, chat template and image settings. min_pixels,
+    max_pixels: of a picture as the model sees it; 0: the folder's own."""
+    def __init__(self, folder, min_pixels: int = 0, max_pixels: int = 0):
         folder = local_folder(folder)
         self.config = Config.from_json(folder / "config.json")
         self.eos_ids = read_eos_ids(folder, self.config)
         self.tokenizer = load_tokenizer(folder, self.config, self.eos_ids)
         settings = image_settings(folder, self.config)
-        self.min_pixels, self.max_pixels = settings["min_pixels"], settings["max_pixels"]
+        self.min_pixels = min_pixels or settings["min_pixels"]
+        self.max_pixels = max_pixels or settings["max_pixels"]
+        if (min_pixels or max_pixels) and self.min_pixels > self.max_pixels:
+            raise Mistake(f"--min-pixels {self.min_pixels:,} is more than --max-pixels "
+                          f"{self.max_pixels:,}; where one is not given, it is that of {folder}")
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
         # (x / 255 − mean) / std = x · scale − shift
         self.scale, self.shift = 1 / (255 * std), mean / std
@@ -181,8 +186,9 @@ class Processor:
             tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
             tokens += [self.config.image_token_id] * count
         position = mrope_positions(tokens, grids, self.config.image_token_id, merge)
+        shrunk = images[0].width if task.frame and images else None     # by --max-pixels
         return Prompt(example, tokens, position, patches, grids, answer, images,
-                      self.config.boxes_in)
+                      self.config.boxes_in or shrunk)
 
     def check_label(self, example: Example, sizes: Sequence[tuple[int, int]], style: str,
                     longest: int, max_row_tokens: int = 0, sampled: bool = True,
@@ -204,7 +210,8 @@ class Processor:
         y = label_text(example.task, answer, style, example.thought)
         tokens = self.encode(y)
         if (back := self.decode(tokens)) != y:
-            points, most = (score(example.task, text, answer, self.config.boxes_in).total
+            shrunk = seen[0][0] if task.frame and seen else None
+            points, most = (score(example.task, text, answer, self.config.boxes_in or shrunk).total
                             for text in (back, y))
             if points < most:
                 raise ValueError("no rollout can equal the label: its text comes back from its "
@@ -218,8 +225,12 @@ class Processor:
             rollout = longest if sampled else 1
             response = label + rollout if thought else max(label, rollout)
             if count + response > max_row_tokens:
+                taken = sum(width * height // side ** 2 for width, height in seen)
+                left = (max_row_tokens - response - count + taken) // max(1, len(seen))
+                smaller = f"; --max-pixels {left * side ** 2} makes its pictures small enough"
                 raise ValueError(f"its prompt of {count} tokens, and a response of {response}, "
-                                 f"exceed --max-row-tokens {max_row_tokens}")
+                                 f"exceed --max-row-tokens {max_row_tokens}"
+                                 + smaller * (taken > 0 and left > 0))
         odd = f"labels are longer than --max-new-tokens {longest}, which no rollout can equal"
         return [(odd, f"y has {label} tokens")] if label > longest else []
 

@@ -88,6 +88,8 @@ class Options:
     columns: str = option("", "what is answered", "as in train.py: FIELD=NAME,… for columns with other names")
     box_format: str = option("xyxy", "what is answered", "as in train.py", FORMATS)
     box_units: str = option("pixels", "what is answered", "as in train.py", UNITS)
+    min_pixels: int = option(0, "what is answered", "as in train.py; a run's own are in its checkpoints", least=0)
+    max_pixels: int = option(0, "what is answered", "as in train.py", least=0)
     skip_bad_rows: bool = option(False, "what is answered", "leave out rows that cannot be used, and list them")
     limit: int = option(0, "what is answered", "the first LIMIT examples only (0: all)", least=0)
     image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
@@ -369,7 +371,8 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
         image = open_image(picture_file(cfg.image, Path()), rotate=True)
     except ValueError as error:
         raise Mistake(f"--image {cfg.image}: {error}") from None
-    processor, limit = Processor(model.folder), longest_answer(cfg, model)
+    processor = Processor(model.folder, cfg.min_pixels, cfg.max_pixels)
+    limit = longest_answer(cfg, model)
     asked = 0
     for question in questions() if cfg.question is None else [cfg.question]:
         try:
@@ -430,7 +433,8 @@ def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
             "data": f"{cfg.data} ({source.fingerprint})", "columns": cfg.columns, "task": cfg.task or task,
             "masks": cfg.masks and f"{cfg.masks} ({weights(Path(cfg.masks))})",
             "code of the rewards": digest(*((Path(__file__).parent / name).read_bytes() for name in JUDGES)),
-            "precision": cfg.precision, "max_new_tokens": longest_answer(cfg, model),
+            "pixels": [cfg.min_pixels, cfg.max_pixels], "precision": cfg.precision,
+            "max_new_tokens": longest_answer(cfg, model),
             "repetition_penalty": cfg.repetition_penalty}
 
 
@@ -476,7 +480,8 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
     with writing(path), open(path, "a") as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):     # interrupted in the middle of a line
             file.write("\n")
-        answered = evaluate(model, Processor(model.folder), examples(), longest_answer(cfg, model), cfg.sampling_batch,
+        processor = Processor(model.folder, cfg.min_pixels, cfg.max_pixels)
+        answered = evaluate(model, processor, examples(), longest_answer(cfg, model), cfg.sampling_batch,
                             cfg.repetition_penalty, segmenter)
         for at, (record, prompt) in enumerate(tqdm(answered, total=len(missing), unit="ex", disable=rank > 0)):
             line = {"index": order[at], **vars(record),

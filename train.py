@@ -117,6 +117,9 @@ class Config:
     box_format: str = option("xyxy", "data", "boxes of files: xyxy, two corners; xywh, a corner, width and height",
                              FORMATS)
     box_units: str = option("pixels", "data", "their units: pixels; thousandths of the picture's sides", UNITS)
+    min_pixels: int = option(0, "data", "fewest pixels of a picture as the model sees it (0: the model's own)", least=0)
+    max_pixels: int = option(0, "data", "most pixels: less memory and time, and less to see (0: the model's own)",
+                             least=0)
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
     seed: int = option(42, "data", "seeds the order of the data, the rollouts and new adapters", least=0)
 
@@ -501,7 +504,7 @@ def set_up() -> Job:
     if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
         cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
     checkpoint, state, said = begin_or_resume(cfg, rank, device)
-    processor = Processor(checkpoint or cfg.model)
+    processor = Processor(checkpoint or cfg.model, cfg.min_pixels, cfg.max_pixels)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
     check_same(cfg, state, sources[0].fingerprint, rank, device)
@@ -510,6 +513,8 @@ def set_up() -> Job:
     merge_after(optimizers[-1], model)
     for k, optimizer in enumerate(optimizers if checkpoint else ()):
         load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
+    if cfg.min_pixels or cfg.max_pixels:        # they travel with every save
+        model.pixels = processor.min_pixels, processor.max_pixels
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     job = Job(cfg, Run(cfg, rank, world, device, state), ddp, reference, processor, optimizers, sources[0])
     for line in said:

@@ -19,10 +19,12 @@ from scipy import ndimage
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from data import Processor, Prompt, Response, Row, collate, load, pack_group
-from rewards import TASKS, label_text, user_text
+from model import load_model
+from rewards import TASKS, label_text, score, user_text
 from support import boxes, images, scenes
 from support.boxes import convert_boxes
 from support.images import open_image, smart_resize
+from support.mistakes import Mistake
 from support.sources import Example
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -68,6 +70,48 @@ def test_patches(pixels, tmp_path):
         torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-5)
         counts.add(gh * gw // 4)
     assert len(counts) > 10 and (min(counts) >= 40 if pixels else min(counts) < 10)
+
+
+def test_the_limits_of_a_picture_as_options(tmp_path):
+    """As if they stood in the folder. A saved model has them there, for every reader of it."""
+    copy_tiny(tmp_path / "given")
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    limits = {"min_pixels": 40 * 784, "max_pixels": 60 * 784}
+    (tmp_path / "given/preprocessor_config.json").write_text(json.dumps(settings | limits))
+    ours, given = Processor(TINY, *limits.values()), Processor(tmp_path / "given")
+    for width, height in SIZES[:6]:
+        for a, b in zip(ours.patches(noise(width, height))[:2], given.patches(noise(width, height))[:2]):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    with pytest.raises(Mistake, match="--min-pixels 9,999,999,999 is more than --max-pixels 12,845,056; where one is not"):
+        Processor(TINY, min_pixels=9_999_999_999)
+    model = load_model(TINY)
+    model.pixels = tuple(limits.values())
+    for _ in ("preprocessor_config.json", "processor_config.json"):
+        model.save_pretrained(tmp_path / "saved")
+        saved = Processor(tmp_path / "saved")
+        reference = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "saved")
+        assert (saved.min_pixels, saved.max_pixels) == model.pixels
+        assert reference(images=[noise(300, 90)], return_tensors="pt")["image_grid_thw"].tolist() == [
+            [1, *saved.patches(noise(300, 90))[1]]]
+        model.folder = tmp_path / "five"
+        copy_tiny(model.folder)
+        (model.folder / "preprocessor_config.json").unlink()
+        (model.folder / "processor_config.json").write_text(json.dumps({"image_processor": {
+            "image_processor_type": "Qwen2VLImageProcessor", "size": {"longest_edge": 99 * 784, "shortest_edge": 784}}}))
+        shutil.rmtree(tmp_path / "saved")
+
+
+def test_a_frame_that_is_shrunk_takes_its_limits_along():
+    """A box 6 pixels off is within 10 of an 840×840 frame, and not of one of 420×420."""
+    example = Example("1", (Image.new("RGB", (840, 840)),), "cup",
+                      '[{"bbox_2d":[100,100,300,300],"point_2d":[200,200]}]', "grounding")
+    whole, shrunk = Processor(TINY).prompt(example), Processor(TINY, max_pixels=420 * 420).prompt(example)
+    assert (whole.side, shrunk.side, shrunk.size) == (840, 420, (420, 420))
+    for prompt, accuracy in ((whole, 3), (shrunk, 2)):
+        [item] = json.loads(prompt.answer)
+        near = json.dumps([{"bbox_2d": [x + 6 for x in item["bbox_2d"]], "point_2d": item["point_2d"]}])
+        reward = score("grounding", f"<answer>{near}</answer>", prompt.answer, prompt.side)
+        assert reward.terms["accuracy"] == accuracy
 
 
 def test_folders_saved_by_transformers_5(tmp_path):

@@ -1397,6 +1397,21 @@ def test_what_was_opened_can_be_packed(family, qwen3_folder):
     assert longer > 3       # y was longer in the frame than in the picture's own pixels
 
 
+def test_a_page_that_is_too_large_is_told_what_fits(tmp_path):
+    """A value of --max-pixels with which the row is taken, and not with one image token more."""
+    Image.new("RGB", (1700, 2200), "white").save(tmp_path / "page.png")
+    path = lines_of(tmp_path, {"image": "page.png", "problem": "What is the total?", "solution": "9", "task": "docvqa"})
+
+    def fits(processor: Processor):
+        return lambda example, sizes: processor.check_label(example, sizes, "spaced", 512, 2048)
+    with pytest.raises(BadRow, match=r"exceed --max-row-tokens 2048; --max-pixels (\d+) makes its pictures small enough") as error:
+        load(path, "docvqa", fits=fits(Processor(ROOT / "assets/tiny")))
+    most = int(re.search(r"--max-pixels (\d+)", str(error.value))[1])
+    assert len(load(path, "docvqa", fits=fits(Processor(ROOT / "assets/tiny", max_pixels=most)))) == 1
+    prompt = Processor(ROOT / "assets/tiny", max_pixels=most).prompt(load(path, "docvqa")[0])
+    assert 0.9 * 2048 < len(prompt.tokens) + 512 <= 2048
+
+
 def test_rows_of_the_built_in_world_are_counted_at_the_start():
     processor = Processor(ROOT / "assets/tiny")
     assert len(train.open_data(train.Config(max_row_tokens=300), processor, "scenes:train")) == 100_000
