@@ -81,8 +81,8 @@ BENCHMARKS = {
 class Options:
     """Holds every option of eval.py."""
     model: str = option("", "what is answered", "model folder, run folder of train.py, or hub id; must be given")
-    data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, .jsonl or .parquet file, "
-                       "folder, or hub id")
+    data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, photos:SPLIT, .jsonl or "
+                       ".parquet file, folder, or hub id")
     task: str = option("", "what is answered", "task of rows that name none (without it, the benchmark's)",
                        ("", *TASKS))
     columns: str = option("", "what is answered", "as in train.py: FIELD=NAME,… for columns with other names")

@@ -110,7 +110,7 @@ class Config:
     reward_label_thinking: bool = option(False, "controls", "switches control 2 off: y earns the thinking reward too")
     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
 
-    data: str = option("scenes:train", "data", "scenes:SPLIT, .jsonl or .parquet file, folder, or hub id")
+    data: str = option("scenes:train", "data", "scenes:SPLIT, photos:SPLIT, .jsonl or .parquet file, folder, or hub id")
     task: str = option("", "data", "task of rows that name none (rewards.py), of --eval-data too", ("", *TASKS))
     columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, "
                           "choices, id, task")
