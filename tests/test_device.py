@@ -58,6 +58,8 @@ def compute(func, args, kwargs):
     goal = near_kwargs.get("device")
     if goal is not None:
         near_kwargs["device"] = torch.device("cpu")
+    if func is torch.ops.aten.bmm.dtype:        # a CPU has none: of bfloat16, added up in float32
+        near_args, func = [x.to(args[2]) for x in near_args[:2]], torch.ops.aten.bmm.default
     far = any(isinstance(t, Far) for t in tensors)
     host = [t for t in tensors if not isinstance(t, Far) and t.dim()]
     indexed = name in ("index", "index_put_", "_index_put_impl_") and isinstance(args[0], Far)
@@ -110,8 +112,8 @@ def far(monkeypatch):
     {}, {"precision": "bfloat16", "checkpoint_activations": True}, {"lora_rank": 2, "kl": 0.1, "inner_epochs": 2},
     {"label_thought": "rollout", "normaliser": "seq-mean"}])
 def test_a_step_stays_on_its_device(far, monkeypatch, settings):
-    """Sampling, rewards, update, evaluation: the same numbers as on the CPU, and few waits: one a token and three more
-    while sampling, until what was sampled is read; a dozen a micro-batch, whatever the number of layers."""
+    """Sampling, rewards, update, evaluation: the same numbers as on the CPU, and few waits: one in four tokens and three
+    more while sampling, until what was sampled is read; a dozen a micro-batch, whatever the number of layers."""
     cfg = train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=2, **settings)
     processor = Processor(TINY)
     prompts = [processor.prompt(Scenes("train")[i]) for i in range(4)]
@@ -141,7 +143,7 @@ def test_a_step_stays_on_its_device(far, monkeypatch, settings):
     monkeypatch.setattr(rollout, "collect", lambda *args: sampled.append(len(waits)) or collect(*args))
     result, tokens, answers, sampling, training, total = step(far)
     passes = 1 if cfg.inner_epochs == 1 else 4         # a second step, log-probs before it and of the reference
-    assert 0 < sampling <= cfg.max_new_tokens + 3 and 0 < training <= passes * 2 * 13
+    assert 0 < sampling <= cfg.max_new_tokens // 4 + 3 and 0 < training <= passes * 2 * 13
     plain = step(torch.device("cpu"))
     assert tokens == plain[1] and answers == plain[2]
     assert result[:2] == pytest.approx(plain[0][:2], rel=1e-2 if cfg.precision == "bfloat16" else 1e-4)
