@@ -31,9 +31,9 @@ import rewards
 import support.ranks
 import support.runs
 import train
-from data import Processor, collate, pack_group
+from data import Processor, Response, collate, pack_group
 from eval import judge
-from model import load_model, random_model
+from model import RowLayout, load_model, random_model
 from support.checkpoints import FIRST, read_state
 from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
@@ -183,9 +183,43 @@ def test_what_the_log_says_of_an_update(alone):
     assert log["rlvr_weight"] == pytest.approx(
         sum(abs(o.advantage) * len(o.tokens) for o in responses if not o.is_y) / total)
     assert log["logp_y"] == pytest.approx(float(logp[id(groups[0]), 0].sum()), rel=1e-5)   # the other y has advantage 0
-    assert log["logp_gap"] < 1e-5 and log["clipped_rollouts"] == log["clipped_y"] == 0
+    assert log["logp_gap"] <= log["logp_gap_max"] < 1e-5 and log["clipped_rollouts"] == log["clipped_y"] == 0
+    assert 0 <= log["kl_sampler"] < 1e-9
     # Of the second group y and the last rollout have no gradient, so they are in no row.
     assert tokens == sum(len(g.prompt.tokens) + sum(len(o.tokens) for o in g.responses if o.advantage) for g in groups)
+
+
+def test_means_totals_and_the_largest_are_joined_over_micro_batches(alone):
+    meter = train.Meter()
+    for values in ([1.0, 2.0], [6.0], []):
+        found = torch.tensor(values)
+        meter.take({"x": found, "x_max": found, "total": found.sum()})
+    assert meter.read(torch.device("cpu")) == {"x": 3, "x_max": 6, "total": 9}
+
+
+def test_the_first_token_of_every_response_is_trained():
+    """Its log-prob is read from the prompt's last token, and the loss weighs it as any other."""
+    model, processor = small_model()
+    prompt = processor.prompt(example(0))
+    responses = [Response([5], is_y=True), Response([7, 8, 9]), Response([6]), Response([7, 9])]
+    cfg = train.Config()
+    for o, advantage in zip(responses, (1.0, -2.0, 0.5, 3.0)):
+        o.r = o.advantage = advantage
+    mb = train.micro_batch(cfg, [(0, pack_group(prompt, responses)[0])], "cpu", idle=False)
+    logp, entropy = model(**vars(mb.batch))
+    logp.retain_grad()
+    loss, _ = objective.loss(cfg, logp=logp, old_logp=logp.detach(), ref_logp=None, entropy=entropy, denominator=7,
+                             segment=mb.batch.segment, tokens=7, responses=4, step=0, steps=1, **mb.terms)
+    loss.backward()
+    segment, position = mb.batch.segment[0], mb.batch.position
+    first = [segment.tolist().index(s) for s in (1, 2, 3, 4)]
+    assert logp.grad[0, first].tolist() == pytest.approx([-1 / 7, 2 / 7, -0.5 / 7, -3 / 7])
+    P = len(prompt.tokens)
+    with torch.no_grad():
+        x = model.embed(mb.batch.tokens[:, :P], mb.batch.patches, mb.batch.grids)
+        hidden = model.decode(x, position[:, :, :P], RowLayout(mb.batch.segment[:, :P]).attend)
+        expected = model.logits(hidden[0, -1]).log_softmax(-1)[[5, 7, 6, 7]]
+    torch.testing.assert_close(logp.detach()[0, first], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("zeros", ["y", "some", "whole groups", "all"])
