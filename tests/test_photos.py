@@ -26,7 +26,7 @@ SHOWN = range(30)                           # examples of a split
 
 def write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> None:
     header = struct.pack(f">{1 + array.ndim}I", magic or 0x800 + array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0))
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +114,10 @@ SOUND = struct.pack(">2I", 0x801, 200) + bytes(range(10)) * 20
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"no gzip", gzip.compress(b""), gzip.compress(SOUND)[:-12], gzip.compress(SOUND[:-1]),
-    gzip.compress(SOUND + b"0"), gzip.compress(b"\1" + SOUND[1:]),
-    gzip.compress(struct.pack(">2I", 0x801, 2 ** 32 - 1) + SOUND[8:]),
-    gzip.compress(SOUND[:8] + bytes(200))])
+    b"", b"no gzip", gzip.compress(b"", mtime=0), gzip.compress(SOUND, mtime=0)[:-12], gzip.compress(SOUND[:-1], mtime=0),
+    gzip.compress(SOUND + b"0", mtime=0), gzip.compress(b"\1" + SOUND[1:], mtime=0),
+    gzip.compress(struct.pack(">2I", 0x801, 2 ** 32 - 1) + SOUND[8:], mtime=0),
+    gzip.compress(SOUND[:8] + bytes(200), mtime=0)])
 def test_a_file_that_is_none_of_the_four_is_refused(folder, content):
     path = folder / "train-labels-idx1-ubyte.gz"
     path.write_bytes(content)
