@@ -17,6 +17,7 @@ Glossary
     grid       (gh, gw), the patches of a picture per column and row; an image token stands for 2×2
     B rows, T tokens of a row, P prompt tokens, S = G+1 responses, R tokens of a response, N patches
 """
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,38 +30,36 @@ from model import Config, mrope_positions
 from rewards import TASKS, Reward, earned, label_text, read_label, score, user_text
 from support import sources
 from support.answers import MAX_CHARACTERS, check_text
-from support.boxes import convert_boxes
+from support.boxes import FORMATS, UNITS, convert_boxes
 from support.folders import IMAGE_PLACEHOLDER, end_of_turn, image_settings, load_tokenizer
-from support.images import check_aspect, smart_resize
+from support.images import MARK, smart_resize
 from support.mistakes import Mistake
 from support.sources import Example
 from support.weights import local_folder, read_eos_ids
 
 
 def load(data: str, task: str = "", skip_bad_rows: bool = False, columns: str = "", fits=None,
-         flag: str = "--data"):
+         flag: str = "--data", box_format: str = FORMATS[0], box_units: str = UNITS[0]):
     """Returns the examples that a --data string names (support/sources.py), each checked. task: of
-    rows that do not say theirs; fits(example, size): a check by the model that is trained
+    rows that do not say theirs; fits(example, sizes): a check by the model that is trained
     (`Processor.check_label`), like check_example; flag: the option that gave the string."""
-    def check(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
-        return check_example(example, size) + (fits(example, size) if fits else [])
+    def check(example: Example, sizes: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+        return check_example(example) + (fits(example, sizes) if fits else [])
     rules = sources.Rules(TASKS, read_label, check, MAX_CHARACTERS)
-    source = sources.load(data, rules, task, skip_bad_rows, columns, flag)
+    source = sources.load(data, rules, task, skip_bad_rows, columns, flag, (box_format, box_units))
     if fits and isinstance(source, sources.Scenes):
         source.look_at_some(fits, f"{flag} {data}")
     return source
 
 
-def check_example(example: Example, size: tuple[int, int] | None) -> list[tuple[str, str]]:
+def check_example(example: Example) -> list[tuple[str, str]]:
     """Returns (kind of oddity, details) of each; the one oddity so far: y earns less than full
-    accuracy. Raises ValueError if the example cannot be trained or evaluated on. size: (width,
-    height) of the picture, or None. An empty answer is not known yet: it will be the box around a
-    mask."""
+    accuracy. Raises ValueError if the example cannot be trained or evaluated on. An empty answer is
+    not known yet: it will be the box around a mask."""
     check_text("id", example.id)
     check_text("question", example.question)
     check_text("thought", example.thought)
-    if size is not None:
-        check_aspect(*size)
+    check_text("system turn", example.system)
     if not example.answer:
         return []
     y = label_text(example.task, example.answer, "spaced", example.thought)
@@ -91,13 +90,21 @@ class Prompt:
     example: Example
     tokens: list[int]         # P, image placeholders included
     position: Tensor          # [3, P] M-RoPE ids
-    patches: Tensor           # [N, 3·2·14·14], N = 0 without an image
-    grids: list[tuple[int, int]]    # (gh, gw) patches, one entry or none
+    patches: Tensor           # [N, 3·2·14·14] of one image after the other, N = 0 without any
+    grids: list[tuple[int, int]]    # (gh, gw) patches of each
     answer: str               # the label's answer, boxes in the frame
-    size: tuple[int, int] = (0, 0)              # (width, height) of the frame
-    original_size: tuple[int, int] = (0, 0)     # and before
-    image: Image.Image | None = field(default=None, repr=False)     # of the frame's size
+    images: list[Image.Image] = field(default_factory=list, repr=False)     # of the frame's size
     side: int | None = None   # of the frame, if the model has one of its own (Qwen3-VL: 1000)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Returns (width, height) of the frame of the first image; boxes have no other."""
+        return self.images[0].size if self.images else (0, 0)
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """Returns its size before."""
+        return self.example.images[0].size if self.example.images else (0, 0)
 
     @property
     def next_position(self) -> int:
@@ -106,14 +113,19 @@ class Prompt:
 
 
 class Processor:
-    """Makes prompts by a model folder's tokenizer, chat template and image settings."""
-    def __init__(self, folder):
+    """Makes prompts by a model folder's tokenizer, chat template and image settings. min_pixels,
+    max_pixels: of a picture as the model sees it; 0: the folder's own."""
+    def __init__(self, folder, min_pixels: int = 0, max_pixels: int = 0):
         folder = local_folder(folder)
         self.config = Config.from_json(folder / "config.json")
         self.eos_ids = read_eos_ids(folder, self.config)
         self.tokenizer = load_tokenizer(folder, self.config, self.eos_ids)
         settings = image_settings(folder, self.config)
-        self.min_pixels, self.max_pixels = settings["min_pixels"], settings["max_pixels"]
+        self.min_pixels = min_pixels or settings["min_pixels"]
+        self.max_pixels = max_pixels or settings["max_pixels"]
+        if (min_pixels or max_pixels) and self.min_pixels > self.max_pixels:
+            raise Mistake(f"--min-pixels {self.min_pixels:,} is more than --max-pixels "
+                          f"{self.max_pixels:,}; where one is not given, it is that of {folder}")
         mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
         # (x / 255 − mean) / std = x · scale − shift
         self.scale, self.shift = 1 / (255 * std), mean / std
@@ -138,58 +150,68 @@ class Processor:
                             a=merge, b=merge, y=p, x=p)
         return repeat(patches, "n c y x -> n (c t y x)", t=t), (height // p, width // p), image
 
-    def chat(self, text: str, with_image: bool) -> str:
-        """Returns the prompt as text: the user's turn, the image first, and the start of the
-        model's."""
-        content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    def chat(self, example: Example, images: int) -> str:
+        """Returns the prompt as text: the system turn if there is one, the user's turn, and the
+        start of the model's. The images stand at the marks in the question, or all of them
+        first."""
+        text, content = user_text(example.task, example.question), []
+        pieces = text.split(MARK) if MARK in example.question else [*[""] * images, text]
+        for number, piece in enumerate(pieces):
+            content += [{"type": "image"}] * (number > 0)
+            content += [{"type": "text", "text": piece}] * bool(piece)
+        turns = [{"role": "system", "content": example.system}] * bool(example.system) + [
+            {"role": "user", "content": content}]
+        written = self.tokenizer.apply_chat_template(turns, tokenize=False,
+                                                     add_generation_prompt=True)
+        if example.system not in written:
+            raise ValueError("the model's chat template leaves out the system turn")
+        return written
 
     def prompt(self, example: Example) -> Prompt:
-        """Returns the prompt of an example, its picture in patches and its boxes in the frame."""
-        text = user_text(example.task, example.question)
-        check_text("question", text)
-        original, answer = example.image, example.answer
-        image, patches, grids = None, torch.empty(0, 0), []
-        if original is not None:
-            patches, grid, image = self.patches(original, TASKS[example.task].frame)
-            grids = [grid]
+        """Returns the prompt of an example, its images in patches and its boxes in the frame."""
+        check_text("question", user_text(example.task, example.question))
+        task, answer = TASKS[example.task], example.answer
+        made = [self.patches(image, task.frame) for image in example.images]
+        patches = joined([patches for patches, _, _ in made])
+        grids, images = [grid for _, grid, _ in made], [image for _, _, image in made]
+        if task.boxes and images:
             if parts := self.config.boxes_in:
-                image = image.resize((parts, parts))
-            if TASKS[example.task].boxes:
-                answer = convert_boxes(answer, original.size, image.size)
+                images = [image.resize((parts, parts)) for image in images]
+            answer = convert_boxes(answer, example.images[0].size, images[0].size)
         merge = self.config.vision_spatial_merge_size
         image_tokens = [gh * gw // merge ** 2 for gh, gw in grids]
         tokens = []
-        pieces = self.chat(text, bool(grids)).split(IMAGE_PLACEHOLDER)
+        pieces = self.chat(example, len(grids)).split(IMAGE_PLACEHOLDER)
         for piece, count in zip(pieces, [*image_tokens, 0], strict=True):
             tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
             tokens += [self.config.image_token_id] * count
         position = mrope_positions(tokens, grids, self.config.image_token_id, merge)
-        sizes = (image.size, original.size) if image else ((0, 0), (0, 0))
-        return Prompt(example, tokens, position, patches, grids, answer, *sizes, image,
-                      self.config.boxes_in)
+        shrunk = images[0].width if task.frame and images else None     # by --max-pixels
+        return Prompt(example, tokens, position, patches, grids, answer, images,
+                      self.config.boxes_in or shrunk)
 
-    def check_label(self, example: Example, size: tuple[int, int] | None, style: str,
+    def check_label(self, example: Example, sizes: Sequence[tuple[int, int]], style: str,
                     longest: int, max_row_tokens: int = 0, sampled: bool = True,
                     thought: bool = False) -> list[tuple[str, str]]:
         """Returns what is odd, as check_example does: y is longer than a rollout. Raises ValueError
         if the text that comes back from y's own tokens earns less than y, so that no rollout can
         equal it; or if the prompt with y, or with a rollout of `longest` tokens, exceeds
-        max_row_tokens (0: no limit). size: (width, height) of the picture, which is not decoded for
-        this. style: of y. sampled: there are rollouts. thought: y may have the thought of one."""
-        task, answer, seen = TASKS[example.task], example.answer, size
-        if size is not None:
-            side = self.config.vision_patch_size * self.config.vision_spatial_merge_size
-            width, height = task.frame or size
-            seen = smart_resize(height, width, side, self.min_pixels, self.max_pixels)[::-1]
-            if task.boxes:      # no answer yet: the box around a mask, at most so many digits
-                parts, answer = self.config.boxes_in, answer or task.read([*size, *size], None)
-                answer = convert_boxes(answer, size, (parts, parts) if parts else seen)
+        max_row_tokens (0: no limit). sizes: (width, height) of the pictures, which are not decoded
+        for this. style: of y. sampled: there are rollouts. thought: y may have the thought of
+        one."""
+        task, answer = TASKS[example.task], example.answer
+        side = self.config.vision_patch_size * self.config.vision_spatial_merge_size
+        seen = [smart_resize(height, width, side, self.min_pixels, self.max_pixels)[::-1]
+                for width, height in (task.frame or size for size in sizes)]
+        if task.boxes and sizes:    # no answer yet: the box around a mask, at most so many digits
+            [size], parts = sizes, self.config.boxes_in
+            answer = answer or task.read([*size, *size], None)
+            answer = convert_boxes(answer, size, (parts, parts) if parts else seen[0])
         y = label_text(example.task, answer, style, example.thought)
         tokens = self.encode(y)
         if (back := self.decode(tokens)) != y:
-            points, most = (score(example.task, text, answer, self.config.boxes_in).total
+            shrunk = seen[0][0] if task.frame and seen else None
+            points, most = (score(example.task, text, answer, self.config.boxes_in or shrunk).total
                             for text in (back, y))
             if points < most:
                 raise ValueError("no rollout can equal the label: its text comes back from its "
@@ -197,14 +219,18 @@ class Processor:
                                  f"{most:g}; it was {y[:99]!a}")
         label = len(tokens)
         if max_row_tokens:
-            pieces = self.chat(user_text(example.task, example.question), size is not None)
+            pieces = self.chat(example, len(sizes))
             count = len(self.tokenizer(pieces, add_special_tokens=False).input_ids)
-            count += seen[0] * seen[1] // side ** 2 - 1 if seen else 0
+            count += sum(width * height // side ** 2 - 1 for width, height in seen)
             rollout = longest if sampled else 1
             response = label + rollout if thought else max(label, rollout)
             if count + response > max_row_tokens:
+                taken = sum(width * height // side ** 2 for width, height in seen)
+                left = (max_row_tokens - response - count + taken) // max(1, len(seen))
+                smaller = f"; --max-pixels {left * side ** 2} makes its pictures small enough"
                 raise ValueError(f"its prompt of {count} tokens, and a response of {response}, "
-                                 f"exceed --max-row-tokens {max_row_tokens}")
+                                 f"exceed --max-row-tokens {max_row_tokens}"
+                                 + smaller * (taken > 0 and left > 0))
         odd = f"labels are longer than --max-new-tokens {longest}, which no rollout can equal"
         return [(odd, f"y has {label} tokens")] if label > longest else []
 
@@ -313,6 +339,12 @@ def collate(rows: list[Row], device="cpu") -> Batch:
 
 
 def collate_images(prompts: list[Prompt], device="cpu") -> tuple[Tensor, list[tuple[int, int]]]:
-    with_image = [p.patches for p in prompts if len(p.patches)]
-    patches = torch.cat(with_image) if with_image else torch.empty(0, 0)
+    patches = joined([p.patches for p in prompts if len(p.patches)])
     return patches.to(device), [grid for p in prompts for grid in p.grids]
+
+
+def joined(patches: list[Tensor]) -> Tensor:
+    """Returns patches of images as one tensor. A single one is not copied."""
+    if len(patches) < 2:
+        return patches[0] if patches else torch.empty(0, 0)
+    return torch.cat(patches)

@@ -38,11 +38,11 @@ from rollout import generate
 from support import report, scenes
 from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinking_format, parse_boxes,
                              parse_json, parse_points, trailing_text)
-from support.boxes import (box_hit, box_mask, convert_boxes, hull, official_box_hit, point_hit,
-                           targets_found)
+from support.boxes import (FORMATS, UNITS, box_hit, box_mask, convert_boxes, hull, official_box_hit,
+                           point_hit, targets_found)
 from support.equip import equip
 from support.files import as_json, replace_file, writing
-from support.images import check_aspect, open_image, picture_file
+from support.images import marked, open_image, picture_file
 from support.log import metric_text
 from support.masks import Segmenter
 from support.mistakes import Mistake, run_main
@@ -51,9 +51,10 @@ from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
 from support.results import default_folder, read_finished, results_folder
-from support.runs import lock
+from support.runs import lock, precision_of
 from support.screen import say
 from support.sources import Example, noticed, read, stat_of
+from support.weights import local_folder
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs,
 # metrics). "answers", the mean score of the tasks without boxes, has a name of its own in each
@@ -80,11 +81,15 @@ BENCHMARKS = {
 class Options:
     """Holds every option of eval.py."""
     model: str = option("", "what is answered", "model folder, run folder of train.py, or hub id; must be given")
-    data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, .jsonl or .parquet file, "
-                       "folder, or hub id")
-    task: str = option("", "what is answered", "task of rows without a column task (without it, the benchmark's)",
+    data: str = option("scenes:test", "what is answered", "as in train.py: scenes:SPLIT, photos:SPLIT, .jsonl or "
+                       ".parquet file, folder, or hub id")
+    task: str = option("", "what is answered", "task of rows that name none (without it, the benchmark's)",
                        ("", *TASKS))
     columns: str = option("", "what is answered", "as in train.py: FIELD=NAME,… for columns with other names")
+    box_format: str = option("xyxy", "what is answered", "as in train.py", FORMATS)
+    box_units: str = option("pixels", "what is answered", "as in train.py", UNITS)
+    min_pixels: int = option(0, "what is answered", "as in train.py; a run's own are in its checkpoints", least=0)
+    max_pixels: int = option(0, "what is answered", "as in train.py", least=0)
     skip_bad_rows: bool = option(False, "what is answered", "leave out rows that cannot be used, and list them")
     limit: int = option(0, "what is answered", "the first LIMIT examples only (0: all)", least=0)
     image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
@@ -95,7 +100,8 @@ class Options:
     repetition_penalty: float = option(1.0, "how", "the authors' scripts inherit 1.05 from the model's "
                                        "generation_config", above=0)
     sampling_batch: int = option(64, "how", "prompts answered together; any value gives the same answers", least=1)
-    precision: str = option("float32", "how", "of the weights, as in train.py", ("float32", "bfloat16"))
+    precision: str = option("", "how", "of the weights (default: a run's own, else float32)",
+                            ("", "float32", "bfloat16"))
 
     benchmark: str = option("", "output", "shows that benchmark's metrics", ("", *BENCHMARKS))
     masks: str = option("", "output", "SAM 2 folder or hub id; without it filled boxes stand in for masks")
@@ -124,13 +130,14 @@ def is_tiny(model: Qwen2_5_VL) -> bool:
     return model.config.vocab_size < 1000
 
 
-def unknown_to(model: Qwen2_5_VL, question: str, size: tuple[int, int]) -> list[str]:
+def unknown_to(model: Qwen2_5_VL, example: Example) -> list[str]:
     """Returns what to say if the tiny model is asked for what it cannot know; nothing for any other
-    model. size: (width, height) of the picture, (0, 0) without one."""
-    words = re.findall(r"[^\W\d_]+", question)
+    model."""
+    words = re.findall(r"[^\W\d_]+", example.question)
     foreign = [f"the word {word!r}" for word in words if word.lower() not in WORDS][:1]
-    if size not in ((0, 0), (scenes.SIZE, scenes.SIZE)):
-        foreign.append(f"a picture of {size[0]}×{size[1]} pixels")
+    foreign += ["a picture of {}×{} pixels".format(*image.size) for image in example.images
+                if image.size != (scenes.SIZE, scenes.SIZE)][:1]
+    foreign += ["several pictures"] * (len(example.images) > 1)
     if not foreign or not is_tiny(model):
         return []
     return [f"the tiny model knows the built-in world alone, and not {' and '.join(foreign)}: what it makes of it says "
@@ -162,7 +169,7 @@ class Record:
     predicted: list[dict]
     truth: list[dict]
     size: tuple[int, int]              # (width, height) of the frame the model saw
-    original_size: tuple[int, int]     # and of the picture
+    original_size: tuple[int, int]     # and of the picture; of several, the first
     official_boxes: list = field(default_factory=list)    # what the authors' scripts read in the answer, in the
     official_points: list = field(default_factory=list)   # pixels of the picture (`official_reading`)
     true_box: list | None = None       # around the truth, in the pixels of the picture; None: there is nothing
@@ -282,8 +289,8 @@ def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_ne
         objects = [[{"bbox_2d": b, "point_2d": xy} for b, xy in zip(r.official_boxes, r.official_points)]
                    for r, _ in boxed]
         if segmenter and boxed:
-            images = [p.example.image for _, p in boxed]
-            masks = segmenter(images, objects)       # type: ignore[arg-type]      # boxes have a picture
+            images = [p.example.images[0] for _, p in boxed]
+            masks = segmenter(images, objects)
         else:
             masks = [box_mask(items, p.original_size) for items, (_, p) in zip(objects, boxed)]
         for mask, (record, prompt) in zip(masks, boxed):
@@ -362,22 +369,24 @@ def predict(cfg: Options, model: Qwen2_5_VL) -> None:
     task = cfg.task or ("scene_grounding" if is_tiny(model) else "grounding")
     try:
         image = open_image(picture_file(cfg.image, Path()), rotate=True)
-        check_aspect(*image.size)
     except ValueError as error:
         raise Mistake(f"--image {cfg.image}: {error}") from None
-    processor, limit = Processor(model.folder), longest_answer(cfg, model)
+    processor = Processor(model.folder, cfg.min_pixels, cfg.max_pixels)
+    limit = longest_answer(cfg, model)
     asked = 0
     for question in questions() if cfg.question is None else [cfg.question]:
         try:
             check_text("question", question)
             if len(question) > MAX_CHARACTERS:
                 raise ValueError(f"the question has more than {MAX_CHARACTERS:,} characters")
+            text = marked(question, 1)
         except ValueError as error:
             raise Mistake(f"--question: {error}") from None
         asked += 1
-        for line in unknown_to(model, question, image.size) if asked == 1 else ():
+        example = Example("photo", (image,), text, "[]" if TASKS[task].boxes else "", task)
+        for line in unknown_to(model, example) if asked == 1 else ():
             say(line)
-        prompt = processor.prompt(Example("photo", image, question, "[]" if TASKS[task].boxes else "", task))
+        prompt = processor.prompt(example)
         penalty = RepetitionPenalty(cfg.repetition_penalty, [prompt.tokens])
         [[answer]] = generate(model, [prompt], limit, adjust=penalty)
         response = processor.decode(answer.tokens)
@@ -424,7 +433,8 @@ def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
             "data": f"{cfg.data} ({source.fingerprint})", "columns": cfg.columns, "task": cfg.task or task,
             "masks": cfg.masks and f"{cfg.masks} ({weights(Path(cfg.masks))})",
             "code of the rewards": digest(*((Path(__file__).parent / name).read_bytes() for name in JUDGES)),
-            "precision": cfg.precision, "max_new_tokens": longest_answer(cfg, model),
+            "pixels": [cfg.min_pixels, cfg.max_pixels], "precision": cfg.precision,
+            "max_new_tokens": longest_answer(cfg, model),
             "repetition_penalty": cfg.repetition_penalty}
 
 
@@ -470,14 +480,15 @@ def answer_data(cfg: Options, model: Qwen2_5_VL, source, rank: int, world: int, 
     with writing(path), open(path, "a") as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):     # interrupted in the middle of a line
             file.write("\n")
-        answered = evaluate(model, Processor(model.folder), examples(), longest_answer(cfg, model), cfg.sampling_batch,
+        processor = Processor(model.folder, cfg.min_pixels, cfg.max_pixels)
+        answered = evaluate(model, processor, examples(), longest_answer(cfg, model), cfg.sampling_batch,
                             cfg.repetition_penalty, segmenter)
         for at, (record, prompt) in enumerate(tqdm(answered, total=len(missing), unit="ex", disable=rank > 0)):
             line = {"index": order[at], **vars(record),
                     "predicted_original_frame": original_frame(record.predicted, prompt)}
             file.write(as_json(line))
             file.flush()
-            for said in unknown_to(model, record.question, prompt.original_size) if at == rank == 0 else ():
+            for said in unknown_to(model, prompt.example) if at == rank == 0 else ():
                 say(said)
             if len(drawn) < 12:
                 drawn.append((record, prompt))
@@ -495,7 +506,7 @@ def finish(cfg: Options, out: Path, settings: dict, numbers: range, bad: list[st
     for part in out.glob("records.rank*.jsonl"):
         part.unlink()
     metrics = summarise([record_of(lines[n]) for n in numbers if n in lines])
-    say(table({f"{cfg.model} on {cfg.data}": metrics}, shown))
+    say(table({f"{cfg.model} on {cfg.data}, {cfg.precision}": metrics}, shown))
     if metrics["gIoU"] is not None and not cfg.masks and {"gIoU", "anomaly accuracy"} & set(shown):
         say("filled boxes stand in for masks (--masks)")
     if bad:
@@ -519,8 +530,11 @@ def main() -> None:
     rank, world, device = start_ranks()
     torch.set_grad_enabled(False)
     task, _ = BENCHMARKS.get(cfg.benchmark, ("", SHOWN))
-    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns)
-    model = load_model(cfg.model, getattr(torch, cfg.precision), device)
+    source = None if cfg.image else load(cfg.data, cfg.task or task, cfg.skip_bad_rows, cfg.columns,
+                                         box_format=cfg.box_format, box_units=cfg.box_units)
+    folder = local_folder(cfg.model)
+    cfg.precision = cfg.precision or precision_of(folder)
+    model = load_model(folder, getattr(torch, cfg.precision), device)
     equip(model)
     if source is not None:
         answer_data(cfg, model, source, rank, world, device)

@@ -464,6 +464,7 @@ class Qwen2_5_VL(nn.Module):
         banned[[getattr(config, name) for name in VISION_TOKENS]] = True
         self.register_buffer("banned", banned, persistent=False)                # [V]
         self.folder: Path | None = None     # its config and tokenizer travel with every save
+        self.pixels: tuple[int, int] | None = None      # and these limits of a picture, if given
         self.eos_ids: tuple[int, ...] = ()  # every id that ends a response (generation_config.json)
 
     @staticmethod

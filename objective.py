@@ -98,7 +98,7 @@ def logged_of_loss(method: "Method", *, logp: Tensor, sampled_logp: Tensor, entr
     y, rollouts = (weight > 0) & is_y, (weight > 0) & ~is_y
     logp_y = (logp * y).sum(1)[y.any(1)]
     if not method.rollouts:
-        return {"logp_y": logp_y, "entropy": entropy[y]}
+        return {"logp_y": logp_y, "entropy_y": entropy[y]}
     size = (weight * advantage.abs()).double() / denominator    # of the two terms of Eq. 9
     gap = (logp - sampled_logp).abs()[rollouts]
     return {"logp_y": logp_y, "logp_gap": gap, "logp_gap_max": gap,

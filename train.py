@@ -45,10 +45,11 @@ from model import Qwen2_5_VL, load_model
 from rewards import (LABEL_STYLES, TASKS, borrowed_thought, full_accuracy, label_reward, label_text,
                      reward_group)
 from rollout import generate, uniforms
+from support.boxes import FORMATS, UNITS
 from support.checkpoints import load_optimizer, newest_checkpoint
 from support.equip import equip
 from support.log import Meter, measure_groups, memory_line
-from support.lora import PARTS, merge_after
+from support.lora import PARTS, merge_after, without_adapters
 from support.mistakes import Mistake, run_main
 from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr
@@ -108,10 +109,16 @@ class Config:
     reward_label_thinking: bool = option(False, "controls", "switches control 2 off: y earns the thinking reward too")
     smoothing: bool = option(True, "controls", "control 3: r(y) := mean r(o) once a rollout is as good as y")
 
-    data: str = option("scenes:train", "data", "scenes:SPLIT, .jsonl or .parquet file, folder, or hub id")
-    task: str = option("", "data", "task of rows without a column task (rewards.py), of --eval-data too", ("", *TASKS))
+    data: str = option("scenes:train", "data", "scenes:SPLIT, photos:SPLIT, .jsonl or .parquet file, folder, or hub id")
+    task: str = option("", "data", "task of rows that name none (rewards.py), of --eval-data too", ("", *TASKS))
     columns: str = option("", "data", "FIELD=NAME,… for columns with other names; fields: question, answer, image, "
-                          "choices, id")
+                          "choices, id, task")
+    box_format: str = option("xyxy", "data", "boxes of files: xyxy, two corners; xywh, a corner, width and height",
+                             FORMATS)
+    box_units: str = option("pixels", "data", "their units: pixels; thousandths of the picture's sides", UNITS)
+    min_pixels: int = option(0, "data", "fewest pixels of a picture as the model sees it (0: the model's own)", least=0)
+    max_pixels: int = option(0, "data", "most pixels: less memory and time, and less to see (0: the model's own)",
+                             least=0)
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be used, and list them")
     seed: int = option(42, "data", "seeds the order of the data, the rollouts and new adapters", least=0)
 
@@ -358,12 +365,13 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
     device = ddp.module.lm_head.weight.device
     batches, of_batch, by_entropy = pack(cfg, groups, device, step)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
-    for mb in batches:
-        with torch.no_grad():
-            if cfg.inner_epochs > 1:
-                mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
-            if reference is not None:
-                mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
+    with torch.no_grad():
+        for mb in batches if cfg.inner_epochs > 1 else ():
+            mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
+        if reference is not None:
+            with without_adapters(reference):
+                for mb in batches:
+                    mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
     for epoch in range(cfg.inner_epochs):
         loss_sum = 0.0
         for i, mb in enumerate(batches):
@@ -401,7 +409,7 @@ class Job:
     cfg: Config
     run: Run                              # keeps the book
     ddp: DistributedDataParallel          # the loss goes through this, sampling through ddp.module
-    reference: Qwen2_5_VL | None          # frozen, for --kl
+    reference: Qwen2_5_VL | None          # for --kl: a frozen model, or the policy without adapters
     processor: Processor
     optimizers: list
     source: Source                        # of examples, to train on
@@ -481,10 +489,10 @@ def open_data(cfg: Config, processor: Processor, data: str):
     """Opens --data or --eval-data, by the same options."""
     flag = "--data" if data == cfg.data else "--eval-data"
 
-    def fits(example, size) -> list[tuple[str, str]]:
-        return processor.check_label(example, size, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens, cfg.G > 0,
-                                     cfg.label_thought == "rollout")
-    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag)
+    def fits(example, sizes) -> list[tuple[str, str]]:
+        return processor.check_label(example, sizes, cfg.label_style, cfg.max_new_tokens, cfg.max_row_tokens,
+                                     cfg.G > 0, cfg.label_thought == "rollout")
+    return load(data, cfg.task, cfg.skip_bad_rows, cfg.columns, fits, flag, cfg.box_format, cfg.box_units)
 
 
 def set_up() -> Job:
@@ -495,7 +503,7 @@ def set_up() -> Job:
     if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
         cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
     checkpoint, state, said = begin_or_resume(cfg, rank, device)
-    processor = Processor(checkpoint or cfg.model)
+    processor = Processor(checkpoint or cfg.model, cfg.min_pixels, cfg.max_pixels)
     # Before the model: a bad row is sooner found.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
     check_same(cfg, state, sources[0].fingerprint, rank, device)
@@ -504,6 +512,8 @@ def set_up() -> Job:
     merge_after(optimizers[-1], model)
     for k, optimizer in enumerate(optimizers if checkpoint else ()):
         load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
+    if cfg.min_pixels or cfg.max_pixels:        # they travel with every save
+        model.pixels = processor.min_pixels, processor.max_pixels
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     job = Job(cfg, Run(cfg, rank, world, device, state), ddp, reference, processor, optimizers, sources[0])
     for line in said:
@@ -517,7 +527,8 @@ def set_up() -> Job:
 
 def make_models(cfg: Config, checkpoint: Path | None, base: str, device
                 ) -> tuple[Qwen2_5_VL, Qwen2_5_VL | None]:
-    """Returns the policy, and the frozen reference of --kl. base: the digest of --model."""
+    """Returns the policy, and the frozen reference of --kl, which with LoRA is the policy without
+    its adapters. base: the digest of --model."""
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
@@ -527,7 +538,7 @@ def make_models(cfg: Config, checkpoint: Path | None, base: str, device
         torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
     if not cfg.kl:
         return model, None
-    return model, load_model(cfg.model, dtype, device).requires_grad_(False)
+    return model, model if cfg.lora_rank else load_model(cfg.model, dtype, device).requires_grad_(False)
 
 
 def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
@@ -553,10 +564,12 @@ def introduce(job: Job, sources: list[Source], checkpoint: Path | None) -> None:
     reward = label_reward(example.task, y, prompt.answer, cfg.reward_label_thinking, prompt.side)
     terms = ", ".join(f"{name} {points:g}" for name, points in reward.terms.items())
     side = job.processor.config.vision_patch_size
-    seen = f"picture of {prompt.grids[0][1] * side}×{prompt.grids[0][0] * side}" if prompt.grids else "no picture"
+    sizes = ", ".join(f"{gw * side}×{gh * side}" for gh, gw in prompt.grids)
+    seen = f"picture{'s' * (len(prompt.grids) > 1)} of {sizes}" if sizes else "no picture"
+    system = f"  system: {example.system}\n" * bool(example.system)
     run.say(f"first example: {example.id}, task {example.task}, {seen}, {len(prompt.tokens)} tokens\n"
-            f"  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
-    for line in unknown_to(model, example.question, prompt.original_size):
+            f"{system}  question: {example.question}\n  y: {y[:400]}\n  r(y) = {reward.total:g}: {terms}")
+    for line in unknown_to(model, example):
         run.say(line)
 
 

@@ -185,7 +185,7 @@ def make_prompts(folder: Path, count: int, pixels: int, words: int) -> list[Prom
     """Different noise in each picture of pixels × pixels; (pixels / 28)² image tokens, then text."""
     processor = Processor(folder)
     picture = torch.randint(256, (count, pixels, pixels, 3), dtype=torch.uint8).numpy()
-    return [processor.prompt(Example(str(i), Image.fromarray(picture[i]), " ".join(["word"] * words), "1", "vqa"))
+    return [processor.prompt(Example(str(i), (Image.fromarray(picture[i]),), " ".join(["word"] * words), "1", "vqa"))
             for i in range(count)]
 
 
@@ -481,7 +481,7 @@ def growth(table: Table, size: str, model, folder: Path, repeats: int, quick: bo
             prompts = make_prompts(folder, now["images"], now["pixels"], now["words"])
             both = calls(prompts, now["G"], now["R"])
             if name == "G":
-                bare = [Processor(folder).prompt(Example("bare", None, "word", "1", "vqa"))]
+                bare = [Processor(folder).prompt(Example("bare", (), "word", "1", "vqa"))]
                 both |= {f"{k} alone": v for k, v in calls(bare, now["G"], now["R"]).items()}
             times = compare(both, repeats)
             table.line(f"growth with {name} = {value}", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, "

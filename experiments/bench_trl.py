@@ -76,7 +76,8 @@ def run_trl(theirs, folder, prompts: list, G: int, R: int, steps: int, reward, b
         num_generations=G, per_device_train_batch_size=G, gradient_accumulation_steps=len(prompts), max_steps=steps,
         max_completion_length=R, generation_kwargs={"min_new_tokens": R}, temperature=1.0, beta=0.0, num_iterations=1,
         learning_rate=1e-6, optim="adamw_torch", loss_type="dapo", seed=0)
-    rows = [{"prompt": [{"role": "user", "content": p.example.question}], "image": p.example.image} for p in prompts]
+    rows = [{"prompt": [{"role": "user", "content": p.example.question}], "image": p.example.images[0]}
+            for p in prompts]
     trainer = GRPOTrainer(theirs, reward_funcs=[lambda completions, **_: [
         reward(c[0]["content"] if isinstance(c, list) else c, "").total for c in completions]],
         args=config, train_dataset=Dataset.from_list(rows), processing_class=StandIn(Processor(folder), folder),

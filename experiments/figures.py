@@ -77,7 +77,7 @@ def draw_course(rows: dict[str, dict[int, dict]], names: dict[str, str], path: P
         style = look(number) | {"linestyle": STYLES[number % len(STYLES)], "markersize": 3.5,
                                 "markevery": (number % 5, 5), "linewidth": 1.2}
         for panel, name in zip(panels, names):
-            points = list(zip(*(seed["course"][name] for seed in seeds.values())))
+            points = list(zip(*(seed["course"].get(name, []) for seed in seeds.values())))
             means = [statistics.fmean(p) if None not in p else float("nan") for p in points]
             panel.plot([20 * i + 10 for i in range(len(means))], means, label=method, **style)
     for panel, title in zip(panels, names.values()):

@@ -29,7 +29,8 @@ def answer_of(model: str) -> str:
     from rollout import generate
     from support.sources import Example
     processor = Processor(model)
-    prompt = processor.prompt(Example("scene", Image.open(SCENE).convert("RGB"), QUESTION, "[]", "scene_grounding"))
+    scene = Image.open(SCENE).convert("RGB")
+    prompt = processor.prompt(Example("scene", (scene,), QUESTION, "[]", "scene_grounding"))
     [[response]] = generate(load_model(model), [prompt], 128)
     return processor.decode(response.tokens)
 

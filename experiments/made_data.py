@@ -10,9 +10,18 @@
 and the built-in world's own pictures in the layouts that other people's data comes in (docs/data.md):
 
     FOLDER/lines/         JSON lines and a folder of pictures
+    FOLDER/qwen/          JSON lines as Qwen's and VLM-R1's: conversations, the answer a box in a fence
+    FOLDER/llava/         as LLaVA and ShareGPT: conversations
+    FOLDER/swift/         as ms-swift: messages, and objects for what <ref-object> and <bbox> stand for
+    FOLDER/coco/          boxes as COCO's annotations: [x, y, width, height]
+    FOLDER/thousandths/   boxes in thousandths of the picture's sides
+    FOLDER/tasks/         several tasks, named in a column kind
+    FOLDER/messages.parquet     as LLaMA-Factory and TRL: messages with a system turn
+    FOLDER/completions.parquet  as TRL: prompt and completion, lists of parts
     FOLDER/easyr1/        Parquet as EasyR1 reads it: images, problem, answer
     FOLDER/verl.parquet   as verl reads it: prompt (messages), images, reward_model
-    FOLDER/trl/           as TRL reads it: prompt (messages), image, solution
+    FOLDER/trl/           as TRL's GRPO reads it: prompt (messages), image, solution
+    FOLDER/scienceqa.parquet    a column task of its own, choices, and a worked solution beside the answer
     FOLDER/saved/         written by datasets' save_to_disk, two splits
     FOLDER/hub/           a cache of the hub with the data set made/shapes, of two configurations
 """
@@ -64,17 +73,73 @@ def write(path: Path, rows: list[dict]) -> None:
     print(f"{path}: {len(rows)} rows of {', '.join(rows[0])}")
 
 
+def write_lines(folder: Path, rows: list[dict], columns) -> None:
+    """JSON lines beside their pictures. columns: row → what its line holds beside the picture."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    with open(folder / "train.jsonl", "w") as file:
+        for i, row in enumerate(rows):
+            row["image"].save(folder / "pictures" / f"{i}.png")
+            file.write(json.dumps({"image": f"pictures/{i}.png", **columns(row)}) + "\n")
+    print(f"{folder / 'train.jsonl'}: {len(rows)} lines")
+
+
+def boxes_of(row: dict) -> list[list[int]]:
+    return [item["bbox_2d"] for item in json.loads(row["answer"])]
+
+
+def fenced(row: dict) -> str:
+    items = [{"bbox_2d": box, "label": row["question"]} for box in boxes_of(row)]
+    return f"```json\n{json.dumps(items)}\n```"
+
+
+def messages(question, answer=None, system: str = "") -> list[dict]:
+    turns = [("system", system)] * bool(system) + [("user", question)] + [("assistant", answer)] * (answer is not None)
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def thousandths(row: dict) -> list[list[int]]:
+    return [[round(1000 * c / scenes.SIZE) for c in box] for box in boxes_of(row)]
+
+
+def write_chats(folder: Path, shapes: list[dict], present: list[dict], sums: list[dict]) -> None:
+    """Questions and answers as turns of a chat, and boxes as others write them."""
+    write_lines(folder / "lines", shapes, lambda row: {
+        "problem": row["question"], "solution": json.loads(row["answer"])})
+    write_lines(folder / "qwen", shapes, lambda row: {"conversations": [
+        {"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": fenced(row)}]})
+    write_lines(folder / "llava", sums, lambda row: {"conversations": [
+        {"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}]})
+    write_lines(folder / "swift", present, lambda row: {
+        "messages": messages("<image><ref-object>", "<bbox>" * len(boxes_of(row))),
+        "objects": {"ref": [row["question"]], "bbox": boxes_of(row)}})
+    write_lines(folder / "coco", shapes, lambda row: {"question": row["question"], "annotations": [
+        {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": 1} for x1, y1, x2, y2 in boxes_of(row)]})
+    write_lines(folder / "thousandths", shapes, lambda row: {
+        "problem": row["question"], "solution": [{"bbox_2d": box} for box in thousandths(row)]})
+    write_lines(folder / "tasks", [*shapes[:6], *sums[:6]], lambda row: {
+        "kind": row["task"], "question": row["question"], "answer": row["answer"]})
+    write(folder / "messages.parquet", [
+        {"messages": messages(f"<image>{row['question']}", row["answer"], "Answer by a number."),
+         "images": [image_cell(row["image"])]} for row in sums])
+    write(folder / "completions.parquet", [
+        {"prompt": messages([{"type": "image", "text": None}, {"type": "text", "text": row["question"]}]),
+         "completion": [{"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]}],
+         "images": [image_cell(row["image"])]} for row in sums])
+    write(folder / "several.parquet", [
+        {"images": [image_cell(row["image"]) for row in pair], "answer": sum(int(row["answer"]) for row in pair),
+         "problem": "What is the sum of the digits in <image> and in <image>?"}
+        for pair in zip(sums, sums[1:] + sums[:1])])
+    write(folder / "scienceqa.parquet", [
+        {"image": image_cell(row["image"]), "question": row["question"], "choices": ["none", f"{row['answer']} in all"],
+         "answer": 1, "task": "closed choice", "solution": "They are added."} for row in sums])
+
+
 def write_layouts(folder: Path) -> None:
     import datasets
     shapes = [row for _, (_, row) in zip(range(ROWS), examples("train"))]
+    present = [row for _, (_, row) in zip(range(ROWS), examples("train", absent=False))]
     sums = [scenes.make("sums-test", i) for i in range(ROWS)]
-    (folder / "lines" / "pictures").mkdir(parents=True, exist_ok=True)
-    with open(folder / "lines" / "train.jsonl", "w") as file:
-        for i, row in enumerate(shapes):
-            row["image"].save(folder / "lines" / "pictures" / f"{i}.png")
-            file.write(json.dumps({"image": f"pictures/{i}.png", "problem": row["question"],
-                                   "solution": json.loads(row["answer"])}) + "\n")
-    print(f"{folder / 'lines' / 'train.jsonl'}: {ROWS} lines")
+    write_chats(folder, shapes, present, sums)
     easyr1 = [{"images": [image_cell(row["image"])], "problem": f"<image>{row['question']}", "answer": row["answer"]}
               for row in shapes]
     write(folder / "easyr1" / "train-00000-of-00001.parquet", easyr1)

@@ -62,7 +62,7 @@ def read(path: Path, limit_gb: float) -> None:
         began = time.time()
         for i in range(len(source) if numbers else len(source) // 4):
             example = source[i] if numbers else take(source, range(i, i + 1), 42)[0]
-            assert example.image.size == (530, 530)
+            assert example.images[0].size == (530, 530)
             if i % 100 == 99:
                 print(f"{title}: {i + 1} rows, {(time.time() - began) / (i + 1) * 1000:.0f} ms a row, "
                       f"{resident_gb():.2f} GB resident", flush=True)

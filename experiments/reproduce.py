@@ -334,7 +334,7 @@ def at(split: str, key: str) -> Column:
 
 def at_end(name: str) -> Column:
     """The last 20 steps of the training."""
-    return lambda result: result["course"][name][-1]
+    return lambda result: result["course"].get(name, [None])[-1]
 
 
 def at_start(name: str) -> Column:
@@ -379,7 +379,7 @@ REJECTING = {"N-acc": MAIN["N-acc"], "colour there": REJECTS["here: colour there
 FOUR = ("N-acc", "T-acc", "boxes", "thinks, present")
 SETTINGS = {name: MAIN[name] for name in (*FOUR, "reasoning")}
 AT_END = {**{name: MAIN[name] for name in FOUR},
-          **{name: at_end(name) for name in ("entropy", "smoothed", "tied", "r(o)", "length")}}
+          **{name: at_end(name) for name in ("entropy", "entropy_y", "smoothed", "tied", "r(o)", "length")}}
 THOUGHTS = {**MAIN, "thought tells": at("test", "thought tells"),
             "as learnt": at("test", "thought as learnt")}
 CONTROLLED = {**SETTINGS, "logp_y, first": at_start("logp_y"),
@@ -422,6 +422,8 @@ def read_results() -> Results:
         if "best" in result:
             result["best"]["test"] = renamed(result["best"]["test"])
             result["course"] = renamed(result["course"])
+            if result["stages"][-1][:2] == ["--method", "sft"] and "entropy" in result["course"]:
+                result["course"]["entropy_y"] = result["course"].pop("entropy")     # over label tokens
         rates = results.setdefault(result["experiment"], {})
         rates.setdefault(result["rate"], {})[result["seed"]] = result
     return results

@@ -3,6 +3,7 @@ evaluated: `json.loads`, a schema, and bounds on length, depth and magnitude."""
 import json
 import re
 
+from support.boxes import centre
 from support.files import nesting_depth
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_OBJECTS, MAX_COORDINATE = 20_000, 8, 120, 1e6
@@ -122,7 +123,7 @@ def parse_points(response: str) -> list[list[float]]:
         if numbers(point, 2):
             points.append(point)
         elif numbers(box, 4):
-            points.append([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+            points.append(centre(box))
     return points
 
 

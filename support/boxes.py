@@ -5,11 +5,41 @@ import math
 
 import numpy as np
 
+# Of boxes in a data set: corners, or a corner and sizes; of the stored picture, or of its sides.
+FORMATS, UNITS = ("xyxy", "xywh"), ("pixels", "thousandths")
 
-def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, int]) -> str:
+
+class Misplaced(ValueError):
+    """Tells of a box that is out of order, or not inside its picture."""
+
+
+def centre(box: list) -> list[float]:
+    return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
+
+
+def as_corners(box: list) -> list:
+    """Returns a box [x, y, width, height] as [x1, y1, x2, y2]."""
+    return [*box[:2], *(round(start + side, 3) for start, side in zip(box, box[2:]))]
+
+
+def in_pixels(answer: str, units: str, size: tuple[int, int]) -> str:
+    """Returns the boxes and points of a label in pixels of its picture of (width, height). Raises
+    Misplaced if a box is none or leaves the picture."""
+    frame = size if units == "pixels" else (1000, 1000)
+    for x1, y1, x2, y2 in (box := item["bbox_2d"] for item in json.loads(answer)):
+        if x1 > x2 or y1 > y2:
+            raise Misplaced(f"bad label: the box {box} is inverted; it must be [x1, y1, x2, y2] "
+                            "with x1 ≤ x2 and y1 ≤ y2")
+        if min(x1, y1) < 0 or x2 > frame[0] or y2 > frame[1]:
+            raise Misplaced(f"the box {box} leaves the picture of {frame[0]}×{frame[1]} {units}")
+    return answer if frame == size else convert_boxes(answer, frame, size, whole=False)
+
+
+def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, int],
+                  whole: bool = True) -> str:
     """Returns boxes and points (JSON text) for a picture of to_size instead of from_size, (width,
     height) pixels. Every number becomes ⌊c·to/from + 0.5⌋, at equal sizes too: so the text of y
-    does not depend on the picture's size.
+    does not depend on the picture's size. whole=False: it keeps three decimals.
 
     >>> box = '[{"bbox_2d": [10, 20.5, 50, 25], "point_2d": [30, 22.4]}]'
     >>> convert_boxes(box, (100, 50), (112, 50))
@@ -18,17 +48,11 @@ def convert_boxes(answer: str, from_size: tuple[int, int], to_size: tuple[int, i
     # 0: there is no picture.
     scale = [to / before if before else 1.0 for before, to in zip(from_size, to_size)]
 
-    def scaled(numbers: list) -> list[int]:
-        return [math.floor(c * scale[i % 2] + 0.5) for i, c in enumerate(numbers)]
+    def scaled(numbers: list) -> list[float]:
+        return [math.floor(c * scale[i % 2] + 0.5) if whole else round(c * scale[i % 2], 3)
+                for i, c in enumerate(numbers)]
     return json.dumps([{**item, **{key: scaled(item[key]) for key in ("bbox_2d", "point_2d")}}
                        for item in json.loads(answer)])
-
-
-def check_boxes(answer: str, size: tuple[int, int]) -> None:
-    """Raises ValueError if a box of a label leaves its picture of (width, height) pixels."""
-    for box in (item["bbox_2d"] for item in json.loads(answer)):
-        if min(box) < 0 or max(box[::2]) > size[0] or max(box[1::2]) > size[1]:
-            raise ValueError(f"the box {box} leaves the picture of {size[0]}×{size[1]} pixels")
 
 
 def corners(items: list[dict]) -> np.ndarray:

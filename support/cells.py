@@ -1,14 +1,64 @@
-"""Labels: a cell of a data set → the answer, as text that the rewards take; and that text read
-back. Each reader raises ValueError, which says why the cell cannot be a label."""
+"""Cells of a data set: a chat → its turns; a label → the answer, as text that the rewards take; and
+that text read back. Each reader raises ValueError, which says why the cell cannot be read."""
 import ast
 import json
 import math
 import re
 import unicodedata
+import warnings
 from collections import Counter
 
 from support.answers import MAX_CHARACTERS, MAX_DEPTH, boxed, final_text, numbers, parse_json
+from support.boxes import centre
+from support.files import nesting_depth
 from support.math_answers import letter_of
+
+BOX_NAMES, POINT_NAMES = ("bbox_2d", "bbox", "box"), ("point_2d", "point")
+ROLES = {"system": "system turn", "user": "question", "human": "question", "assistant": "answer",
+         "gpt": "answer", "model": "answer"}
+
+
+def turns_in(cell) -> dict[str, str] | None:
+    """Returns the system turn, question and answer of a chat, those that it has, or None if the
+    cell is none. A picture is <image> where its part stands. A chat is a list of {"role": …,
+    "content": …}, {"from": …, "value": …} or {"user": …, "assistant": …}, or the text of one.
+
+    >>> turns_in([{"from": "human", "value": "<image>1+2?"}, {"from": "gpt", "value": "3"}])
+    {'question': '<image>1+2?', 'answer': '3'}
+    """
+    if isinstance(cell, str) and cell.lstrip().startswith("[{"):
+        cell = listed(cell.strip())
+    turns: list[tuple] = []
+    for turn in [cell] if isinstance(cell, dict) else cell if isinstance(cell, list) else []:
+        if not isinstance(turn, dict):
+            return None
+        if role := turn.get("role") or turn.get("from"):
+            turns.append((role, turn.get("content", turn.get("value"))))
+        elif {ROLES.get(name.lower()) for name in turn} >= {"question", "answer"}:
+            turns += [(name, text) for name, text in turn.items()
+                      if name.lower() in ROLES and text is not None]
+    kinds = [ROLES.get(str(role).lower()) for role, _ in turns]
+    if kinds != [kind for kind in dict.fromkeys(ROLES.values()) if kind in kinds]:
+        shown = ", ".join(f"{role}"[:20] for role, _ in turns[:6]) + ", …" * (len(turns) > 6)
+        raise ValueError(f"a chat of {len(turns)} turns ({shown}); a row may have one question and "
+                         "one answer, and a system turn before them: make a row of each question")
+    return {kind: text_of(content, kind) for kind, (_, content) in zip(kinds, turns) if kind} or None
+
+
+def text_of(content, what: str) -> str:
+    """Returns the content of a turn as text. what: the turn, for the sentence."""
+    text = ""
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        part = part if isinstance(part, dict) else {"type": f"{type(part).__name__} without a type"}
+        kind = str(part.get("type", "text"))
+        said = {"image": "<image>", "text": part.get("text")}.get(kind)
+        if not isinstance(said, str):
+            wrong = "has no text" if kind == "text" else f"is {kind[:100]!r}"
+            raise ValueError(f'a part of the {what} {wrong}; parts are {{"type": "text", "text": '
+                             '…} and {"type": "image"}')
+        text += said
+    return text
+
 
 def scalar_text(value, what: str = "answer") -> str:
     """Returns text or a number as text."""
@@ -39,17 +89,24 @@ def bare(text: str) -> str:
     return text
 
 
-def listed(text: str) -> list | str:
-    """Returns the list of which this is the text, as JSON or as Python writes it; else the text."""
-    if not (text.startswith("[") and text.endswith("]")):
+def listed(text: str, brackets: tuple[str, ...] = ("[]",)):
+    """Returns the list (or, with other brackets, record) whose text this is, as JSON or as Python
+    writes it; else the text. Only constants are evaluated, and nothing that is long or deep.
+
+    >>> listed("[{'a': (1, None)}]"), listed("[f(1)]"), listed("[sic]")
+    ([{'a': [1, None]}], '[f(1)]', '[sic]')
+    """
+    if (text[:1] + text[-1:] not in brackets or len(text) > MAX_CHARACTERS
+            or nesting_depth(text) > MAX_DEPTH):
         return text
-    if re.search(r"""['"]\s+['"]""", text):
-        raise ValueError(f"a list without commas: {text[:100]!r}")
     for read in (json.loads, ast.literal_eval):
+        if read is ast.literal_eval and re.search(r"""['"]\s+['"]""", text):
+            raise ValueError(f"a list without commas: {text[:100]!r}")
         try:
-            if isinstance(value := read(text), list):
-                return value
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            with warnings.catch_warnings(action="ignore"):      # of odd escapes
+                value = json.loads(json.dumps(read(text)))      # tuples become lists
+            return value if isinstance(value, (list, dict)) else text
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             pass
     return text
 
@@ -61,48 +118,60 @@ def read_plain(value, choices) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def read_boxes(value, choices) -> str:
-    """Reads a list of {"bbox_2d": …, "point_2d": …}, as such or as JSON text; or [x1, y1, x2, y2],
-    or a list of these, whose points are their centres."""
-    if choices:
-        raise ValueError("the answers are boxes; only the task math knows choices")
+def items_in(value) -> list[dict]:
+    """Returns the objects in a cell of boxes, [{"bbox_2d": …}, …], as the data has them, and the
+    point_2d of those that have one. A cell is a list of such objects or of boxes, or one of
+    either; or text of these, as JSON or as Python writes it, in a fence, in <answer>."""
     if isinstance(value, str):
         if not value.strip():
             raise ValueError("the solution is empty")
-        value, error = parse_json(bare(value))
+        text = bare(value)
+        if len(fenced := text.split("```")) == 3:
+            text = re.sub(r"^\w+", "", fenced[1]).strip()
+        value, error = parse_json(text, list_only=False)
+        if error == "bad_json" and (python := listed(text, ("[]", "{}", "()"))) != text:
+            value, error = python, None
         if error:
-            raise ValueError("the solution is " + {
-                "bad_json": "not JSON", "not_a_list": "JSON, but no list of objects",
-                "too_deep": f"nested more than {MAX_DEPTH} deep"}[error])
+            raise ValueError("the solution is " + (
+                "not JSON" if error == "bad_json" else f"nested more than {MAX_DEPTH} deep"))
+    if isinstance(value, dict) and (box := named(value, BOX_NAMES)) is not None:
+        several = isinstance(box, list) and all(isinstance(each, list) for each in box)
+        value = box if several else [value]
     if not isinstance(value, list):
         raise ValueError(f"the solution is a {type(value).__name__}, no list of objects")
     if len(value) > 1 and not isinstance(value[0], (list, dict)):
         value = [value]
     items = []
     for number, item in enumerate(value, 1):
-        if isinstance(item, list):
-            if not numbers(item, 4):
-                raise ValueError(f"item {number}: a box must be 4 numbers, [x1, y1, x2, y2]; it is "
-                                 f"{item!r:.100}")
-            item = {"bbox_2d": item, "point_2d": [(item[0] + item[2]) / 2, (item[1] + item[3]) / 2]}
+        item = {"bbox_2d": item} if isinstance(item, list) else item
         if not isinstance(item, dict):
-            raise ValueError(f"item {number}: it is {item!r:.100}, not an object with bbox_2d and "
-                             "point_2d")
-        for key, count in (("bbox_2d", 4), ("point_2d", 2)):
-            if item.get(key) is None:
-                raise ValueError(f"item {number}: {key} is missing")
-            if not numbers(item[key], count):
-                raise ValueError(f"item {number}: {key} must be {count} numbers, it is "
-                                 f"{item[key]!r:.100}")
-        box = item["bbox_2d"]
-        if box[0] > box[2] or box[1] > box[3]:
-            raise ValueError(f"the box {box} is inverted; it must be [x1, y1, x2, y2] with "
-                             "x1 ≤ x2 and y1 ≤ y2")
-        items.append(item)
+            raise ValueError(f"item {number}: it is {item!r:.100}, not an object with bbox_2d")
+        box, point = named(item, BOX_NAMES), named(item, POINT_NAMES)
+        if box is None:
+            raise ValueError(f"item {number}: bbox_2d is missing")
+        for name, found, count in (("bbox_2d", box, 4), ("point_2d", point, 2)):
+            if found is not None and not numbers(found, count):
+                raise ValueError(f"item {number}: {name} must be {count} numbers, it is "
+                                 f"{found!r:.100}")
+        items.append({"bbox_2d": box} if point is None else {"bbox_2d": box, "point_2d": point})
     if items and all(0 <= c <= 1 for item in items for c in item["bbox_2d"]):
         raise ValueError(f"relative coordinates: all lie in 0 … 1, as in {items[0]['bbox_2d']}; "
-                         "boxes must be in the picture's own pixels")
-    return json.dumps(items)
+                         "give pixels, or thousandths with --box-units thousandths")
+    return items
+
+
+def named(item: dict, names: tuple[str, ...]):
+    """Returns the first field of these names that holds something."""
+    return next((item[name] for name in names if item.get(name) is not None), None)
+
+
+def read_boxes(value, choices) -> str:
+    """Reads a cell of boxes [x1, y1, x2, y2] (`items_in`). A point is the centre of its box if the
+    data has none."""
+    if choices:
+        raise ValueError("the answers are boxes; only the task math knows choices")
+    return json.dumps([{"bbox_2d": box, "point_2d": item.get("point_2d", centre(box))}
+                       for item in items_in(value) for box in [item["bbox_2d"]]])
 
 
 def choice_texts(choices) -> list[str]:

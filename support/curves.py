@@ -28,7 +28,7 @@ PANELS = {
         "smoothed": "smoothed: groups in which\na rollout is as good as y",
         "tied": "tied: groups in which\nall answers earn the same"},
     "the two terms of Eq. 9": {"rlvr_weight": "RLVR (o)", "sft_weight": "SFT (y)"},
-    "entropy": {"entropy": "entropy, nats"},
+    "entropy, nats": {"entropy": "entropy: rollouts", "entropy_y": "entropy_y: y, with sft"},
     "log π(y), y trained on": {"logp_y": "log π(y)"},
     "tokens of a rollout": {"length": "tokens"},
 }

@@ -4,7 +4,7 @@ its model, and whether this code makes of them what transformers does. config: t
 import math
 from pathlib import Path
 
-from support.files import read_record
+from support.files import as_json, read_record
 from support.mistakes import Mistake
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
@@ -54,6 +54,22 @@ def image_settings(folder: Path, config) -> dict:
             raise Mistake(f"{path}: {name} is {str(read[name])[:100]!r}; it must be three numbers"
                           + " above 0" * (least == 0))
     return read
+
+
+def set_pixels(folder: Path, limits) -> None:
+    """Writes the least and the most pixels of a picture into a folder's image settings, under each
+    name that a version of transformers reads."""
+    least, most = limits
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        record = read_record(path) if (path := folder / name).exists() else {}
+        settings = record.get("image_processor") if name.startswith("processor") else record
+        if not settings:
+            continue
+        size = {"size": {"shortest_edge": least, "longest_edge": most}} if "size" in settings else {}
+        changed = {"min_pixels": least, "max_pixels": most, **size}
+        if any(settings.get(key) != value for key, value in changed.items()):
+            settings.update(changed)
+            path.write_text(as_json(record, 2))
 
 
 def load_tokenizer(folder: Path, config, eos_ids: tuple[int, ...]):

@@ -5,6 +5,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 100_000_000    # of a picture, before it is decoded
 # Read, whatever a file is called; JPEG includes MPO. For PostScript Pillow would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MARK = "<image>"            # in a question: here stands its next picture
 
 
 class Unfit(ValueError):
@@ -42,10 +44,12 @@ def opened(content):
 
 def upright_size(image: Image.Image, rotate: bool) -> tuple[int, int]:
     """Returns (width, height) of an opened picture once it is rotated as its EXIF says. Raises
-    Unfit if it has more than MAX_PIXELS, or 16 bits a channel (Pillow would clip them), or if it is
-    to be rotated and `rotate` is False (are the boxes for the rotated picture?)."""
+    Unfit if it has more than MAX_PIXELS, or 16 bits a channel (Pillow would clip them), or if no
+    model takes its shape, or if it is to be rotated and `rotate` is False (are the boxes for the
+    rotated picture?)."""
     if image.width * image.height > MAX_PIXELS:
         raise Unfit(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+    check_aspect(*image.size)
     if image.mode.startswith(("I", "F")):
         raise Unfit(f"mode {image.mode}: more than 8 bits a channel; store it with 8")
     if getattr(image, "is_animated", False) and image.format != "MPO":      # a camera's MPO holds views of one scene
@@ -84,14 +88,43 @@ def open_image(content, rotate: bool = False, size: tuple[int, int] | None = Non
         return upright.convert("RGB")
 
 
+def each(pictures: Iterable, use: Callable) -> list:
+    """Returns use(picture) of each. If there are several, a ValueError says which one it was."""
+    pictures, made = list(pictures), []
+    for number, picture in enumerate(pictures, 1):
+        try:
+            made.append(use(picture))
+        except ValueError as error:
+            which = f"picture {number} of {len(pictures)}: " if len(pictures) > 1 else ""
+            raise ValueError(f"{which}{error}") from None
+    return made
+
+
+def marked(question: str, pictures: int) -> str:
+    """Returns a question with one <image> where each picture stands, or without any: then all
+    pictures come first. So the mark of a single picture goes if the question begins or ends with
+    it. Raises ValueError if there are not as many marks as pictures."""
+    marks = question.count(MARK)
+    if marks and not pictures:
+        raise ValueError(f"no picture: the question names one by {MARK}")
+    if marks not in (0, pictures):
+        raise ValueError(f"the question names {marks} picture(s) by {MARK}, and has {pictures}")
+    return re.sub(rf"^\s*{MARK}\s*|\s*{MARK}\s*$", "", question) if marks == 1 else question
+
+
+def pictures_in(cell, folder: Path) -> list:
+    """Returns the paths or open files in a cell of a picture column. A cell is null, a picture
+    (`picture_in`), or a list of pictures."""
+    if cell is None or cell == [None]:
+        return []
+    return each(cell if isinstance(cell, list) else [cell], lambda one: picture_in(one, folder))
+
+
 def picture_in(value, folder: Path):
-    """Returns the path or open file in a cell of a picture column, or None if there is none. A cell
-    is {"bytes": …, "path": …}, bytes, a path relative to `folder`, a list of one of these, or
-    null."""
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise ValueError(f"{len(value)} pictures in one row; only one is supported")
-        value = value[0] if value else None
+    """Returns the path or open file of a picture: {"bytes": …, "path": …}, bytes, or a path
+    relative to `folder`."""
+    if value is None:
+        raise ValueError("the picture is null")
     if isinstance(value, dict):
         if not value.keys() & {"bytes", "path"}:
             raise ValueError(f"the picture is a record of {', '.join(value)}; it must hold bytes or a path")
@@ -102,7 +135,7 @@ def picture_in(value, folder: Path):
         return picture_file(value, folder)
     if isinstance(value, bytes):
         return io.BytesIO(value)
-    if value is not None and not hasattr(value, "read"):
+    if not hasattr(value, "read"):
         raise ValueError(f"the picture is a {type(value).__name__}; it must be bytes or a path")
     return value
 
@@ -128,10 +161,10 @@ def picture_file(name: str, folder: Path) -> Path:
 
 
 def check_aspect(width: int, height: int) -> None:
-    """Raises ValueError if the model takes no picture of this shape."""
+    """Raises Unfit if the model takes no picture of this shape."""
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width}×{height} pixels is more than 200 times as long as "
-                         "it is wide")
+        raise Unfit(f"an image of {width}×{height} pixels is more than 200 times as long as it is "
+                    "wide")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int

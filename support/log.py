@@ -115,6 +115,6 @@ def bar_line(m: dict, evaluation: dict) -> str:
 def progress_line(m: dict) -> str:
     """Returns a line of metrics.jsonl in at most 120 columns."""
     shown = {"r(o)": ".2f", "accuracy": ".2f", "o/thinks": ".2f", "advantage_y": "+.2f",
-             "smoothed": ".2f", "tied": ".2f", "entropy": ".2f", "length": ".0f"}
+             "smoothed": ".2f", "tied": ".2f", "entropy": ".2f", "entropy_y": ".2f", "length": ".0f"}
     parts = (f"{name.removeprefix('o/')} {m[name]:{form}}" for name, form in shown.items() if name in m)
     return f"{m['step']:>4}  " + "  ".join(parts)

@@ -11,6 +11,7 @@ no matrix of the size of W is needed. A and B are float32.
 A checkpoint is an adapter in the layout of PEFT, which `peft` opens, with the tokenizer and the
 config of its base. experiments/merge.py makes a whole model of it.
 """
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -72,6 +73,21 @@ class LowRank(nn.Module):
     def merge(self) -> None:
         base = self.base.to(self.weight.device)
         self.weight.copy_(merged(base, self.lora_A, self.lora_B, self.alpha))
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module):
+    """Gives every layer the weights of its base, for a while: the reference of --kl needs no second
+    model. A model without adapters stays as it is."""
+    layers = adapters(model).values()
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight.copy_(layer.base)
+        yield
+    finally:
+        for layer in layers:
+            layer.merge()
 
 
 def merged(base: Tensor, A: Tensor, B: Tensor, alpha: float) -> Tensor:

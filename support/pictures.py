@@ -1,4 +1,7 @@
-"""Draws answers as cards: a picture with boxes, and below it what was asked and answered."""
+"""Draws answers as cards: a picture with boxes, or several pictures, and below what was asked and
+answered."""
+import itertools
+import math
 import textwrap
 from pathlib import Path
 
@@ -37,13 +40,32 @@ def cut(text: str, width: int, lines: int) -> list[str]:
     return wrapped if len(wrapped) <= lines else [*wrapped[:lines - 1], f"… {text[2 - width:]}"]
 
 
+def scaled(image: Image.Image, ratio: float) -> Image.Image:
+    return image.resize([max(1, round(side * ratio)) for side in image.size])
+
+
+def side_by_side(images: list[Image.Image], side: int) -> Image.Image:
+    """Returns n pictures as one that is `side` wide, ⌈√n⌉ in a line, in the order of reading. Each
+    is as large as fits into its share of the width, and as high as wide at most."""
+    columns = math.ceil(math.sqrt(len(images)))
+    share = side // columns
+    small = [scaled(image, (share - 4) / max(image.size)) for image in images]
+    lines = [small[i:i + columns] for i in range(0, len(small), columns)]
+    tops = [0, *itertools.accumulate(max(image.height for image in line) + 4 for line in lines)]
+    made = Image.new("RGB", (side, tops[-1]), "white")
+    for line, top in zip(lines, tops):
+        for column, image in enumerate(line):
+            made.paste(image, (column * share, top))
+    return made
+
+
 def card(image: Image.Image, ratio: float, boxes: list[tuple], lines: list[tuple], mask=None,
          frame=None, size: int = 11) -> Image.Image:
     """Returns a picture, `ratio` times as large, with its boxes and the text below it.
 
     boxes: (items, colour, width of the pen) of each kind. lines: (text, how many lines it may fill,
     colour). mask: bool [height, width], veiled in green. frame: a colour. size: of the letters."""
-    picture = image.resize([max(1, round(side * ratio)) for side in image.size])
+    picture = scaled(image, ratio)
     if mask is not None:
         veil = Image.fromarray(mask.astype(np.uint8) * 90)
         picture.paste(TRUTH, (0, 0), veil.resize(picture.size))
@@ -67,7 +89,8 @@ def draw_sheet(shown: list[tuple], path: Path, columns: int = 4) -> None:
     boxes and masks are green, predicted boxes red."""
     cells = []
     for record, prompt, terms, right in shown:
-        image = prompt.image or Image.new("RGB", (SIDE, 15), "white")
+        images = prompt.images or [Image.new("RGB", (SIDE, 15), "white")]
+        image = images[0] if len(images) == 1 else side_by_side(images, SIDE)
         earned = "  ".join(f"{name} {points:g}" for name, points in terms.items())
         colour = TRUTH if right else WRONG
         cells.append(card(

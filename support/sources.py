@@ -1,6 +1,7 @@
 """Examples, and where they come from: what a --data string may name.
 
     scenes:SPLIT            the built-in world
+    photos:SPLIT            garments of Fashion-MNIST (support/photos.py)
     FILE.jsonl              one JSON object a line, pictures by path
     FILE.parquet            one file, pictures inside or by path
     FOLDER                  of .jsonl or .parquet files, or one written by datasets' save_to_disk
@@ -11,8 +12,8 @@ The library `datasets` finds configurations and splits, and keeps Parquet files 
 Arrow in its cache. JSON lines are read here, for the sake of their line numbers. No code of a data
 set is run.
 
-Columns that are found by themselves: QUESTION, ANSWER, CHOICES, PICTURES and NAMES below, besides
-them bbox, mask, task and thought; --columns names any other. docs/data.md shows the layouts in use.
+Columns that are found by themselves: QUESTION, ANSWER … NAMES below, bbox, mask, task, system and
+thought; --columns names any other. docs/data.md shows the layouts in use.
 A picture is as large as its own header says; columns like img_width are not read: in the authors'
 data they hold the size before the picture was resized. Texts are read and checked when the data is
 opened; pictures and masks stay on disk until they are wanted.
@@ -21,27 +22,32 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support import scenes
-from support.boxes import check_boxes
+from support import photos, scenes
+from support.boxes import FORMATS, UNITS, Misplaced, as_corners, in_pixels
+from support.cells import items_in, turns_in
 from support.files import parse_json, read_record
-from support.images import open_image, picture_in, picture_size
+from support.images import MARK, each, marked, open_image, picture_size, pictures_in
 from support.mistakes import Mistake
 from support.screen import clean, one_line, say
 
-QUESTION = ("problem", "text", "question", "query", "prompt")     # the first that holds something
-ANSWER = ("solution", "answer", "answers", "label")               # the only one that does
+QUESTION = ("problem", "text", "question", "query", "prompt",     # the first that holds something
+            "messages", "conversations", "conversation")
+ANSWER = ("solution", "answer", "answers", "label")               # the only one that does,
+REPLY = ("completion", "response")                                # else the only one of these
 CHOICES = ("choices", "options")
 PICTURES = ("image", "images")      # "decoded_image" before both (MathVista), else the only column of image type
 NAMES = ("id", "pid", "questionId")
@@ -52,7 +58,7 @@ MAX_LINE = 16_000_000       # bytes of a line of JSON
 MAX_README = 1_000_000      # bytes of a README.md that declares configurations
 PATTERNS = ("README.md", "*.parquet", "*.arrow", "*.jsonl", "*.json", "*.png", "*.jpg", "*.jpeg", "*.webp")
 AS_LINES = "jq -c '.[]' LIST.json > LINES.jsonl"
-MAPPABLE = ("question", "answer", "image", "choices", "id")       # by --columns
+MAPPABLE = ("question", "answer", "image", "choices", "id", "task")       # by --columns
 # Videos and sounds, which are not read: columns that hold them, files of them, and what stands for
 # them in a question.
 MEDIA = re.compile(r"(video|audio)s?([_-]?(file|path|url|uri|byte)s?)*", re.I)
@@ -61,18 +67,20 @@ PLACEHOLDER = re.compile(r"(?i:</?(?:(image|img)|video|audio)[ _-]?(\d*)(?:here|
                          r"|(?i:\[(image|img)[ _-]?(\d*)\])|\[VIDEO\]|\[AUDIO\]")
 
 
-@dataclass
+@dataclass(slots=True)      # a data set may have millions
 class Example:
-    """Holds a row. image: RGB, or None. answer: text; for tasks with boxes, JSON in the image's own
-    pixels. thought: reasoning in front of the label, which only pretraining data has. mask: bool
-    [height, width], for evaluation."""
+    """Holds a row. images: RGB. question: an <image> stands for each picture; without any, all come
+    first. answer: text; for tasks with boxes, JSON in the pixels of the only image. thought:
+    reasoning in front of the label, which only pretraining data has. mask: bool [height, width],
+    for evaluation. system: the system turn of a chat, if it has one."""
     id: str
-    image: Image.Image | None
+    images: tuple[Image.Image, ...]
     question: str
     answer: str
     task: str
     thought: str = ""
     mask: np.ndarray | None = None
+    system: str = field(default="", repr=False)
 
 
 class BadRow(Mistake):
@@ -83,8 +91,9 @@ class BadRow(Mistake):
 class Rules:
     """Holds what a source needs to know of the seven scripts. tasks: name → a record of which
     `boxes` says whether its answers are boxes. read_label(task, cell, choices) → the answer.
-    check(example, (width, height) or None) → a list of (kind of oddity, details). Both raise
-    ValueError, which says why the row cannot be used. longest: text that is read, in characters."""
+    check(example, (width, height) of each picture) → a list of (kind of oddity, details). Both
+    raise ValueError, which says why the row cannot be used. longest: text that is read, in
+    characters."""
     tasks: dict
     read_label: Callable
     check: Callable
@@ -92,23 +101,27 @@ class Rules:
 
 
 class Scenes:
-    """Draws the built-in world, `scenes:SPLIT`."""
+    """Draws the built-in world, `scenes:SPLIT`, or another one, `photos:SPLIT`."""
     bad: tuple = ()
     has_masks = False
 
-    def __init__(self, split: str):
-        if split not in scenes.SPLITS:
-            raise Mistake(f"scenes:{split} does not exist; the splits are {', '.join(scenes.SPLITS)}")
+    def __init__(self, split: str, name: str = "scenes"):
+        self.world: ModuleType = photos if name == "photos" else scenes
         self.split = split
+        if split not in self.world.SPLITS:
+            raise Mistake(f"{name}:{split} does not exist; the splits are {', '.join(self.world.SPLITS)}")
         self.odd: dict[str, list] = {}
         self.judged = 0         # examples that were looked at before the start
-        self.fingerprint = hashlib.sha256(Path(scenes.__file__).read_bytes() + split.encode()).hexdigest()[:16]
+        made_of = Path(str(self.world.__file__)).read_bytes() + split.encode()
+        made_of += photos.digest() if name == "photos" else b""
+        self.fingerprint = hashlib.sha256(made_of).hexdigest()[:16]
 
     def __len__(self) -> int:
-        return scenes.SPLITS[self.split]
+        return self.world.SPLITS[self.split]
 
     def __getitem__(self, index: int) -> Example:
-        return Example(**scenes.make(self.split, index))
+        fields = self.world.make(self.split, index)
+        return Example(images=(fields.pop("image"),), **fields)
 
     def look_at_some(self, check: Callable, name: str) -> None:
         """Checks 64 examples, which stand for all: each is drawn when it is wanted. Raises Mistake,
@@ -117,7 +130,7 @@ class Scenes:
             self.judged += 1
             example = self[index]
             try:
-                for what, this in check(example, example.image.size):
+                for what, this in check(example, [image.size for image in example.images]):
                     self.odd.setdefault(what, [0, f"example {example.id}: {this}"])[0] += 1
             except ValueError as error:
                 raise Mistake(f"{name}: example {example.id}: {error}") from None
@@ -138,8 +151,8 @@ def picture_columns(names, typed: list[str], chosen: str | None) -> list[str]:
 
 def columns_read(columns: dict[str, str]) -> set[str]:
     """Returns the names of all columns that texts are read from."""
-    return {*QUESTION, *ANSWER, *CHOICES, *NAMES, "bbox", "task", "thought", "image_id", "ann_id", *columns.values(),
-            *(name.split(".")[0] for name in columns.values())}
+    return {*QUESTION, *ANSWER, *REPLY, *CHOICES, *NAMES, "bbox", "task", "system", "objects", "history", "thought",
+            "image_id", "ann_id", *columns.values(), *(name.split(".")[0] for name in columns.values())}
 
 
 class JsonlFile:
@@ -206,9 +219,9 @@ class ArrowTable:
         typed = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)
                  or isinstance(getattr(kind, "feature", None), datasets.Image)]
         self.pictures = picture_columns(table.column_names, typed, columns.get("image"))
-        for field, name in columns.items():
+        for key, name in columns.items():
             if name not in table.column_names and name.split(".")[0] not in table.column_names:
-                raise Mistake(f"--columns {field}={name}: {path} has no such column; it has "
+                raise Mistake(f"--columns {key}={name}: {path} has no such column; it has "
                               f"{', '.join(table.column_names)}")
         if not self.pictures:
             several = f"several columns of pictures ({', '.join(typed)})" if typed else "no column of pictures"
@@ -342,34 +355,8 @@ def holds_media(name: str, cell, meant: bool = False) -> bool:
     return meant and cell not in (None, "", False) or isinstance(cell, str) and bool(MEDIA_FILE.fullmatch(cell))
 
 
-def part_of_question(part) -> str:
-    """Returns a part of a message as text; a picture as <image>."""
-    kind = part.get("type", "text") if isinstance(part, dict) else f"{type(part).__name__} without a type"
-    if kind == "image":
-        return "<image>"
-    if kind != "text" or not isinstance(part.get("text"), str):
-        what = "has no text" if kind == "text" else f"is {str(kind)[:100]!r}"
-        raise ValueError(f"a part of the question {what}; parts are {{\"type\": \"text\", \"text\": …}} and "
-                         "{\"type\": \"image\"}")
-    return part["text"]
-
-
-def question_in(value) -> str:
-    """Returns the question in a cell: text, or the only message of a chat."""
-    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        roles = [message.get("role", message.get("from")) for message in value]
-        if roles not in (["user"], ["human"]):
-            raise ValueError(f"the question is a chat of the turns {', '.join(map(str, roles))}; only one "
-                             "turn, of the user, is supported")
-        value = value[0].get("content", value[0].get("value"))
-        if isinstance(value, list):
-            value = "".join(part_of_question(part) for part in value)
-    if not isinstance(value, str):
-        raise ValueError(f"the question is a {type(value).__name__}, not text")
-    return value
-
-
-def light_example(row: dict, number: int, task: str, columns: dict[str, str], has_masks: bool, rules: Rules) -> Example:
+def light_example(row: dict, number: int, task: str, columns: dict[str, str], has_masks: bool, rules: Rules,
+                  box_format: str = "xyxy") -> Example:
     """Returns the example of a row, still without its picture. Raises ValueError, which says why
     the row cannot be used."""
     def held(*names: str) -> list[str]:
@@ -383,40 +370,63 @@ def light_example(row: dict, number: int, task: str, columns: dict[str, str], ha
             raise ValueError(f"the column {name!r} holds a {type(row[name]).__name__}")
         return str(row[name]) if row.get(name) is not None else ""
 
-    task = text("task") or task
-    if not task:
-        raise ValueError(f"no column task: give it, or --task with one of {', '.join(rules.tasks)}")
-    if task not in rules.tasks:
-        raise ValueError(f"task {task[:100]!r} is not one of {', '.join(rules.tasks)}")
-    question = question_in(lookup(row, asked[0])) if (asked := chosen("question", QUESTION)) else ""
-    if not question.strip():
-        raise ValueError(f"no question: none of the columns {columns.get('question') or ', '.join(QUESTION)} holds one")
+    def turns(column: list[str]) -> dict[str, str] | None:
+        try:
+            return turns_in(lookup(row, column[0])) if column else None
+        except ValueError as error:
+            raise ValueError(f"the column {column[0]!r} is {error}") from None
+
+    asked = chosen("question", QUESTION)[:1]
+    question, system, has_boxes = lookup(row, asked[0]) if asked else "", "", rules.tasks[task].boxes
+    if chat := turns(asked):
+        question, system = chat.get("question", ""), chat.get("system turn") or text("system")
+    elif not isinstance(question, str):
+        raise ValueError(f"the question is a {type(question).__name__}, not text")
+    if isinstance(earlier := row.get("history"), list) and earlier:
+        raise ValueError(f"the column 'history' holds {len(earlier)} earlier questions; a row may have one")
     answers = chosen("answer", ANSWER)
+    if "answer" not in columns:
+        answers = answers + asked * bool(chat and "answer" in chat) or held(*REPLY)
+        if not answers and has_boxes:
+            # Where there is nothing, the authors' test sets have a box of zeros beside an empty mask.
+            answers = [name for name in held("bbox") if not (has_masks and row[name] == [0, 0, 0, 0])]
     if len(answers) > 1:
         raise ValueError(f"the columns {' and '.join(answers)} both hold an answer; choose by --columns answer=NAME")
-    if not answers and rules.tasks[task].boxes and "answer" not in columns:
-        # Where there is nothing, the authors' test sets have a box of zeros beside an empty mask.
-        answers = [name for name in held("bbox") if not (has_masks and row[name] == [0, 0, 0, 0])]
+    value = lookup(row, answers[0]) if answers else None
+    if (reply := turns(answers)) is not None:
+        value = reply.get("answer")
+    if chat and isinstance(objects := row.get("objects"), dict):    # ms-swift: what <ref-object> and <bbox> stand for
+        refs, boxes = iter(objects.get("ref") or []), objects.get("bbox") or []
+        question = re.sub("<ref-object>", lambda mark: str(next(refs, mark[0])), question)
+        value = boxes if has_boxes and str(value).count("<bbox>") == len(boxes) > 0 else value
+        if mark := re.search("<ref-object>|<bbox>", question):
+            raise ValueError(f"the question names {mark[0]}, which nothing in the column 'objects' fills")
+    if not question.strip():
+        raise ValueError(f"no question: none of the columns {columns.get('question') or ', '.join(QUESTION)} holds one")
+    if value is None and not has_masks:
+        known = columns.get("answer") or ", ".join((*ANSWER, *REPLY, "bbox"))
+        raise ValueError(f"no answer: none of the columns {known} holds one, nor a turn of the assistant in a chat")
     choices = lookup(row, listed[0]) if (listed := chosen("choices", CHOICES)) else None
-    if not answers and not has_masks:
-        raise ValueError(f"no answer: none of the columns {columns.get('answer') or ', '.join((*ANSWER, 'bbox'))} "
-                         "holds one")
     try:
-        answer = rules.read_label(task, lookup(row, answers[0]), choices) if answers else ""
+        if value is not None and has_boxes and box_format == "xywh":
+            value = [item | {"bbox_2d": as_corners(item["bbox_2d"])} for item in items_in(value)]
+        answer = "" if value is None else rules.read_label(task, value, choices)
     except ValueError as error:
-        raise ValueError(f"bad label: {error}") from None
+        raise ValueError(f"bad label: {error} (column {answers[0]!r})") from None
     names = chosen("id", NAMES)
     name = text(names[0], (str, int)) if names else str(number)
     if not names and (picture := text("image_id", (str, int))):
         name = f"{picture}/{row.get('ann_id') or 0}"
     options = "\nChoices:" * bool(choices) + "".join(f"\n({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(
         json.loads(answer)["choices"] if choices else ()))
-    for column, held_text in ((asked[0], question), ((listed or [""])[0], options), ((names or ["image_id"])[0], name),
-                              ("thought", thought := text("thought"))):
+    thought = text("thought")
+    for column, held_text in ((asked[0], question), (asked[0], system), ((listed or [""])[0], options),
+                              ((names or ["image_id"])[0], name), ("thought", thought)):
         if len(held_text) > rules.longest:
             raise ValueError(f"the column {column!r} holds {len(held_text):,} characters, more than {rules.longest:,}")
-    question, thought = (unicodedata.normalize("NFC", held_text) for held_text in (question + options, thought))
-    return Example(name, None, question, answer, task, thought)
+    question, thought, system = (unicodedata.normalize("NFC", held_text)
+                                 for held_text in (question + options, thought, system))
+    return Example(name, (), question, answer, task, thought, system=system)
 
 
 def read_mask(value) -> np.ndarray | None:
@@ -436,36 +446,45 @@ class StoredExamples:
     """Holds the rows of one or more files, checked when they are opened. bad: what was left out
     under skip_bad_rows, one line each. odd: what was noticed, and how often. fingerprint: of all
     rows and of the files that hold their pictures."""
-    def __init__(self, files: list, columns: dict[str, str], rules: Rules, task: str = "", skip_bad_rows: bool = False):
-        self.columns, self.rules, self.skip = columns, rules, skip_bad_rows
+    def __init__(self, files: list, columns: dict[str, str], rules: Rules, task: str = "", skip_bad_rows: bool = False,
+                 form: tuple[str, str] = (FORMATS[0], UNITS[0])):
+        self.columns, self.rules, self.task, self.skip, self.form = columns, rules, task, skip_bad_rows, form
         self.bad: list[str] = []
         self.odd: dict[str, list] = {}      # what → [how often, the first row]
-        # Of each: its file and number, the example, the path and the size of its picture.
-        self.rows: list[tuple[JsonlFile | ArrowTable, int, Example, Path | None, tuple[int, int] | None]] = []
+        # Of each: its file and number, the example, the sizes of its pictures, and their paths.
+        self.rows: list[tuple] = []
         self.ids: set[str] = set()
+        self.foreign: dict[str, None] = {}          # what a column task holds that is no task here
+        self.counted: dict[Path, str] = {}          # `other_ways` of each file
         digest = hashlib.sha256()
         for file in files:
             pictures = 0
             digest.update(repr((file.path.name, stat_of(file.path))).encode())
-            for number, row, cells in tqdm(file.rows(), clean(f"opening {file.path.name}"), file.count, unit="row",
-                                           delay=BAR_AFTER, leave=False, disable=os.environ.get("RANK", "0") != "0"):
+            for number, row, cells in with_bar(file, "opening"):
                 try:
-                    example, content, size = self.check(file, row, cells, number, task)
+                    example, contents, sizes = self.check(file, row, cells, number)
                 except Mistake:     # of the installation, not of the row
                     raise
                 except (ValueError, RecursionError) as error:       # the latter of lists in lists
                     self.leave_out(BadRow(f"{file.path}, row {number}: {one_line(error)}"), report=False)
                     continue
-                pictures += content is not None
-                path = content if isinstance(content, Path) else None
-                digest.update(repr((number, example, path and stat_of(path))).encode())
-                self.rows.append((file, number, example, path, size))
+                pictures += len(contents)
+                paths = tuple(content for content in contents if isinstance(content, Path))
+                stats = map(stat_of, paths) if paths else (None,)
+                # Spelled as when a row had one picture at most: runs of that time can go on.
+                line = repr((number, example, *stats)).replace("images=()", "image=None", 1)
+                digest.update((line + example.system).encode())
+                paths = paths if len(paths) == len(contents) else ()
+                self.rows.append((file, number, example, sizes, *paths))
             if not pictures and isinstance(file, ArrowTable) and self.rows and self.rows[-1][0] is file:
                 raise Mistake(f"{file.path} holds no picture in any row (column {', '.join(file.pictures)}); name its "
                               "column by --columns image=NAME; text alone is read from JSON lines with \"image\": null")
         if not self.rows:
             raise Mistake(f"{', '.join(str(f.path) for f in files)} holds no usable rows. {' '.join(self.bad[:3])}")
-        self.fingerprint = digest.hexdigest()[:16]
+        if found := self.odd.pop("foreign", None):
+            values = ", ".join(map(repr, [*self.foreign][:5])) + ", …" * (len(self.foreign) > 5)
+            self.odd[f"rows name tasks that are none of ours ({one_line(values)}), so --task {task} counts"] = found
+        self.judged, self.fingerprint = len(self.rows), digest.hexdigest()[:16]
         self.has_masks = any(file.has_masks for file in files)
 
     def leave_out(self, error: BadRow, report: bool = True) -> None:
@@ -477,56 +496,102 @@ class StoredExamples:
         if report:
             say(f"left out: {error}")
 
-    def check(self, file, row: dict | str, cells: list, number: int, task: str):
-        """Returns the example of a row, its picture as path or open file, and the picture's size.
-        Raises ValueError if the row cannot be used."""
-        if isinstance(row, str):
-            raise ValueError(row)
-        for name in row.keys() - columns_read(self.columns):
-            if holds_media(name, row[name], name in file.media):
-                raise ValueError(f"the column {name!r} holds a video or a sound; only one picture and text are read")
-        example = light_example(row, number, task, self.columns, file.has_masks, self.rules)
-        content = self.picture(file, cells)
-        boxes = self.rules.tasks[example.task].boxes
-        named = set()       # pictures that the question names; a numbered one may come again
-        for mark in PLACEHOLDER.finditer(example.question):
-            named.add(which := mark[2] or mark[4] or f"at {mark.start()}")
-            beyond = len(named) > (content is not None) or which.isdecimal() and int(which) > 1
-            if mark[0] != "<image>" and (beyond or not (mark[1] or mark[3])):
-                raise ValueError(f"the question names {mark[0]}, which no picture of the row fills; it can have one")
-        marks = re.findall(r"^\s*<image>\s*|\s*<image>\s*$", example.question)
-        if example.question.count("<image>") > len(marks) or len(marks) > 1:
-            raise ValueError("the question names several pictures, or one in its middle, by <image>; one picture is "
-                             "supported, and it comes first")
-        if content is None and (boxes or marks):
-            raise ValueError(f"no picture: {'the question names one by <image>' if marks else 'boxes need one'}")
-        example = replace(example, question=example.question.replace(marks[0], "") if marks else example.question)
-        size = None if content is None else picture_size(content, self.may_rotate(example, file))
-        if boxes and example.answer:
-            check_boxes(example.answer, size)
-        for what, this in self.rules.check(example, size):
+    def task_of(self, row: dict) -> str:
+        """Returns the task that the row names, if there is one of that name, else --task."""
+        own = lookup(row, name := self.columns.get("task", "task"))
+        if not (task := own if isinstance(own, str) and own in self.rules.tasks else self.task):
+            wrong = f"no column {name}: give it, or" if own in (None, "") else (
+                f"task {str(own)[:100]!r} is not one of ours: give")
+            raise ValueError(f"{wrong} --task with one of {', '.join(self.rules.tasks)}")
+        return task
+
+    def check(self, file, row: dict | str, cells: list, number: int):
+        """Returns what read_row does, and notices what is odd. Raises ValueError if the row cannot be
+        used."""
+        try:
+            example, contents, sizes = self.read_row(file, row, cells, number, self.form)
+        except Misplaced as error:
+            raise ValueError(f"{error}; {self.other_ways(file)}") from None
+        for what, this in self.rules.check(example, sizes):
             self.notice(what, f"{file.path}, row {number}: {this}")
+        own = lookup(row, self.columns.get("task", "task")) if isinstance(row, dict) else None
+        if own not in (None, "", example.task):
+            self.foreign[str(own)[:40]] = None
+            self.notice("foreign", f"{file.path}, row {number}")
         if example.id in self.ids:
             self.notice("rows have the id of an earlier row", f"{file.path}, row {number}: {example.id}")
         self.ids.add(example.id)
         inside = os.path.abspath(file.folder) + os.sep
-        if isinstance(content, Path) and not os.path.abspath(content).startswith(inside):
-            self.notice("pictures lie outside the folder of the data", f"{file.path}, row {number}: {content}")
-        return example, content, size
+        if outside := [content for content in contents if isinstance(content, Path)
+                       and not os.path.abspath(content).startswith(inside)]:
+            self.notice("rows have pictures outside the folder of the data",
+                        f"{file.path}, row {number}: {outside[0]}")
+        return example, contents, sizes
+
+    def other_ways(self, file) -> str:
+        """Says how many rows of a file have right boxes, as they are read and in the best other way.
+        Raises Mistake if many would be left out that are right there: then those that stay are
+        wrong too."""
+        if file.path in self.counted:
+            return self.counted[file.path]
+        right, wrong = dict.fromkeys(itertools.product(FORMATS, UNITS), 0), 0
+        for number, row, cells in with_bar(file, "counting boxes of"):
+            for form in right:
+                try:
+                    example = self.read_row(file, row, cells, number, form)[0]
+                    right[form] += self.rules.tasks[example.task].boxes and example.answer not in ("", "[]")
+                except Misplaced:
+                    wrong += form == self.form
+                except (ValueError, RecursionError):
+                    pass
+        best = max((form for form in right if form != self.form), key=lambda form: right[form])
+        flags = [f"{flag} {value}" for flag, value, now in zip(("--box-format", "--box-units"), best, self.form)
+                 if value != now]
+        said = (f"of the file's {right[self.form] + wrong} rows with boxes {right[self.form]} are right as "
+                f"{' in '.join(self.form)}, and {right[best]} with {' '.join(flags)}")
+        if self.skip and wrong > 1 and wrong >= right[self.form] / 9 and right[best] > right[self.form]:
+            raise Mistake(f"{file.path}: {said}; the rows that stayed would have wrong boxes: give that option")
+        return self.counted.setdefault(file.path, said)
+
+    def read_row(self, file, row: dict | str, cells: list, number: int, form: tuple[str, str]):
+        """Returns the example of a row, its pictures as paths or open files, and their sizes.
+        form: the format and units of boxes. Raises ValueError if the row cannot be read."""
+        if isinstance(row, str):
+            raise ValueError(row)
+        for name in row.keys() - columns_read(self.columns):
+            if holds_media(name, row[name], name in file.media):
+                raise ValueError(f"the column {name!r} holds a video or a sound; only pictures and text are read")
+        example = light_example(row, number, self.task_of(row), self.columns, file.has_masks, self.rules, form[0])
+        contents = self.pictures(file, cells)
+        boxes, count = self.rules.tasks[example.task].boxes, len(contents)
+        if boxes and count > 1:
+            raise ValueError(f"{count} pictures in one row; boxes, which the task {example.task} "
+                             "has, need a single one")
+        named = set()       # pictures that the question names; a numbered one may come again
+        for mark in PLACEHOLDER.finditer(example.question):
+            named.add(which := mark[2] or mark[4] or f"at {mark.start()}")
+            beyond = len(named) > count or which.isdecimal() and int(which) > count
+            if mark[0] != MARK and (beyond or not (mark[1] or mark[3])):
+                raise ValueError(f"the question names {mark[0]}, which no picture of the row fills; "
+                                 f"it has {count}")
+        example.question = marked(example.question, count)
+        if boxes and not contents:
+            raise ValueError("no picture: boxes need one")
+        rotate = self.may_rotate(example, file)
+        sizes = tuple(each(contents, lambda content: picture_size(content, rotate)))
+        if boxes and example.answer:
+            example = replace(example, answer=in_pixels(example.answer, form[1], sizes[0]))
+        return example, contents, sizes
 
     def notice(self, what: str, first: str) -> None:
         self.odd.setdefault(what, [0, one_line(first)])[0] += 1
 
-    @property
-    def judged(self) -> int:
-        return len(self.rows)
-
-    def picture(self, file, cells: list):
-        found = [content for cell in cells if (content := picture_in(cell, file.folder)) is not None]
+    def pictures(self, file, cells: list) -> list:
+        found = [contents for cell in cells if (contents := pictures_in(cell, file.folder))]
         if len(found) > 1:
             raise ValueError(f"the columns {' and '.join(PICTURES)} both hold a picture; choose by --columns "
                              "image=NAME")
-        return found[0] if found else None
+        return found[0] if found else []
 
     def may_rotate(self, example: Example, file) -> bool:
         """Tells whether a picture may be rotated as its EXIF says: not if boxes or a mask may
@@ -537,17 +602,18 @@ class StoredExamples:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Returns the example with its picture, which is decoded now. Raises BadRow if that
+        """Returns the example with its pictures, which are decoded now. Raises BadRow if that
         fails."""
-        file, number, example, path, size = self.rows[index]
+        file, number, example, sizes, *paths = self.rows[index]
         try:
             cells, mask = file.heavy(number)
-            content = path or self.picture(file, cells)
-            image = None if content is None else open_image(content, self.may_rotate(example, file), size)
+            contents, rotate = paths or self.pictures(file, cells), self.may_rotate(example, file)
+            images = tuple(each(zip(contents, sizes),
+                                lambda one: open_image(one[0], rotate, one[1])))
             mask, answer = read_mask(mask), example.answer
             if mask is not None and self.rules.tasks[example.task].boxes:
-                if mask.shape != (image.height, image.width) and mask.any():
-                    raise ValueError(f"the mask is {mask.shape[::-1]} and the picture {image.size}")
+                if mask.shape[::-1] != sizes[0] and mask.any():
+                    raise ValueError(f"the mask is {mask.shape[::-1]} and the picture {sizes[0]}")
                 ys, xs = np.nonzero(mask)
                 if not len(xs):
                     answer = "[]"
@@ -556,14 +622,20 @@ class StoredExamples:
                     answer = self.rules.read_label(example.task, around, None)
             if not answer:
                 raise ValueError(f"no answer: none of the columns {', '.join((*ANSWER, 'bbox', 'mask'))} holds one")
-            whole = replace(example, image=image, mask=mask, answer=answer)
+            whole = replace(example, images=images, mask=mask, answer=answer)
             if not example.answer:
-                self.rules.check(whole, image.size)
+                self.rules.check(whole, sizes)
             return whole
         except Mistake:
             raise
         except ValueError as error:
             raise BadRow(f"{file.path}, row {number} (id {one_line(example.id)}): {one_line(error)}") from None
+
+
+def with_bar(file, what: str) -> Iterator[tuple[int, dict | str, list]]:
+    """Yields the rows of a file, with a bar if that takes long."""
+    yield from tqdm(file.rows(), clean(f"{what} {file.path.name}"), file.count, unit="row", delay=BAR_AFTER,
+                    leave=False, disable=os.environ.get("RANK", "0") != "0")
 
 
 Source = Scenes | StoredExamples
@@ -609,8 +681,8 @@ def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
             paths = [Path(path) for path in paths]
             names = {path: re.sub(r"[-_.]?\d*(-of-\d+.*)?$", "", path.stem) for path in paths}
             for path in paths:
-                inside = path.relative_to(folder.resolve() if path.is_relative_to(folder.resolve()) else folder).parts
-                config = "/".join(part for part in inside[:-1] if part not in (split, names[path]))
+                top = next(top for top in (folder.resolve(), folder.absolute()) if path.is_relative_to(top))
+                config = "/".join(part for part in path.relative_to(top).parts[:-1] if part not in (split, names[path]))
                 name = split if len(set(names.values())) == 1 else names[path]
                 found.setdefault((config, str(name)), []).append(path)
         if found:
@@ -620,15 +692,16 @@ def splits_of(folder: Path) -> dict[tuple[str, str], list[Path]]:
 
 
 def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, columns: str = "",
-         flag: str = "--data") -> Scenes | StoredExamples:
+         flag: str = "--data", form: tuple[str, str] = (FORMATS[0], UNITS[0])) -> Scenes | StoredExamples:
     """Returns the source that the string of `flag` names. task: of rows that do not say theirs;
-    columns: field=NAME,…"""
+    columns: field=NAME,…; form: the format and units of boxes."""
     named = dict(part.partition("=")[::2] for part in columns.split(",")) if columns else {}
     if wrong := [field for field, name in named.items() if field not in MAPPABLE or not name]:
         raise Mistake(f"--columns {columns}: {wrong[0]!r} cannot be; give FIELD=NAME,… with the fields "
                       f"{', '.join(MAPPABLE)}")
-    if data.startswith("scenes:"):
-        return Scenes(data.removeprefix("scenes:"))
+    if data.startswith(("scenes:", "photos:")):
+        name, _, split = data.partition(":")
+        return Scenes(split, name)
     parts = data.split(":")
     wanted: list[str] = []
     while len(parts) > 1 and len(wanted) < 2 and not Path(":".join(parts)).exists():
@@ -660,8 +733,8 @@ def load(data: str, rules: Rules, task: str = "", skip_bad_rows: bool = False, c
     [files] = fitting.values()
     if other := [file for file in files if file.is_file() and file.suffix not in (".parquet", ".jsonl")]:
         raise Mistake(f"{flag} {data}: {other[0].name} is neither Parquet nor JSON lines")
-    kinds = [JsonlFile if file.suffix == ".jsonl" else ArrowTable for file in files]
-    return StoredExamples([kind(file, named) for kind, file in zip(kinds, files)], named, rules, task, skip_bad_rows)
+    tables = [(JsonlFile if file.suffix == ".jsonl" else ArrowTable)(file, named) for file in files]
+    return StoredExamples(tables, named, rules, task, skip_bad_rows, form)
 
 
 def download(name: str, flag: str) -> Path:

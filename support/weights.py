@@ -13,6 +13,7 @@ from torch import nn
 from support import lora
 from support.checkpoints import check_checkpoint, newest_checkpoint
 from support.files import as_json, check_regular, digest, read_record, writing
+from support.folders import set_pixels
 from support.mistakes import Mistake
 from support.runs import did_you_mean
 
@@ -352,3 +353,5 @@ def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
             for path in model.folder.glob(pattern):
                 if path.is_file():
                     shutil.copy(path, folder / path.name)
+    if model.pixels:
+        set_pixels(folder, model.pixels)

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from scipy import ndimage
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from data import Processor, Prompt, Response, Row, collate, load, pack_group
-from rewards import TASKS, user_text
+from model import load_model
+from rewards import TASKS, label_text, score, user_text
 from support import boxes, images, scenes
 from support.boxes import convert_boxes
 from support.images import open_image, smart_resize
+from support.mistakes import Mistake
 from support.sources import Example
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -67,6 +70,48 @@ def test_patches(pixels, tmp_path):
         torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-5)
         counts.add(gh * gw // 4)
     assert len(counts) > 10 and (min(counts) >= 40 if pixels else min(counts) < 10)
+
+
+def test_the_limits_of_a_picture_as_options(tmp_path):
+    """As if they stood in the folder. A saved model has them there, for every reader of it."""
+    copy_tiny(tmp_path / "given")
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    limits = {"min_pixels": 40 * 784, "max_pixels": 60 * 784}
+    (tmp_path / "given/preprocessor_config.json").write_text(json.dumps(settings | limits))
+    ours, given = Processor(TINY, *limits.values()), Processor(tmp_path / "given")
+    for width, height in SIZES[:6]:
+        for a, b in zip(ours.patches(noise(width, height))[:2], given.patches(noise(width, height))[:2]):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    with pytest.raises(Mistake, match="--min-pixels 9,999,999,999 is more than --max-pixels 12,845,056; where one is not"):
+        Processor(TINY, min_pixels=9_999_999_999)
+    model = load_model(TINY)
+    model.pixels = tuple(limits.values())
+    for _ in ("preprocessor_config.json", "processor_config.json"):
+        model.save_pretrained(tmp_path / "saved")
+        saved = Processor(tmp_path / "saved")
+        reference = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "saved")
+        assert (saved.min_pixels, saved.max_pixels) == model.pixels
+        assert reference(images=[noise(300, 90)], return_tensors="pt")["image_grid_thw"].tolist() == [
+            [1, *saved.patches(noise(300, 90))[1]]]
+        model.folder = tmp_path / "five"
+        copy_tiny(model.folder)
+        (model.folder / "preprocessor_config.json").unlink()
+        (model.folder / "processor_config.json").write_text(json.dumps({"image_processor": {
+            "image_processor_type": "Qwen2VLImageProcessor", "size": {"longest_edge": 99 * 784, "shortest_edge": 784}}}))
+        shutil.rmtree(tmp_path / "saved")
+
+
+def test_a_frame_that_is_shrunk_takes_its_limits_along():
+    """A box 6 pixels off is within 10 of an 840×840 frame, and not of one of 420×420."""
+    example = Example("1", (Image.new("RGB", (840, 840)),), "cup",
+                      '[{"bbox_2d":[100,100,300,300],"point_2d":[200,200]}]', "grounding")
+    whole, shrunk = Processor(TINY).prompt(example), Processor(TINY, max_pixels=420 * 420).prompt(example)
+    assert (whole.side, shrunk.side, shrunk.size) == (840, 420, (420, 420))
+    for prompt, accuracy in ((whole, 3), (shrunk, 2)):
+        [item] = json.loads(prompt.answer)
+        near = json.dumps([{"bbox_2d": [x + 6 for x in item["bbox_2d"]], "point_2d": item["point_2d"]}])
+        reward = score("grounding", f"<answer>{near}</answer>", prompt.answer, prompt.side)
+        assert reward.terms["accuracy"] == accuracy
 
 
 def test_folders_saved_by_transformers_5(tmp_path):
@@ -191,7 +236,7 @@ def test_a_chat_template_may_speak_of_thoughts_before_the_question(tmp_path):
     told = QWEN_LIKE.replace("assistant.<", "assistant. Use <think> and </think>.<").replace(
         "{{ part['text'] }}", "{% if message['role'] == 'assistant' %}<think>\n\n</think>{% endif %}{{ part['text'] }}")
     (tmp_path / "chat_template.jinja").write_text(told)
-    assert "<think> and </think>" in Processor(tmp_path).chat("A question", True)
+    assert "<think> and </think>" in Processor(tmp_path).chat(Example("x", (), "A question", "1", "vqa"), 1)
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
@@ -224,47 +269,102 @@ def test_smart_resize(limits):
     assert 10 < refused < 1500
 
 
-CONVERSATIONS = [("vqa", "How many red rings are there?", (150, 90)), ("vqa", "Describe  the image.\n", (40, 300)),
-                 ("scene_grounding", "Red Ring.", (112, 112)), ("math", "1+1? Answer in \\boxed{}.", None),
-                 ("grounding", "the café {left}", (57, 200)), ("vqa", "<think> 漢字 é e\u0301 </answer>", (28, 28))]
+# Parts: a text, or the size of a picture. Without <image> in the question all pictures come first.
+CONVERSATIONS = [
+    ("vqa", "How many red rings are there?", [(150, 90), "How many red rings are there?"]),
+    ("vqa", "Describe  the image.\n", [(40, 300), "Describe  the image.\n"]),
+    ("scene_grounding", "Red Ring.", [(112, 112), user_text("scene_grounding", "Red Ring.")]),
+    ("math", "1+1? Answer in \\boxed{}.", [user_text("math", "1+1? Answer in \\boxed{}.")]),
+    ("grounding", "the café {left}", [(57, 200), user_text("grounding", "the café {left}")]),
+    ("vqa", "<think> 漢字 é e\u0301 </answer>", [(28, 28), "<think> 漢字 é e\u0301 </answer>"]),
+    ("vqa", "In <image> it is red", ["In ", (150, 90), " it is red"]),
+    ("vqa", "Which is larger?", [(150, 90), (28, 28), (40, 300), "Which is larger?"]),
+    ("vqa", "<image>\nIs it in<image><image> or <image>", [
+        (300, 20), "\nIs it in", (28, 28), (28, 28), " or ", (90, 150)]),
+    ("math", "<image>Is <image> X?", [(60, 60), "is ", (28, 90), " x?" + user_text("math", "")])]
 
 
-@pytest.mark.parametrize("task, question, size", CONVERSATIONS)
-def test_prompt_tokens(processor, task, question, size):
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize("task, question, parts", CONVERSATIONS)
+def test_prompt_tokens(processor, qwen3_folder, family, task, question, parts):
     """transformers' AutoProcessor wants torchvision; so tokenizer and image processor, joined by hand."""
+    folder = TINY if family == "qwen2.5" else qwen3_folder
+    processor = processor if family == "qwen2.5" else Processor(qwen3_folder)
     answer = json.dumps([BOX]) if "grounding" in task else "1"
-    prompt = processor.prompt(Example("x", size and noise(*size), question, answer, task))
-    tokenizer, images = AutoTokenizer.from_pretrained(TINY), Qwen2VLImageProcessorPil.from_pretrained(TINY)
-    content, count = [{"type": "text", "text": user_text(task, question)}], 0
-    if size:
-        frame = TASKS[task].frame
-        seen = noise(*size).resize(frame, Image.Resampling.BILINEAR) if frame else noise(*size)
-        grid = images(images=[seen], return_tensors="pt")["image_grid_thw"]
-        content, count = [{"type": "image"}, *content], int(grid.prod()) // images.merge_size ** 2
-        assert prompt.grids == [tuple(grid[0, 1:].tolist())]
+    images = [noise(*part, seed) for seed, part in enumerate(parts) if isinstance(part, tuple)]
+    prompt = processor.prompt(Example("x", tuple(images), question, answer, task))
+    if frame := TASKS[task].frame:
+        images = [image.resize(frame, Image.Resampling.BILINEAR) for image in images]
+    tokenizer, counts = AutoTokenizer.from_pretrained(folder), []
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    if images:
+        reference = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        expected = reference(images=images, return_tensors="pt")
+        grids = expected["image_grid_thw"]
+        assert [[1, *grid] for grid in prompt.grids] == grids.tolist()
+        torch.testing.assert_close(prompt.patches, expected["pixel_values"], rtol=0, atol=1e-5)
+        counts = (grids.prod(1) // reference.merge_size ** 2).tolist()
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
                                          add_generation_prompt=True)
-    assert text.count("<|image_pad|>") == bool(size)
-    expected = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count))["input_ids"]
+    for count in counts:
+        text = text.replace("<|image_pad|>", "<|placeholder|>" * count, 1)
+    expected = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"))["input_ids"]
     assert prompt.tokens == expected
-    assert prompt.tokens.count(processor.config.image_token_id) == count == len(prompt.patches) // 4
+    assert prompt.tokens.count(processor.config.image_token_id) == sum(counts) == len(prompt.patches) // 4
     assert prompt.position.shape == (3, len(prompt.tokens))
-    longer_side = max(prompt.grids[0]) // 2 if size else 0  # in image tokens: so many ids does an image take
-    assert prompt.next_position == len(prompt.tokens) - count + longer_side
+    longer_sides = sum(max(grid) // 2 for grid in prompt.grids)  # in image tokens: so many ids does an image take
+    assert prompt.next_position == len(prompt.tokens) - sum(counts) + longer_sides
 
 
-def test_prompt_has_the_chat_of_the_paper(processor):
+@pytest.mark.parametrize("question, written", [("Hello?", "{}{}Hello?"), ("A <image> or <image>?", "A {} or {}?")])
+def test_prompt_has_the_chat_of_the_paper(processor, question, written):
     """Section 7 of paper.md, to the letter."""
-    prompt = processor.prompt(Example("x", noise(56, 56), "Hello?", "1", "vqa"))
+    prompt = processor.prompt(Example("x", (noise(56, 56), noise(56, 84)), question, "1", "vqa"))
+    seen = ("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in (4, 6))
     assert processor.tokenizer.decode(prompt.tokens) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-        + "<|image_pad|>" * 4 + "<|vision_end|>Hello?<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" + written.format(*seen)
+        + "<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize("task, size", [("vqa", (56, 84)), ("scene_grounding", (112, 112)), ("math", None)])
+def test_a_system_turn_is_in_the_prompt(family, task, size, qwen3_folder):
+    """As apply_chat_template writes it, in the place of the template's own; and it counts for --max-row-tokens."""
+    folder = qwen3_folder if family == "qwen3" else TINY
+    processor, tokenizer = Processor(folder), AutoTokenizer.from_pretrained(folder)
+    answer, system = json.dumps([BOX]) if task == "scene_grounding" else "1", "Be short. Say {question}, é."
+    sizes = [size] * bool(size)
+    example = Example("x", tuple(noise(*size) for size in sizes), "the cup", answer, task)
+    told = replace(example, system=system)
+    plain, prompt = processor.prompt(example), processor.prompt(told)
+    count = prompt.tokens.count(processor.config.image_token_id)
+    content = [{"type": "image"}] * bool(size) + [{"type": "text", "text": user_text(task, "the cup")}]
+    text = tokenizer.apply_chat_template([{"role": "system", "content": system}, {"role": "user", "content": content}],
+                                         tokenize=False, add_generation_prompt=True)
+    assert prompt.tokens == tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count))["input_ids"]
+    assert "You are a helpful assistant." in processor.decode(plain.tokens)
+    assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n") and "helpful" not in text
+    y = processor.encode(label_text(task, prompt.answer, "spaced"))
+    most = len(prompt.tokens) + len(y)
+    assert len(prompt.tokens) > len(plain.tokens)
+    processor.check_label(told, sizes, "spaced", 1, most)
+    with pytest.raises(ValueError, match=f"its prompt of {len(prompt.tokens)} tokens, .* exceed --max-row-tokens {most - 1}"):
+        processor.check_label(told, sizes, "spaced", 1, most - 1)
+
+
+def test_a_chat_template_without_a_system_turn(tmp_path):
+    copy_tiny(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(QWEN_LIKE.replace("{% for message in messages %}", "{% for message in messages[-1:] %}"))
+    example = Example("x", (), "What?", "1", "vqa", system="Be short.")
+    with pytest.raises(ValueError, match="the model's chat template leaves out the system turn"):
+        Processor(tmp_path).prompt(example)
+    Processor(tmp_path).prompt(replace(example, system=""))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_other_colour_modes_and_files(processor, tmp_path, mode):
     noise(60, 90).convert(mode).save(tmp_path / "a.png")
-    prompt = processor.prompt(Example("x", open_image(tmp_path / "a.png"), "What?", "1", "vqa"))
+    prompt = processor.prompt(Example("x", (open_image(tmp_path / "a.png"),), "What?", "1", "vqa"))
     expected = Qwen2VLImageProcessorPil.from_pretrained(TINY)(images=[Image.open(tmp_path / "a.png").convert("RGB")])
     torch.testing.assert_close(prompt.patches, torch.tensor(expected["pixel_values"]), rtol=0, atol=1e-5)
 
@@ -276,7 +376,7 @@ SPECIAL = ["<|im_end|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>", "<|v
 def test_question_with_a_special_token(processor, token):
     for task, question in (("vqa", f"a {token} b"), ("scene_grounding", f"a {token.upper()} b")):  # lower-cased there
         with pytest.raises(ValueError, match="the question holds a special token"):
-            processor.prompt(Example("x", None, question, "[]", task))
+            processor.prompt(Example("x", (), question, "[]", task))
 
 
 @pytest.mark.parametrize("token", SPECIAL)
@@ -335,7 +435,7 @@ def test_y_has_whole_numbers_at_any_size(processor, size):
     """Control 1: the text of y must not depend on whether the picture happens to have the frame's size."""
     box = json.dumps([{"bbox_2d": [7.459999999999994, 3.2, 9.5, 40.5], "point_2d": [8.5, 21.85]}])
     for task in ("grounding", "scene_grounding"):
-        answer = processor.prompt(Example("x", noise(*size), "cup", box, task)).answer
+        answer = processor.prompt(Example("x", (noise(*size),), "cup", box, task)).answer
         assert not re.search(r"\d\.\d", answer) and all(type(c) is int for c in json.loads(answer)[0]["bbox_2d"])
 
 
@@ -349,7 +449,7 @@ def test_grounding_example_of_a_file_gets_its_boxes_converted(processor, tmp_pat
     for example, size, expected in ((source[0], (840, 840), {"bbox_2d": [84, 210, 420, 420], "point_2d": [252, 308]}),
                                     (source[1], (112, 56), {"bbox_2d": [11, 14, 56, 28], "point_2d": [34, 21]})):
         prompt = processor.prompt(example)
-        assert (prompt.original_size, prompt.size, prompt.image.size) == ((100, 60), size, size)
+        assert (prompt.original_size, prompt.size, prompt.images[0].size) == ((100, 60), size, size)
         assert json.loads(prompt.answer) == [expected]
         assert json.loads(example.answer) == [BOX]  # the source keeps the image's own pixels
 
@@ -359,7 +459,7 @@ def test_grounding_example_of_a_file_gets_its_boxes_converted(processor, tmp_pat
 
 def plain_prompt(tokens: list[int], **more) -> Prompt:
     position = torch.arange(len(tokens)).expand(3, -1)
-    return Prompt(Example("the id", None, "", "", "vqa"), tokens, position, **{
+    return Prompt(Example("the id", (), "", "", "vqa"), tokens, position, **{
         "patches": torch.empty(0, 0), "grids": [], "answer": "", **more})
 
 
@@ -508,7 +608,7 @@ def test_answers_are_exact(split):
         kind = kind_of(example)
         if kind == "lesion":     # its box has a test of its own
             continue
-        things = things_in(example.image)
+        things = things_in(example.images[0])
         if kind == "reasoning":
             thing, thought = extreme(things, example.question)
             assert example.thought == (thought if split in scenes.MIX else "")
@@ -561,13 +661,13 @@ def test_what_each_split_asks():
 
 def test_what_training_never_sees():
     for example in (example for split in scenes.TRAIN for example in examples(split)):
-        assert example.question != "purple cross" and not fitting(things_in(example.image), "purple cross"), example.id
+        assert example.question != "purple cross" and not fitting(things_in(example.images[0]), "purple cross"), example.id
     assert {example.question for example in examples("pair-test")} == {"purple cross"}
-    assert sum(bool(fitting(things_in(example.image), "purple cross")) for example in examples("val")) > 20
-    sides = {split: {t.box[2] - t.box[0] for example in examples(split) for t in things_in(example.image)}
+    assert sum(bool(fitting(things_in(example.images[0]), "purple cross")) for example in examples("val")) > 20
+    sides = {split: {t.box[2] - t.box[0] for example in examples(split) for t in things_in(example.images[0])}
              for split in ("train", "test", "elsewhere-test")}
     assert sides["train"] == sides["test"] == {*range(22, 45)} and not sides["elsewhere-test"] & sides["train"]
-    assert {len(things_in(example.image)) for example in examples("elsewhere-test")} == {5, 6}
+    assert {len(things_in(example.images[0])) for example in examples("elsewhere-test")} == {5, 6}
 
 
 def test_only_pretraining_thinks():
@@ -579,7 +679,7 @@ def test_only_pretraining_thinks():
 
 
 def unlit(example: Example) -> np.ndarray:
-    return np.asarray(example.image).astype(int) - scenes.LIGHT
+    return np.asarray(example.images[0]).astype(int) - scenes.LIGHT
 
 
 def around(found: np.ndarray) -> list[int]:
@@ -659,13 +759,13 @@ def test_what_a_familys_pretraining_lacks():
 
 
 def test_splits_are_deterministic_and_never_share_a_scene():
-    pictures = [example.image.tobytes() for split in scenes.SPLITS for example in examples(split)]
+    pictures = [example.images[0].tobytes() for split in scenes.SPLITS for example in examples(split)]
     # The same index is another scene in each split.
     assert len(set(pictures)) == len(pictures) == 240 * len(scenes.SPLITS)
     for split in scenes.SPLITS:
         for index in (239, 0, 17):  # whatever was asked before
             again, first = load("scenes:" + split)[index], examples(split)[index]
-            assert again.image.tobytes() == first.image.tobytes()
+            assert again.images[0].tobytes() == first.images[0].tobytes()
             assert (again.id, again.question, again.answer, again.task) == (
                 first.id, first.question, first.answer, first.task) and again.id == f"scenes:{split}/{index}"
 

@@ -22,6 +22,7 @@ from model import load_model
 from support import runs
 from support.boxes import box_hit
 from support.mistakes import Mistake
+from support.runs import precision_of
 from support.sources import BadRow, Example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def test_what_was_not_measured_is_a_dash_not_a_zero():
 
 def test_an_answer_is_judged_in_the_frame_the_model_saw_and_reported_in_the_pictures_own():
     processor = Processor("assets/tiny")
-    example = Example("a", Image.new("RGB", (100, 50)), "red ring",
+    example = Example("a", (Image.new("RGB", (100, 50)),), "red ring",
                       json.dumps([{"bbox_2d": [10, 10, 50, 40], "point_2d": [30, 25]}]), "scene_grounding")
     prompt = processor.prompt(example)                          # 100×50 becomes 112×56
     response = f"<answer>{prompt.answer}</answer>"
@@ -188,16 +189,19 @@ def test_half_a_record_is_left_out_and_counted(small, monkeypatch, capsys, damag
     assert records.read_bytes().splitlines() == [first, second]
 
 
-@pytest.mark.parametrize("question, size, said", [
-    ("the leftmost of the two squares", (112, 112), None), ("How many red rings are there?", (112, 112), None),
-    ("a zebra", (112, 112), "not the word 'zebra'"), ("red ring", (640, 480), "not a picture of 640×480 pixels"),
-    ("2 Katzen", (640, 480), "the word 'Katzen' and a picture of 640×480 pixels"), ("red or blue", (0, 0), "not the word 'or'")])
-def test_what_the_tiny_model_cannot_know(question, size, said):
+@pytest.mark.parametrize("question, sizes, said", [
+    ("the leftmost of the two squares", [(112, 112)], None), ("How many red rings are there?", [(112, 112)], None),
+    ("a zebra", [(112, 112)], "not the word 'zebra'"), ("red ring", [(640, 480)], "not a picture of 640×480 pixels: what"),
+    ("2 Katzen", [(640, 480)], "the word 'Katzen' and a picture of 640×480 pixels"), ("red or blue", [], "not the word 'or'"),
+    ("red <image> in <image>", [(112, 112)] * 2, "not several pictures: what"),
+    ("red ring", [(112, 112), (9, 7), (5, 7)], "not a picture of 9×7 pixels and several pictures: what")])
+def test_what_the_tiny_model_cannot_know(question, sizes, said):
     model = load_model(ROOT / "assets/tiny")
-    lines = unknown_to(model, question, size)
+    example = Example("1", tuple(Image.new("RGB", size) for size in sizes), question, "1", "vqa")
+    lines = unknown_to(model, example)
     assert [said in line for line in lines] == [True] * bool(said)
     model.config = replace(model.config, vocab_size=151_936)
-    assert unknown_to(model, question, size) == []
+    assert unknown_to(model, example) == []
 
 
 def test_every_question_of_the_built_in_world_is_known():
@@ -240,3 +244,16 @@ def test_a_photo_lying_on_its_side_is_turned(small, monkeypatch, capsys):
     drawn = Image.open("photo.answer.png")           # five times as large, and not as wide as its text
     assert drawn.width == 320 + 16 and drawn.height > 5 * 80 + 20
     assert drawn.getpixel((8 + 5 * 40 - 1, 8 + 5 * 80 - 1)) == (0, 0, 0) and drawn.getpixel((8 + 5 * 40 + 1, 50)) == (255,) * 3
+
+
+def test_the_precision_is_that_of_the_run(tmp_path):
+    """In another one it is another policy. A folder of no run is scored in float32."""
+    folder = tmp_path / "checkpoints/step_3"
+    folder.mkdir(parents=True)
+    assert precision_of(folder) == precision_of(tmp_path) == "float32"
+    for written, read in (({"precision": "bfloat16"}, "bfloat16"), ({}, "float32")):
+        (tmp_path / "config.json").write_text(json.dumps({"config": written}))
+        assert precision_of(folder) == read and precision_of(tmp_path) == "float32"
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"precision": "int8"}}))
+    with pytest.raises(Mistake, match="config.json: precision is 'int8', which cannot be; give --precision"):
+        precision_of(folder)

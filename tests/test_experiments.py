@@ -113,11 +113,15 @@ def test_results_of_earlier_versions_are_read_by_todays_names(tmp_path, monkeypa
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
     for seed, metrics, of_steps in ((42, old, old_course), (43, new, new_course)):
         (tmp_path / f"{seed}.json").write_text(json.dumps({
-            "experiment": "visurf", "rate": 0.001, "seed": seed, "metrics": {"test": metrics},
-            "course": of_steps, "best": {"step": 1, "test": metrics}}))
+            "experiment": "visurf", "rate": 0.001, "seed": seed, "stages": [[]],
+            "metrics": {"test": metrics}, "course": of_steps, "best": {"step": 1, "test": metrics}}))
     seeds = read_results()["visurf"][0.001]
     assert seeds[42] | {"seed": 43} == seeds[43] and seeds[43]["metrics"] == {"test": new}
     assert seeds[43]["course"] == new_course and seeds[43]["best"]["test"] == new
+    (tmp_path / "sft.json").write_text(json.dumps({
+        "experiment": "sft", "rate": 0.002, "seed": 42, "stages": [["--method", "sft"]],
+        "metrics": {"test": old}, "course": {"entropy": [4]}, "best": {"step": 1, "test": old}}))
+    assert read_results()["sft"][0.002][42]["course"] == {"entropy_y": [4]}     # over label tokens
     for name, now in {"y/thinking": "y/thinks", "rollouts/accuracy": "o/accuracy", "r_y": "r(y)",
                       "o/thinks": "o/thinks", "thinking": "thinking"}.items():
         assert today(name) == now

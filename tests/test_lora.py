@@ -19,11 +19,12 @@ from rollout import generate, prefill, uniforms
 from support.checkpoints import digest_of
 from support.equip import equip
 from support.files import digest
-from support.lora import CONFIG, WEIGHTS, LowRank, add_lora, adapters, freeze, load_adapter, merge_after
+from support.lora import (CONFIG, WEIGHTS, LowRank, add_lora, adapters, freeze, load_adapter, merge_after,
+                          without_adapters)
 from support.mistakes import Mistake
 from support.onednn import Linear, use_onednn
 from support.optimizers import learn
-from support.sources import Scenes
+from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets/tiny"
@@ -112,6 +113,26 @@ def test_an_adapter_of_full_rank_steps_as_full_fine_tuning():
     torch.optim.AdamW(theirs.values(), **options).step()
     for name, layer in adapters(model).items():
         assert torch.allclose(layer.weight, theirs[name], rtol=1e-9, atol=1e-12) and layer.lora_B.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_the_model_without_its_adapters(dtype):
+    """To the bit, and without a second model; after it the adapters are back, and an error does not lose them."""
+    cfg = train.Config(model=str(TINY), kl=0.1, lora_rank=4, precision=str(dtype).removeprefix("torch."))
+    model, reference = train.make_models(cfg, None, "", torch.device("cpu"))
+    assert reference is model
+    learnt(model)
+    before = logp(model)
+    with without_adapters(model):
+        frozen = logp(model)
+    assert torch.equal(frozen, logp(use_onednn(tiny(dtype)))) and not torch.equal(frozen, before)
+    assert torch.equal(logp(model), before)
+    with pytest.raises(ValueError), without_adapters(model):
+        raise ValueError
+    assert torch.equal(logp(model), before)
+    plain = tiny()
+    with without_adapters(plain):
+        assert torch.equal(logp(plain), logp(tiny()))
 
 
 @pytest.mark.parametrize("dtype, gap", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
@@ -229,18 +250,21 @@ def test_adapters_that_are_not_ours(tmp_path, change, said):
         load_model(tmp_path)
 
 
-def test_peft_opens_it(tmp_path):
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+def test_peft_opens_it(tmp_path, pictures):
     """Its logits with our adapter on its own base against ours, in float32."""
     peft = pytest.importorskip("peft")
     from transformers import Qwen2_5_VLForConditionalGeneration
     model = learnt(tiny(torch.float32, rank=4))
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(TINY), tmp_path)
-    prompt = Processor(TINY).prompt(Scenes("test")[0])
+    images = tuple(Scenes("test")[i].images[0] for i in range(pictures))
+    prompt = Processor(TINY).prompt(Example("1", images, "red ring" + " <image>?" * pictures, "1", "vqa"))
     patches, grids = collate_images([prompt], "cpu")
     tokens = torch.tensor([prompt.tokens])
+    seen = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, *grid] for grid in grids])}
     with torch.no_grad():
-        other = theirs(input_ids=tokens, pixel_values=patches, image_grid_thw=torch.tensor([[1, *grids[0]]]),
+        other = theirs(input_ids=tokens, **(seen if pictures else {}),
                        mm_token_type_ids=(tokens == model.config.image_token_id).int()).logits[0, -1]
         own = model.lm_head(prefill(model, [prompt], 1, 1)[0])[0]
     assert torch.allclose(own, other, atol=2e-3, rtol=1e-3)
@@ -307,6 +331,10 @@ def test_a_run_with_lora(tmp_path, monkeypatch):
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
     state = load_file(tmp_path / "runs/half/checkpoints/step_4/optimizer_0.safetensors")
     assert len(state) == 3 * len(b) and not any("master" in name for name in state)
+    for more, said in (((), "greedy, bfloat16"), (("--precision", "float32", "--out", "x"), "greedy, float32")):
+        code, output = run_script(ROOT / "eval.py", "--model", "runs/half", "--data", "scenes:test", "--limit", "2",
+                                  "--max-new-tokens", "4", *more, folder=tmp_path)
+        assert code == 0 and said in output and f"scenes:test, {said.split()[1]}" in output, output
     code, output = run_script(ROOT / "experiments/merge.py", "runs/half", "merged", folder=tmp_path)
     assert code == 0 and "as one model in bfloat16: merged" in output, output
     run, whole = (load_model(tmp_path / name, torch.bfloat16) for name in ("runs/half", "merged"))

@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from PIL import Image
 
 from data import Prompt
 from eval import Record, intersection_union, judge, mask_iou, official_reading, roc_auc, summarise
@@ -133,10 +134,10 @@ BOX, POINT = '"bbox_2d": [10, 20, 30, 40]', '"point_2d": [20, 30]'
 
 def judged(answer: str, truth: list[dict], seen=(100, 100), original=(200, 50)) -> Record:
     """An answer to a picture of 200×50 pixels that the model saw as 100×100. truth: in the picture's pixels."""
-    example = Example("1", None, "thing", json.dumps(truth), "grounding")
+    example = Example("1", (Image.new("RGB", original),), "thing", json.dumps(truth), "grounding")
     in_frame = [{key: [c * s[i % 2] for i, c in enumerate(t[key])] for key in t}
                 for t in truth for s in [(seen[0] / original[0], seen[1] / original[1])]]
-    return judge(Prompt(example, [], None, None, [], json.dumps(in_frame), seen, original), answer, 1)
+    return judge(Prompt(example, [], None, None, [], json.dumps(in_frame), [Image.new("RGB", seen)]), answer, 1)
 
 
 @pytest.mark.parametrize("items, boxes, points", [

@@ -79,6 +79,7 @@ MISTAKES = [
     ("train", "--eval-data three.jsonl", r"three.jsonl, row 1: bad label"),
     ("train", "--eval-data outside.jsonl --columns answer=truth", "row 1: no answer: none of the columns truth holds one"),
     ("train", "--data=", "--data : must name what is trained on"),
+    ("eval", "--model assets/tiny --image a.png --question <image>,<image>", "--question: the question names 2 picture.s. by <image>, and has 1"),
     ("eval", f"--model assets/tiny --image a.png --question {'x' * 20_001}", "--question: the question has more than 20,000"),
     ("train", "--seed -1", "--seed -1: must be at least 0"), ("train", f"--seed {10**30}", "--seed 1000.*: must be at most 92"),
     ("train", f"--steps {10**30}", "must be at most"), ("train", f"--name {'x' * 300}", "a name of at most 200 bytes"),

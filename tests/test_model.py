@@ -124,11 +124,12 @@ def make_prompt(seed: int, *parts) -> Prompt:
     n = sum(gh * gw for gh, gw in grids)
     patches = torch.randn(n, 3 * 2 * 14 * 14, generator=generator) if n else torch.empty(0, 0)
     position = mrope_positions(tokens, grids, IMAGE)
-    return Prompt(Example(str(seed), None, "", "", "vqa"), tokens, position, patches, grids, "")
+    return Prompt(Example(str(seed), (), "", "", "vqa"), tokens, position, patches, grids, "")
 
 
 # 10×22 patches are 140×308 px: 2×3 windows, of 8 or 2 rows and of 8, 8 or 6 columns. No side is a multiple of 112 px.
-PROMPTS = [make_prompt(1, 5, (10, 22), 7), make_prompt(2, 3, (18, 6), 2, (4, 26), 4), make_prompt(3, 9),
+# One, three (two of them side by side, one of a single window), no and one image.
+PROMPTS = [make_prompt(1, 5, (10, 22), 7), make_prompt(2, 3, (18, 6), 2, (4, 26), (2, 4), 4), make_prompt(3, 9),
            make_prompt(4, (12, 12), 6)]
 TEXT_ONLY = [make_prompt(5, 11), make_prompt(6, 4)]
 RESPONSES = [make_prompt(7 + n, n).tokens for n in (4, 1, 9)]
@@ -307,18 +308,24 @@ def test_hub_layout_config_and_companions(tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_a_saved_folder_answers_the_same_in_transformers(tmp_path):
-    """Its weights, tokenizer, image processor and generation_config, by transformers alone, on a scene. (AutoProcessor
-    needs torchvision, which may be missing; it joins the two below.)"""
+@pytest.mark.parametrize("several", [False, True])
+def test_a_saved_folder_answers_the_same_in_transformers(tmp_path, several):
+    """Its weights, tokenizer, image processor and generation_config, by transformers alone, on a scene, or on three in
+    the midst of a question. (AutoProcessor needs torchvision, which may be missing; it joins the two below.)"""
     model, example = load_model(TINY), Scenes("test")[0]
     model.save_pretrained(tmp_path)
+    parts = [{"type": "image"}, {"type": "text", "text": user_text(example.task, example.question)}]
+    if several:
+        three = tuple(Scenes("test")[i].images[0] for i in (0, 1, 3))
+        example = Example("1", three, "Find <image> or <image><image>: the red ring.", "1", "vqa")
+        parts = [{"type": "text", "text": "Find "}, parts[0], {"type": "text", "text": " or "}, parts[0], parts[0],
+                 {"type": "text", "text": ": the red ring."}]
     prompt = Processor(tmp_path).prompt(example)
     [[response]] = generate(load_model(tmp_path), [prompt], 64)
     tokenizer, images = AutoTokenizer.from_pretrained(tmp_path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
-    text = user_text(example.task, example.question)
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    chat = [{"role": "user", "content": parts}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    pixels = images(images=[example.image], return_tensors="pt")
+    pixels = images(images=list(example.images), return_tensors="pt")
     inputs = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 16), return_tensors="pt")
     is_image = (inputs["input_ids"] == model.config.image_token_id).int()
     answer = reloaded(tmp_path).generate(**inputs, **pixels, mm_token_type_ids=is_image, do_sample=False,

@@ -650,7 +650,7 @@ def test_what_is_logged_by_hand():
     _, logged = call_loss(
         logp, segment, {"method": "sft"}, ref_logp=None, sampled_logp=sampled, entropy=entropy, advantage=(segment == 1).to(logp),
         weight=token_weight(segment, "token-mean") * (segment == 1), denominator=2)
-    assert logged["entropy"].tolist() == [1, 2] and logged["logp_y"].tolist() == [-3] and len(logged) == 2
+    assert logged["entropy_y"].tolist() == [1, 2] and logged["logp_y"].tolist() == [-3] and len(logged) == 2
 
 
 def test_the_worked_example():

@@ -1,6 +1,7 @@
 """What a person looks at: sheets of answers, curves, reports, the line of a step."""
 import doctest
 import json
+import math
 import re
 from html import escape
 from pathlib import Path
@@ -32,7 +33,7 @@ def count(picture: Image.Image, colour) -> int:
 
 
 def cell(answer: str, truth: str, size=(112, 112)):
-    example = Example("1", Image.new("RGB", size, "black"), "red ring", truth, "scene_grounding")
+    example = Example("1", (Image.new("RGB", size, "black"),), "red ring", truth, "scene_grounding")
     prompt = Processor(ROOT / "assets/tiny").prompt(example)
     return judge(prompt, answer, 3), prompt
 
@@ -67,6 +68,26 @@ def test_a_sheet_says_right_or_wrong_and_keeps_the_aspect(tmp_path):
     draw_sheet(for_sheet([right] * 5), tmp_path / "five.png")
     assert Image.open(tmp_path / "five.png").width == 4 * sheets[0].width
     draw_sheet([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize("sizes", [[(112, 112), (60, 90)], [(90, 60), (600, 90), (90, 200)], [(56, 112)] * 5, [(400, 2)] * 17])
+def test_several_pictures_stand_side_by_side(tmp_path, qwen3_folder, family, sizes):
+    """Each in its own aspect, in the order of reading, on a card as wide as any other."""
+    shades = [(90 + 9 * i, 0, 250 - 9 * i) for i in range(len(sizes))]
+    images = tuple(Image.new("RGB", size, shade) for size, shade in zip(sizes, shades))
+    prompt = Processor(ROOT / "assets/tiny" if family == "qwen2.5" else qwen3_folder).prompt(
+        Example("1", images, "Which is larger?", "it", "vqa"))
+    draw_sheet(for_sheet([(judge(prompt, "it", 3), prompt)]), tmp_path / "a.png")
+    sheet, places = np.array(Image.open(tmp_path / "a.png")), []
+    assert sheet.shape[1] == 336
+    for shade, seen in zip(shades, prompt.images):
+        ys, xs = np.nonzero((sheet == shade).all(-1))
+        width, height = np.ptp(xs) + 1, np.ptp(ys) + 1
+        assert len(xs) == width * height and abs(width / height / (seen.width / seen.height) - 1) < 0.25
+        assert max(width, height) == 320 // math.ceil(len(sizes) ** 0.5) - 4
+        places.append((ys.min(), xs.min()))
+    assert places == sorted(places) and len(set(places)) == len(sizes) and min(places)[1] == 8
 
 
 def test_cut_text_says_so():

@@ -458,6 +458,8 @@ def long_texts(n):
         "boxes in boxes": fill("\\boxed{"),
         "open braces": "\\boxed{" + fill("{"),
         "surrogates": inside('["' + fill("\ud800") + '"]'),
+        "fences": fill("`"), "an open fence": "```" + fill("a"),
+        "signs": "[" + fill("-") + "1]", "sums": "[1" + fill("+1") + "]",
     }
 
 
@@ -468,7 +470,8 @@ def test_long_texts_are_read_in_time(n):
     calls = {
         "grounding": lambda text: grounding_reward(text, truth), "math": lambda text: math_reward(text, "2"),
         "vqa": lambda text: vqa_reward(text, "2"), "parse": parse_boxes, "thinks": has_thinking_format,
-        "label": lambda text: read_label("vqa", text)}
+        "label": lambda text: read_label("vqa", text), "boxes": lambda text: read_label("grounding", text),
+        "chat": lambda text: cells.turns_in("[{" + text[2:])}
     for name, text in long_texts(n).items():
         assert 0.8 * n < len(text) <= n, name
         for call, function in calls.items():
@@ -634,12 +637,69 @@ def test_math_labels_as_data_sets_have_them(value, expected):
     assert read_label("math", value) == expected
 
 
-def test_boxes_as_data_sets_have_them():
-    centre = [{"bbox_2d": [2, 4, 6, 9], "point_2d": [4.0, 6.5]}]
-    for value in ([2, 4, 6, 9], [[2, 4, 6, 9]], centre, json.dumps(centre), f"<answer>{json.dumps(centre)}</answer>",
-                  "[[2, 4, 6, 9]]", "[2, 4, 6, 9]"):
-        assert json.loads(read_label("grounding", value)) == centre, value
-    assert read_label("grounding", []) == read_label("grounding", "<answer>[]</answer>") == "[]"
+LABELLED = {"bbox_2d": [2, 4, 6, 9], "label": "the 'dog'"}
+BOXES = {       # how models and data sets write a box without its point
+    "as such": [2, 4, 6, 9], "a list": [[2, 4, 6, 9]], "text": "[[2, 4, 6, 9]]", "text of one": "[2, 4, 6, 9]",
+    "no point": [LABELLED], "null as a point": [LABELLED | {"point_2d": None}], "one object": LABELLED,
+    "text of an object": json.dumps(LABELLED), "text of objects": json.dumps([LABELLED], indent=2),
+    "a fence": f"```json\n{json.dumps([LABELLED])}\n```", "a fence around one": f"```\n{json.dumps(LABELLED)}\n```",
+    "a fence in text": f"Here it is:\n```json\n{json.dumps([LABELLED])}\n```\nDone.",
+    "answer": f"<answer>{json.dumps([LABELLED])}</answer>", "answer, one": f"<answer> {json.dumps(LABELLED)}\n</answer>",
+    "thought and answer": f"<think>It is on the [left].</think> <answer>{json.dumps([LABELLED])}</answer>",
+    "a fence in an answer": f"<answer>```json\n{json.dumps([LABELLED])}\n```</answer>",
+    "Python's": str([LABELLED]), "Python's, one": str(LABELLED), "Python's tuples": "[(2, 4, 6, 9)]",
+    "Python's tuple": "(2, 4, 6, 9)", "Python's None": "[{'bbox_2d': [2, 4, 6, 9], 'point_2d': None,}]",
+    "Python's in a fence": f"```python\n{[LABELLED]}\n```", "bbox": [{"bbox": [2, 4, 6, 9], "score": 0.5}],
+    "box": {"box": [2, 4, 6, 9], "name": "dog"}, "a record of lists": {"bbox": [[2, 4, 6, 9]], "category": [3]},
+    "with its point": [{"point_2d": [4.0, 6.5], "bbox_2d": [2, 4, 6, 9]}], "point": [{"bbox": [2, 4, 6, 9], "point": [4.0, 6.5]}]}
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_boxes_as_data_sets_have_them(name):
+    """A point that is missing is the centre, and y has the two fields that the prompt asks for."""
+    answer = read_label("grounding", BOXES[name])
+    assert answer == '[{"bbox_2d": [2, 4, 6, 9], "point_2d": [4.0, 6.5]}]'
+    assert rewards.earned("grounding", label_text("grounding", answer, "spaced"), answer)[1] == 1
+
+
+@pytest.mark.parametrize("value", [[], "[]", "<answer>[]</answer>", "```json\n[]\n```", {"bbox": []}, "()", " [ ] "])
+def test_no_boxes_as_data_sets_have_them(value):
+    assert read_label("grounding", value) == "[]"
+
+
+@pytest.mark.parametrize("value, reason", [
+    ([{"bbox_2d": ["2", "4", "6", "9"]}], "item 1: bbox_2d must be 4 numbers, it is ['2', '4', '6', '9']"),
+    ([{"bbox_2d": [2, 4, 6]}], "4 numbers"), ([{"bbox_2d": "2, 4, 6, 9"}], "4 numbers"),
+    ([LABELLED, {"label": "x"}], "item 2: bbox_2d is missing"),
+    ([{"point_2d": [1, 2], "label": "dog"}], "item 1: bbox_2d is missing"),
+    ({"label": "dog"}, "the solution is a dict, no list"),
+    ([LABELLED | {"point_2d": "1, 2"}], "point_2d must be 2 numbers"),
+    ([{"box_2d": [2, 4, 6, 9]}], "bbox_2d is missing"),
+    ("```json\n[[2, 4, 6, 9]]", "not JSON"), ("```\n[]\n```\n```\n[]\n```", "not JSON"),
+    ("dog: [2, 4, 6, 9]", "not JSON"), ("{2, 4, 6, 9}", "not JSON"),
+    ("[2 4 6 9]", "not JSON"), ("[[2, 4, 6, 9][2, 4, 6, 9]]", "not JSON"), ("[(2, 4, 6, f())]", "not JSON"),
+    ("[__import__('os')]", "not JSON"),
+    ("[2, 4, 3 + 3, 9]", "not JSON"), ("[{'bbox_2d': [2, 4, 6, 9], 'label': 'a' 'b'}]", "a list without commas"),
+    ("(" * 300 + ")" * 300, "not JSON"), ("[(2, 4, 6, 9j)]", "not JSON"), ("[(2, 4, 6, b'9')]", "not JSON"),
+    ("[True]", "it is True")])
+def test_boxes_that_mean_nothing(value, reason):
+    """Text is never evaluated, and numbers in quotes are none. Nor is long or deep text read as Python's."""
+    assert cells.listed("[" * 8 + "]" * 8) != (deep := "[" * 9 + "]" * 9) == cells.listed(deep)
+    assert cells.listed(long := f"[{'1,' * 10_000}]") == long
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_label("grounding", value)
+
+
+@pytest.mark.parametrize("name, error, points", [
+    ("no point", "no_point_2d", 2), ("one object", "not_a_list", 1), ("a fence", "bad_json", 1),
+    ("Python's", "bad_json", 1), ("a list", "not_an_object", 1),
+    ("a record of lists", "not_a_list", 1), ("bbox", "no_bbox_2d", 1), ("a fence in text", "bad_json", 1),
+    ("Python's tuples", "bad_json", 1)])
+def test_the_same_forms_in_a_response_are_what_the_scorer_makes_of_them(name, error, points):
+    """A label may be written in them; a response earns what it earned before. (A field without a point has half the format.)"""
+    value, truth = BOXES[name], read_label("grounding", BOXES[name])
+    reward = grounding_reward(f"<answer>{value if isinstance(value, str) else json.dumps(value)}</answer>", truth)
+    assert (reward.error, reward.total, reward.terms["accuracy"]) == (error, points, 0)
 
 
 def test_vqa_reward():
@@ -974,13 +1034,11 @@ def test_good_labels(task, stored):
 @pytest.mark.parametrize("task, stored, reason", [
     ("vqa", None, "null"),
     ("vqa", "", "empty"), ("math", " \n", "empty"), ("grounding", "", "empty"), ("grounding", "[{", "not JSON"),
-    ("grounding", json.dumps(CAT), "no list"), ("grounding", "null", "no list"),
+    ("grounding", "null", "no list"),
     ("grounding", "[1]", "item 1: it is 1, not an object"), ("grounding", "[{}]", "item 1: bbox_2d is missing"),
-    ("grounding", '[{"bbox_2d": [1, 2, 3, 4]}]', "item 1: point_2d is missing"),
     ("grounding", '[{"bbox_2d": [1, 2, 3], "point_2d": [1, 2]}]', "item 1: bbox_2d must be 4 numbers, it is [1, 2, 3]"),
     ("grounding", '[{"bbox_2d": [1, 2, 3, NaN], "point_2d": [1, 2]}]', "bbox_2d must be 4 numbers, it is [1, 2, 3, nan]"),
     ("scene_grounding", '[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, true]}]', "point_2d must be 2 numbers"),
-    ("grounding", json.dumps([CAT, {**DOG, "point_2d": None}]), "item 2: point_2d is missing"),
     ("grounding", "[" * 9 + "]" * 9, "nested more than 8"),
     ("grounding", "[" + " " * 20_000 + "]", "more than 20,000")])
 def test_bad_labels(task, stored, reason):

@@ -13,7 +13,7 @@ from rollout import KVCache, collect, decode_one_token, generate, sample, unifor
 from support import graphs
 from support.mistakes import Mistake
 from support.penalty import RepetitionPenalty
-from support.sources import Scenes
+from support.sources import Example, Scenes
 
 FOLDER = "assets/tiny"
 
@@ -49,8 +49,11 @@ def model(folder):
 
 @pytest.fixture
 def prompts(processor):
-    """Prompts of different lengths, on different pictures."""
-    return [processor.prompt(Scenes("test")[i]) for i in (0, 2, 5, 8, 3)]
+    """Prompts of different lengths, on different pictures: one, three and none."""
+    scenes = [Scenes("test")[i] for i in (0, 2, 5)]
+    three = Example("3", tuple(scene.images[0] for scene in scenes), "red <image> or <image><image>", "red", "vqa")
+    none = Example("0", (), "How many squares are there?", "4", "vqa")
+    return [processor.prompt(example) for example in (*scenes, three, none)]
 
 
 def rescored(model, prompt, responses):
@@ -294,6 +297,7 @@ def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
 
 
 def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts):
+    model.eos_ids = (-1,)
     plain = generate(model, prompts, 16)
     ends = {plain[0][0].tokens[2], plain[1][0].tokens[5]}    # two ids that do come up, at different places
     model.eos_ids = tuple(ends)

@@ -81,7 +81,7 @@ def write_arrow(folder: Path, rows: list[dict], parts: int = 2) -> None:
 
 
 def summary(source) -> list[tuple]:
-    return [(e.id, e.question, e.answer, e.task, e.image.size, e.image.getpixel((0, 0))) for e in source]
+    return [(e.id, e.question, e.answer, e.task, e.images[0].size, e.images[0].getpixel((0, 0))) for e in source]
 
 
 EXPECTED = [(f"r{i}", f"the cup {i}", json.dumps([BOX] if i % 2 else []), "grounding", (56, 28), (i, 0, 0))
@@ -95,7 +95,7 @@ def test_parquet_in_any_order(tmp_path, row_group, monkeypatch):
                   "grounding")
     assert summary(source) == EXPECTED
     for i in (4, 0, 3, 3, 1, 2, 4, 0):
-        assert source[i].id == f"r{i}" and source[i].image.getpixel((0, 0)) == (i, 0, 0)
+        assert source[i].id == f"r{i}" and source[i].images[0].getpixel((0, 0)) == (i, 0, 0)
 
 
 def test_every_container_gives_the_same(tmp_path):
@@ -259,7 +259,7 @@ def test_what_is_noticed_once(tmp_path):
     (tmp_path / "data/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = load(str(tmp_path / "data/a.jsonl"))
     assert len(source) == 6 and [line.split("; the first: ")[0] for line in noticed(source)] == [
-        "2 of 6 pictures lie outside the folder of the data", "2 of 6 rows have the id of an earlier row"]
+        "2 of 6 rows have pictures outside the folder of the data", "2 of 6 rows have the id of an earlier row"]
     assert "row 2: " in noticed(source)[0] and "row 3: 1" in noticed(source)[1]
 
 
@@ -514,11 +514,11 @@ def test_jsonl(folder, monkeypatch):
     monkeypatch.chdir("/")  # image paths are relative to the file
     source = load(path)
     assert len(source) == 4
-    assert [replace(e, image=e.image and e.image.size) for e in source] == [
-        Example("1", (40, 30), "red ring", json.dumps([BOX]), "grounding"),
-        Example("b", None, "1+1, é?", "2", "math", "Easy."),
-        Example("1", (40, 30), "red ring", json.dumps([BOX]), "scene_grounding"),
-        Example("4", (40, 30), "red ring", "[]", "grounding")]
+    assert [replace(e, images=[image.size for image in e.images]) for e in source] == [
+        Example("1", [(40, 30)], "red ring", json.dumps([BOX]), "grounding"),
+        Example("b", [], "1+1, é?", "2", "math", "Easy."),
+        Example("1", [(40, 30)], "red ring", json.dumps([BOX]), "scene_grounding"),
+        Example("4", [(40, 30)], "red ring", "[]", "grounding")]
 
 
 def without(column: str) -> dict:
@@ -532,7 +532,7 @@ def without(column: str) -> dict:
     (GOOD | {"image": "pictures/b.png"}, "image cannot be read: .*b.png"),
     (GOOD | {"image": "pictures/corrupt.png"}, "image cannot be read: .*corrupt.png"),
     (GOOD | {"solution": "red"}, "bad label: the solution is not JSON"),
-    (GOOD | {"solution": BOX}, "bad label: the solution is a dict, no list"),
+    (GOOD | {"solution": {"x": 1}}, "bad label: the solution is a dict, no list"),
     (GOOD | {"solution": [{"point_2d": [1, 2]}]}, "bad label: item 1: bbox_2d is missing"),
     (GOOD | {"solution": [BOX | {"bbox_2d": [1, 2, 3]}]}, "bad label: item 1: bbox_2d must be 4 numbers"),
     (GOOD | {"solution": [BOX | {"point_2d": "1, 2"}]}, "bad label: item 1: point_2d must be 2 numbers"),
@@ -624,6 +624,17 @@ def test_configurations_and_splits_are_kept_apart(tmp_path, monkeypatch, name):
         assert len(load("configs:DocVQA", "grounding")) == 1
 
 
+@pytest.mark.parametrize("name", ["link", "link/x", "x/../link", "folder"])
+def test_a_folder_behind_a_link(tmp_path, monkeypatch, name):
+    """By a path that begins at the current folder, too."""
+    (tmp_path / "folder/x").mkdir(parents=True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    write_parquet(tmp_path / "folder/x/train.parquet", [train_row(0)])
+    monkeypatch.chdir(tmp_path)
+    assert len(load(name, "grounding")) == len(load(str(tmp_path / name), "grounding")) == 1
+
+
 def test_what_the_readme_of_a_data_set_declares(tmp_path):
     """Configurations with patterns of their own; several files of one split are one."""
     for name, rows in (("x/a.parquet", 1), ("x/b.parquet", 2), ("y/c.parquet", 4)):
@@ -689,7 +700,148 @@ LAYOUTS = {     # row, --task, --columns → question and answer
 def test_layouts_in_use(tmp_path, name):
     row, task, columns, expected = LAYOUTS[name]
     example = load(parquet_of(tmp_path, row, row), task, columns=columns)[1]
-    assert (example.question, example.answer) == expected and example.image.size == (56, 28)
+    assert (example.question, example.answer) == expected and example.images[0].size == (56, 28)
+
+
+def chat(*turns, keys: str = "role content") -> list[dict]:
+    return [dict(zip(keys.split(), turn)) for turn in turns]
+
+
+IMAGE_PART = {"type": "image", "text": None}
+ASKED, SAID = ("user", "<image>\nHow many?"), ("assistant", "3")
+CHATS = {       # columns beside the picture → the system turn, the question and the answer
+    "LLaVA": {"conversations": chat(("human", "<image>\nHow many?"), ("gpt", "3"), keys="from value")},
+    "LLaMA-Factory": {"messages": chat(ASKED, SAID)},
+    "with a system turn": {"messages": chat(("system", "Be short."), ASKED, SAID)},
+    "ShareGPT with a system turn": {"conversations": chat(("system", "Be short."), ("human", "How many?"), ("gpt", "3"), keys="from value")},
+    "a column system": {"system": "Be short.", "messages": chat(ASKED, SAID)},
+    "an empty column system": {"system": "", "messages": chat(ASKED, SAID)},
+    "roles in other cases": {"messages": chat(("User", "How many?"), ("ASSISTANT", "3"))},
+    "parts": {"messages": chat(("user", [IMAGE_PART, {"type": "text", "text": "How many?"}]), ("assistant", [{"type": "text", "text": "3"}]))},
+    "parts, the picture last": {"messages": chat(("user", [{"type": "text", "text": "How many?"}, IMAGE_PART]), ("assistant", [{"type": "text", "text": "3"}]))},
+    "TRL prompt and completion": {"prompt": chat(ASKED), "completion": chat(SAID)},
+    "TRL with a system turn": {"prompt": chat(("system", "Be short."), ASKED), "completion": chat(SAID)},
+    "completion as text": {"prompt": chat(ASKED), "completion": "3"},
+    "both as text": {"prompt": "<image>How many?", "completion": "3"},
+    "one turn, no list": {"prompt": dict(role="user", content="How many?"), "completion": dict(role="assistant", content="3")},
+    "an answer beside": {"messages": chat(ASKED), "solution": "<answer>3</answer>"},
+    "thought and answer": {"messages": chat(ASKED, ("assistant", "<think>1, 2, 3</think> <answer>3</answer>"))},
+    "JSON text": {"messages": json.dumps(chat(("system", ""), ("user", "How many?"), SAID))},
+    "Python's text": {"conversations": str(chat(("human", "<image>How many?"), ("gpt", "3"), keys="from value"))},
+    "ms-swift query": {"query": "<image>How many?", "response": "3"},
+    "ms-swift pair": {"conversation": [{"system": None, "human": "How many?", "assistant": "3"}]}}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", CHATS)
+def test_chats(tmp_path, name, ending):
+    row = {"images": ["a.png"] if ending == "jsonl" else [IMAGE]} | CHATS[name]
+    if ending == "jsonl":
+        (tmp_path / "a.png").write_bytes(png())
+        path = write(tmp_path, row)
+    else:
+        path = parquet_of(tmp_path, row, row)
+    example = load(path, "vqa")[0]
+    assert (example.question, example.answer, example.images[0].size) == ("How many?", "3", (56, 28))
+    assert example.system == ("Be short." if "system" in name and "empty" not in name else "")
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"messages": chat(ASKED, SAID, ASKED, SAID)}, "the column 'messages' is a chat of 4 turns .user, assistant, user, assistant.; a row may have one "
+                                                   "question and one answer, and a system turn before them: make a row of each question"),
+    ({"conversations": chat(("human", "x"), ("gpt", "y"), ("human", "z"), keys="from value")}, "a chat of 3 turns .human, gpt, human.; a row may"),
+    ({"messages": chat(*[ASKED, SAID] * 500)}, "a chat of 1000 turns .user, assistant, user, assistant, user, assistant, …."),
+    ({"conversation": [{"human": "x", "assistant": "y"}] * 2}, "a chat of 4 turns"),
+    ({"messages": chat(SAID, ASKED)}, "a chat of 2 turns .assistant, user."),
+    ({"messages": chat(ASKED, ("tool", "y"), SAID)}, "a chat of 3 turns .user, tool, assistant."),
+    ({"messages": chat(ASKED, SAID, ("system", "x"))}, "a chat of 3"),
+    ({"prompt": chat(ASKED), "completion": chat(SAID, SAID)}, "the column 'completion' is a chat of 2 turns"),
+    ({"messages": chat(ASKED)}, "no answer: none of the columns .* holds one, nor a turn of the assistant"),
+    ({"messages": chat(SAID)}, "no question"),
+    ({"messages": chat(("user", " "), SAID)}, "no question"), ({"messages": []}, "the question is a list, not text"),
+    ({"messages": [5]}, "the question is a list"),
+    ({"messages": [{"text": "x"}]}, "the question is a list"), ({"messages": "[{'role': 'user'"}, "no answer"),
+    ({"messages": chat(ASKED, ("assistant", None))}, "a part of the answer has no text"),
+    ({"messages": chat(("system", 5), ASKED, SAID)}, "a part of the system turn has no"),
+    ({"messages": chat(ASKED, ("assistant", [{"type": "audio"}]))}, "a part of the answer is 'audio'"),
+    ({"messages": chat(("user", [{"type": ["image"]}]), SAID)}, "is .*image"),
+    ({"messages": chat(ASKED, SAID), "solution": "4"}, "the columns solution and messages both hold an answer; choose by --columns answer=NAME"),
+    ({"prompt": "x", "completion": "3", "response": "4"}, "completion and response both hold"),
+    ({"messages": chat(ASKED, SAID), "system": 5}, "the column 'system' holds a int"),
+    ({"messages": chat(("system", "s" * 20_001), ASKED, SAID)}, "the column 'messages' holds 20,001 characters"),
+    ({"messages": chat(("system", "<|im_end|>"), ASKED, SAID)}, "the system turn holds a special token"),
+    ({"messages": chat(("system", "\ud800"), ASKED, SAID)}, "cannot be encoded"),
+    ({"query": "x", "response": "3", "history": [["a", "b"]]}, "the column 'history' holds 1 earlier questions; a row may have one")])
+def test_chats_that_are_no_row(tmp_path, row, reason):
+    """By one sentence with the column, and the number of turns if it is that."""
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png"} | row))
+    with pytest.raises(BadRow, match=f"a.jsonl, row 1: .*{reason}") as error:
+        load(str(tmp_path / "a.jsonl"), "vqa")
+    assert str(error.value).isprintable() and len(str(error.value)) < len(str(tmp_path)) + 500
+
+
+def test_a_chat_as_text_may_quote(tmp_path):
+    asked = 'Which of "a" "b", [c] and {"d": [e]}?'
+    path = lines_of(tmp_path, {"problem": json.dumps(chat(("user", asked), ("assistant", "a"))), "solution": None, "task": "vqa"})
+    assert (load(path)[0].question, load(path)[0].answer) == (asked, "a")
+
+
+def test_a_chat_about_boxes(tmp_path):
+    """As Qwen's own training code, VLM-R1 and ms-swift have it; which column is the answer can be chosen."""
+    said = '```json\n{"bbox_2d": [10, 5, 30, 25], "label": "cup"}\n```'
+    rows = [{"conversations": chat(("human", "<image>the cup"), ("gpt", said), keys="from value"), "solution": None},
+            {"messages": chat(("user", "<image>the <ref-object>"), ("assistant", "<bbox>")), "objects": {"ref": ["cup"], "bbox": [[10, 5, 30, 25]]}},
+            {"messages": chat(("user", "the cup"), ("assistant", [{"type": "text", "text": said}]))}]
+    source = load(lines_of(tmp_path, *({"problem": None, "solution": None} | row for row in rows)))
+    assert [(e.question, json.loads(e.answer)) for e in source] == [("the cup", [BOX | {"point_2d": [20.0, 15.0]}])] * 3
+    both = lines_of(tmp_path, {"problem": "the cup", "completion": "[]", "solution": [BOX], "messages": chat(("user", "x"), ("assistant", said))})
+    assert [load(both, columns=f"answer={name}")[0].answer for name in ("completion", "messages")] == [
+        "[]", source[0].answer]
+    for objects, reason in (({"ref": [], "bbox": []}, "the question names <ref-object>, which nothing in the column 'objects' fills"),
+                            ({"ref": ["cup"], "bbox": [[1, 2, 3, 4]] * 2}, "bad label: the solution is not JSON .column 'messages'.")):
+        with pytest.raises(BadRow, match=reason):
+            load(lines_of(tmp_path, rows[1] | {"problem": None, "solution": None, "objects": objects}))
+
+
+def test_a_system_turn_counts_for_the_fingerprint(tmp_path):
+    def of(system: str) -> str:
+        path = lines_of(tmp_path, {"problem": chat(("system", system), ("user", "the cup"))})
+        for name in ("a.jsonl", "a.png"):
+            os.utime(tmp_path / name, (0, 0))
+        return load(path).fingerprint
+    assert of("a") == of("a") != of("b")
+
+
+SCIENCE = {"question": "Which?", "choices": ["red", "blue"], "answer": 1, "task": "closed choice", "solution": "It is the sky.", "hint": ""}
+
+
+def test_a_column_task_of_other_people(tmp_path):
+    """--task counts where the column names none of ours, which is said once, with what it names; a task of ours wins."""
+    others = [SCIENCE | {"task": name} for name in ("closed choice", "yes or no", "", "math", "closed choice", 3)]
+    path = lines_of(tmp_path, *({"problem": None, "solution": None} | row for row in others))
+    with pytest.raises(BadRow, match="row 1: the columns solution and answer both hold an answer; choose by --columns answer=NAME"):
+        load(path, "scene_math")
+    source = load(path, "scene_math", columns="answer=answer")
+    assert [e.task for e in source] == [*["scene_math"] * 3, "math", "scene_math", "scene_math"]
+    assert [json.loads(e.answer)["answer"] for e in source] == ["blue"] * 6
+    assert [line for line in noticed(source) if "task" in line] == [
+        f"4 of 6 rows name tasks that are none of ours ('closed choice', 'yes or no', '3'), so --task scene_math counts; the first: {path}, row 1"]
+    with pytest.raises(BadRow, match="row 1: task 'closed choice' is not one of ours: give --task with one of grounding, "):
+        load(path, columns="answer=answer")
+    many = load(lines_of(tmp_path, *({"task": f"{i}{ESC}" + "x" * 99} for i in range(50)), {"task": ["vqa"]}), "grounding")
+    [line] = noticed(many)
+    assert line.startswith("51 of 51 rows name tasks") and line.isprintable() and len(line) < 500 and ", …)" in line
+
+
+def test_the_column_of_the_task_can_be_named(tmp_path):
+    path = lines_of(tmp_path, {"kind": "vqa", "solution": "5"}, {"kind": None, "solution": "5"}, {"meta": {"kind": "docvqa"}, "solution": "5"})
+    assert [e.task for e in load(path, "chartqa", columns="task=kind")] == ["vqa", "chartqa", "chartqa"]
+    assert load(path, "chartqa", columns="task=meta.kind")[2].task == "docvqa"
+    with pytest.raises(BadRow, match="row 2: no column kind: give it, or --task with one of grounding"):
+        load(path, columns="task=kind")
+    with pytest.raises(ValueError, match="--columns task=kind: .*b.parquet has no such column"):
+        load(parquet_of(tmp_path, train_row(0), name="b.parquet"), "vqa", columns="task=kind")
 
 
 def test_a_class_is_its_name(tmp_path):
@@ -708,11 +860,11 @@ def test_the_one_column_of_image_type(tmp_path):
     row = {"photo": IMAGE, "problem": "the cup", "solution": "[]"}
     made = datasets.Dataset.from_list([row]).cast_column("photo", datasets.Image())
     made.to_parquet(tmp_path / "a.parquet")
-    assert load(str(tmp_path / "a.parquet"), "grounding")[0].image.size == (56, 28)
+    assert load(str(tmp_path / "a.parquet"), "grounding")[0].images[0].size == (56, 28)
     made.add_column("other", [IMAGE]).cast_column("other", datasets.Image()).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"b.parquet has several columns of pictures \(photo, other\)"):
         load(str(tmp_path / "b.parquet"), "grounding")
-    assert load(str(tmp_path / "b.parquet"), "grounding", columns="image=other")[0].image
+    assert load(str(tmp_path / "b.parquet"), "grounding", columns="image=other")[0].images
 
 
 @pytest.mark.parametrize("row, task, columns, reason", [
@@ -720,21 +872,21 @@ def test_the_one_column_of_image_type(tmp_path):
     ({"problem": "x", "answer": "5", "image": None}, "math", "", "holds no picture in any row"),
     ({"problem": "x", "answer": "5", "images": []}, "vqa", "", "holds no picture in any row"),
     ({"problem": "x", "solution": "[]", "image": None}, "grounding", "", "row 1: no picture: boxes need one"),
-    ({"problem": "x", "solution": "[]", "images": [IMAGE, IMAGE]}, "grounding", "", "row 1: 2 pictures in one row"),
+    ({"problem": "x", "solution": "[]", "images": [IMAGE, IMAGE]}, "grounding", "",
+     "row 1: 2 pictures in one row; boxes, which the task grounding has, need a single one"),
     ({"problem": "x", "solution": "[]", "image": IMAGE, "images": [IMAGE]}, "grounding", "", "both hold a picture"),
-    ({"problem": "<image> and <image>", "answer": "5", "image": IMAGE}, "vqa", "", "several pictures"),
-    ({"problem": "in <image> it is", "answer": "5", "image": IMAGE}, "vqa", "", "in its middle"),
+    ({"problem": "x", "answer": "5", "images": [IMAGE, {"bytes": b"cut", "path": None}]}, "vqa", "", "row 1: picture 2 of 2: .* cannot"),
     ({"problem": "x", "solution": "5", "answer": "6", "image": IMAGE}, "math", "", "solution and answer both hold"),
     ({"problem": "x", "answer": "6", "image": IMAGE}, "math", "answer=truth", "--columns answer=truth: .*a.parquet has no such"),
     ({"problem": "x", "answer": "6", "image": IMAGE}, "math", "answr=truth", "--columns answr=truth: 'answr' cannot be"),
     ({"problem": "x", "answer": "6", "image": IMAGE}, "math", "answer", "'answer' cannot be"),
-    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}], "answer": "6", "image": IMAGE},
-     "math", "", "a chat of the turns system, user"),
+    ({"prompt": [{"role": "user", "content": "s"}, {"role": "user", "content": "x"}], "answer": "6", "image": IMAGE},
+     "math", "", "the column 'prompt' is a chat of 2 turns .user, user.; a row may have one question"),
     *(({"prompt": [{"role": "user", "content": [part]}], "answer": "6", "image": IMAGE}, "math", "", f"a part of the question {reason}")
       for part, reason in [("x", "is 'str without"), ({"type": "video"}, "is 'video'"), ({"type": "text", "text": None}, "has no text"),
                            ({"type": "text", "text": 5}, "has no text"), (["x"], "is 'list without"), ({"type": "y" * 9999}, "is 'y+'")]),
     ({"problem": 5, "answer": "6", "image": IMAGE}, "math", "", "the question is a int"),
-    ({"problem": "x", "answer": "6", "image": IMAGE, "task": "t" * 9999}, "math", "", "row 1: task 't+' is not one of"),
+    ({"problem": "x", "answer": "6", "image": IMAGE, "task": "t" * 9999}, "", "", "row 1: task 't+' is not one of"),
     ({"problem": "x", "answer": "6", "image": {"url": "u"}}, "math", "", "the picture is a record of url"),
     ({"problem": "x", "answer": "6", "image": {"bytes": None, "path": None}}, "math", "", "neither bytes nor a path")])
 def test_columns_that_do_not_fit_are_named(tmp_path, row, task, columns, reason):
@@ -813,6 +965,64 @@ def test_placeholders_that_no_picture_fills(tmp_path, question, without, beside_
             assert re.search(r"[<[]/?(im|vid|aud)", str(error.value), re.I)
         else:
             assert load(path)[0].question == question.removeprefix("<image>").lstrip()
+
+
+PICTURES = {"a": png(56, 28), "b": png(28, 112, (0, 0, 9)), "cut": CUT, "thin": png(1, 400), "none": b"none"}
+
+
+def row_of(folder: Path, question, names: str, kind: str, **more) -> str:
+    """One row of short answer in a file of JSON lines or Parquet. names: of its pictures; of "null" and "no" there are
+    none."""
+    for name, data in PICTURES.items():
+        (folder / f"{name}.png").write_bytes(data)
+    paths = [None if name == "null" else f"{name}.png" for name in names.split()]
+    row = {"images": paths, "problem": question, "solution": "5", "task": "vqa"} | more
+    if kind == "lines":
+        return write(folder, row)
+    row["images"] = [path and {"bytes": PICTURES.get(path[:-4]), "path": path} for path in paths]
+    other = [row | {"images": [IMAGE], "problem": "x"}] * (not any(paths))       # no picture in any row would be refused
+    return parquet_of(folder, row, *other)
+
+
+PARTS = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " as "}, {"type": "image"}]
+
+
+@pytest.mark.parametrize("kind", ["lines", "parquet"])
+@pytest.mark.parametrize("question, names, kept", [
+    ("Which?", "a b", "Which?"), ("<image><image>\nWhich?", "b a", "<image><image>\nWhich?"), ("Is<image>as <image>", "b b", "Is<image>as <image>"),
+    ("<image>, <image> or <image>?", "b a b", "<image>, <image> or <image>?"), ("Is <image 2> <image 1>?", "a b", "Is <image 2> <image 1>?"),
+    ("[IMG] or [IMG]", "a b", "[IMG] or [IMG]"), ([{"role": "user", "content": PARTS}], "b a", "Is <image> as <image>"),
+    (" <image> x", "b", "x"), ("x\n<image>", "b", "x"), ("in <image> it is", "b", "in <image> it is"), ("1+1?", "", "1+1?"), ("1+1?", "null", "1+1?")])
+def test_pictures_stand_at_the_marks_of_the_question(tmp_path, kind, question, names, kept):
+    """In their order, the same one twice, of any size. The mark of a single one goes at the beginning and at the end."""
+    example = load(row_of(tmp_path, question, names, kind))[0]
+    assert example.question == kept and [image.size for image in example.images] == [
+        {"a": (56, 28), "b": (28, 112)}[name] for name in names.replace("null", "").split()]
+    prompt = Processor(ROOT / "assets/tiny").prompt(example)
+    assert [grid == (8, 2) for grid in prompt.grids] == [image.size == (28, 112) for image in example.images]
+
+
+@pytest.mark.parametrize("kind", ["lines", "parquet"])
+@pytest.mark.parametrize("question, names, reason", [
+    ("<image> and <image>", "a", "the question names 2 picture.s. by <image>, and has 1"),
+    ("<image>", "a b", "the question names 1 picture.s. by <image>, and has 2"),
+    ("<image> or <image>", "", "no picture: the question names one by <image>"),
+    ("<image 1> or <image 3>", "a b", "the question names <image 3>, which no picture of the row fills; it has 2"),
+    ("<img> <img> <img>", "a b", "the question names <img>, .* it has 2"), ("<video>", "a b", "the question names <video>"),
+    ("x", "a null a", "picture 2 of 3: the picture is null"), ("x", "null null", "picture 1 of 2: the picture is null"),
+    ("x", "a no", "picture 2 of 2: .*(no.png is no file|neither bytes nor a path|cannot be read)"),
+    ("x", "none a", "picture 1 of 2: the image cannot be read"), ("x", "a b thin", "picture 3 of 3: an image of 1×400 pixels"),
+    ("x", "a cut", "picture 2 of 2: the image cannot be read")])
+def test_several_pictures_that_cannot_be(tmp_path, kind, question, names, reason):
+    with pytest.raises(BadRow, match=f"row 1( .id 1.)?: {reason}"):
+        assert load(row_of(tmp_path, question, names, kind))[0]
+
+
+def test_one_of_several_pictures_that_changed(tmp_path):
+    source = load(row_of(tmp_path, "x", "a b", "lines"))
+    (tmp_path / "b.png").write_bytes(PICTURES["a"])
+    with pytest.raises(BadRow, match="row 1 .id 1.: picture 2 of 2: the picture is 56×28 pixels now; it was 28×112"):
+        assert source[0]
 
 
 @pytest.mark.parametrize("kind", ["video", "image_url", "input_audio", "audio"])
@@ -929,7 +1139,7 @@ def test_rotation_beside_the_pixels(tmp_path, orientation, kind):
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(cell["bytes"]))).convert("RGB")
     for task, answer in (("vqa", "5"), ("grounding", "[]")):
         path = parquet_of(tmp_path, {"problem": "x", "solution": answer, "image": cell}, name=f"{task}.parquet")
-        image = load(path, task)[0].image
+        image = load(path, task)[0].images[0]
         assert image.size == expected.size == ((28, 56) if orientation in range(5, 9) else (56, 28))
         assert image.tobytes() == expected.tobytes()
     boxed = parquet_of(tmp_path, {"problem": "x", "solution": json.dumps([BOX]), "image": cell})
@@ -937,7 +1147,7 @@ def test_rotation_beside_the_pixels(tmp_path, orientation, kind):
         with pytest.raises(BadRow, match="row 1: EXIF says that it is to be rotated"):
             load(boxed, "grounding")
     else:
-        assert load(boxed, "grounding")[0].image.size == (56, 28)
+        assert load(boxed, "grounding")[0].images[0].size == (56, 28)
 
 
 @pytest.mark.parametrize("box", [[1, 2, 3], ["1", "2", "3", "4"], [1.0, None, 3.0, 4.0], [decimal.Decimal(n) for n in (1, 2, 3, 4)],
@@ -968,12 +1178,120 @@ def test_a_box_must_lie_in_its_picture(tmp_path, box, size, inside):
             load(path)
 
 
+FORMS = {"xyxy": lambda x1, y1, x2, y2: [x1, y1, x2, y2], "xywh": lambda x1, y1, x2, y2: [x1, y1, x2 - x1, y2 - y1]}
+
+
+def boxed_rows(box_format: str, box_units: str, size: tuple[int, int], count: int = 200) -> list[dict]:
+    """Random boxes inside a picture of this size, in a form."""
+    rng, rows = random.Random(5), []
+    for _ in range(count):
+        (x1, x2), (y1, y2) = (sorted(rng.sample(range(side + 1), 2)) for side in size)
+        box = [x1, y1, x2, y2]
+        if box_units == "thousandths":
+            box = [round(1000 * c / size[i % 2]) for i, c in enumerate(box)]
+        rows.append({"image": "b.png", "solution": [FORMS[box_format](*box)]})
+    return rows
+
+
+@pytest.mark.parametrize("form", [(f, u) for f in ("xyxy", "xywh") for u in ("pixels", "thousandths")])
+@pytest.mark.parametrize("size", [(112, 112), (640, 480)])
+def test_boxes_of_other_forms(tmp_path, form, size):
+    """They become corners in pixels. Read another way, the file is refused, with how many rows would be right in which
+    way; and --skip-bad-rows does not leave in those that fit by chance."""
+    (tmp_path / "b.png").write_bytes(png(*size))
+    path = lines_of(tmp_path, *boxed_rows(*form, size))
+    rows = [json.loads(e.answer) for e in load(path, box_format=form[0], box_units=form[1])]
+    expected = [row["solution"] for row in boxed_rows("xyxy", "pixels", size)]
+    within = 0.5 if form[1] == "pixels" else max(size) / 1000
+    for [item], [box] in zip(rows, expected):
+        assert np.abs(np.subtract(item["bbox_2d"], box)).max() < within
+        assert np.abs(np.subtract(item["point_2d"], [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])).max() < within
+    flags = " ".join(f"--box-{name} {value}" for name, value, usual in zip(("format", "units"), form, ("xyxy", "pixels")) if value != usual)
+    if not flags:
+        return
+    said = rf"of the file's 200 rows with boxes (\d+) are right as xyxy in pixels, and 200 with {flags}"
+    with pytest.raises(BadRow, match=rf"a.jsonl, row \d+: .*the box .*; {said} \(--skip-bad-rows") as error:
+        load(path)
+    assert len(str(error.value)) < len(str(tmp_path)) + 400
+    with pytest.raises(sources.Mistake, match=f"a.jsonl: {said}; the rows that stayed would have wrong boxes") as error:
+        load(path, skip_bad_rows=True)
+    assert type(error.value) is sources.Mistake and int(re.search(said, str(error.value))[1]) < 100
+
+
+def test_corners_read_as_sizes(tmp_path):
+    (tmp_path / "b.png").write_bytes(png(640, 480))
+    path = lines_of(tmp_path, *boxed_rows("xyxy", "pixels", (640, 480)))
+    with pytest.raises(BadRow, match=r"row \d: the box .* leaves the picture of 640×480 pixels; of .* as xywh in pixels, and 200 with --box-format xyxy"):
+        load(path, box_format="xywh")
+    with pytest.raises(sources.Mistake, match="a.jsonl: of the file's 200 rows .*, and 200 with --box-format xyxy; the rows that"):
+        load(path, box_format="xywh", skip_bad_rows=True)
+
+
+def test_some_wrong_boxes_are_bad_rows(tmp_path):
+    """Less than a tenth of a file, or one row: they are left out, and the count is said all the same. Rows of other
+    faults, without boxes or of other tasks do not count."""
+    (tmp_path / "b.png").write_bytes(png(640, 480))
+    others = [{"solution": "no"}, {"solution": "[]"}, {"task": "vqa", "solution": "[900, 900, 1, 1]"}, {"problem": ""}]
+    wrong = {"image": "b.png", "solution": [[600, 400, 700, 410]]}
+    rows = boxed_rows("xyxy", "pixels", (640, 480), 19)
+    source = load(lines_of(tmp_path, *rows, wrong, wrong, *others), skip_bad_rows=True)
+    assert len(source) == 21 and [re.search(r"row (\d+)", line)[1] for line in source.bad] == ["20", "21", "22", "25"]
+    assert source.bad[1].endswith("of the file's 21 rows with boxes 19 are right as xyxy in pixels, and 21 with --box-units thousandths")
+    with pytest.raises(sources.Mistake, match="of the file's 20 rows with boxes 18 are right"):
+        load(lines_of(tmp_path, *rows[1:], wrong, wrong, *others), skip_bad_rows=True)
+    assert len(load(lines_of(tmp_path, *rows[:1], wrong), skip_bad_rows=True)) == 1
+
+
+@pytest.mark.parametrize("units, box, reason", [
+    ("thousandths", [0, 0, 1000, 1000], ""),
+    ("thousandths", [0, 0, 1001, 9], "leaves the picture of 1000×1000 thousandths"),
+    ("thousandths", [-1, 0, 9, 9], "leaves the picture"), ("thousandths", [9, 0, 8, 9], "is inverted"),
+    ("thousandths", [0.1, 0.2, 0.5, 0.9], "relative coordinates"),
+    ("pixels", [0.1, 0.2, 0.5, 0.9], "relative coordinates")])
+def test_thousandths(tmp_path, units, box, reason):
+    path = lines_of(tmp_path, {"solution": [{"bbox_2d": box, "point_2d": [503, 250]}]})
+    if reason:
+        with pytest.raises(BadRow, match=f"row 1: .*{reason}"):
+            load(path, box_units=units)
+    else:
+        assert json.loads(load(path, box_units=units)[0].answer) == [{"bbox_2d": [0, 0, 56, 28], "point_2d": [28.168, 7.0]}]
+
+
+def test_thousandths_come_back_to_qwen3(tmp_path, qwen3_folder):
+    """In a picture of any size y has the numbers of the label, which its model gives."""
+    processor, rng = Processor(qwen3_folder), random.Random(1)
+    for size in ((60, 90), (112, 112), (997, 1003), (1500, 640)):
+        (tmp_path / "b.png").write_bytes(png(*size))
+        item = {"bbox_2d": [rng.randint(0, 500), rng.randint(0, 500), rng.randint(501, 1000), rng.randint(501, 1000)], "point_2d": [500, 503]}
+        example = load(lines_of(tmp_path, {"image": "b.png", "solution": [item]}), box_units="thousandths")[0]
+        assert json.loads(processor.prompt(example).answer) == [item]
+
+
+def test_sizes_around_a_mask_are_not_asked_for(tmp_path):
+    """The box of a mask is made here, in corners and pixels, whatever the boxes of the data are."""
+    rows = [benchmark_row(0), benchmark_row(1, mask=EMPTY, bbox=[0.0] * 4), benchmark_row(2, bbox=[3.0, 4.0, 17.0, 7.0])]
+    source = load(write_parquet(tmp_path / "a.parquet", rows), "grounding", box_format="xywh")
+    assert [json.loads(e.answer) for e in source] == [[{"bbox_2d": [3, 4, 20, 11], "point_2d": [11.5, 7.5]}], [], [
+        {"bbox_2d": [3, 4, 20, 11], "point_2d": [11.5, 7.5]}]]
+
+
+def test_the_layouts_of_detection_sets(tmp_path):
+    """COCO's annotations, and objects as a record of lists, which a dot opens."""
+    row = {"problem": "the cups", "solution": None, "objects": {"bbox": [[1, 2, 30, 20], [2.25, 3.5, 4, 5]], "category": [1, 1]},
+           "annotations": [{"bbox": [1, 2, 30, 20], "category_id": 3, "iscrowd": 0}, {"bbox": [2.25, 3.5, 4, 5], "area": 20}]}
+    expected = [{"bbox_2d": [1, 2, 31, 22], "point_2d": [16, 12]}, {"bbox_2d": [2.25, 3.5, 6.25, 8.5], "point_2d": [4.25, 6]}]
+    parquet = parquet_of(tmp_path, row | {"image": IMAGE, "objects": {"bbox": [[1.0, 2.0, 30.0, 20.0], [2.25, 3.5, 4.0, 5.0]], "category": [1, 1]}})
+    for name in ("objects", "objects.bbox", "annotations"):
+        for path in (lines_of(tmp_path, row), parquet):
+            assert json.loads(load(path, "grounding", columns=f"answer={name}", box_format="xywh")[0].answer) == expected
+
+
 @pytest.mark.parametrize("task, answer", [("grounding", json.dumps([BOX])), ("grounding", "[]"), ("vqa", "5")])
 def test_a_picture_replaced_by_one_of_another_size(tmp_path, task, answer):
     """The boxes and the checks of its row were of the old one."""
     source = load(lines_of(tmp_path, {"solution": answer, "task": task}), skip_bad_rows=True)
     (tmp_path / "a.png").write_bytes(png(colour=(0, 0, 9)))
-    assert source[0].image.getpixel((0, 0)) == (0, 0, 9)
+    assert source[0].images[0].getpixel((0, 0)) == (0, 0, 9)
     (tmp_path / "a.png").write_bytes(png(28, 56))
     with pytest.raises(BadRow, match="a.jsonl, row 1 .id 1.: the picture is 28×56 pixels now; it was 56×28 when the data"):
         source[0]
@@ -986,7 +1304,7 @@ def test_which_of_several_pictures_and_which_row(tmp_path):
     """MathVerse and others have a path under image, and the picture itself under decoded_image. A text that is no text is
     named by its row."""
     path = parquet_of(tmp_path, {"image": "nowhere.png", "decoded_image": IMAGE, "problem": "the cup", "solution": "[]"})
-    assert load(path, "grounding")[0].image.size == (56, 28)
+    assert load(path, "grounding")[0].images[0].size == (56, 28)
     texts = pa.StringArray.from_buffers(3, pa.array([0, 3, 6, 8], pa.int32()).buffers()[1], pa.py_buffer(b"cupcup\xff\xfe"))
     pq.write_table(pa.table({"image": [IMAGE] * 3, "problem": texts, "solution": ["1"] * 3}), tmp_path / "b.parquet")
     with pytest.raises(BadRow, match="b.parquet, row 3: it cannot be read"):
@@ -1061,19 +1379,37 @@ def test_what_was_opened_can_be_packed(family, qwen3_folder):
         item = {"bbox_2d": [0, 0, *(rng.randint(1, side) for side in size)], "point_2d": rng.choice([[3, 9], [7.25, 9.5]])}
         task, answer = rng.choice([("grounding", json.dumps([item] * rng.randint(0, 5))), ("scene_grounding", json.dumps([item])),
                                    ("vqa", "word " * rng.randint(1, 9)), ("math", "12")])
-        example = Example("x", Image.new("RGB", size), "cup " * rng.randint(1, 9), answer, task, rng.choice(["", "It is."]))
+        sizes = [size] if "grounding" in task else [size, (28, 300), (200, 90)][:rng.randint(0, 3)]
+        question = "cup " * rng.randint(1, 9) + rng.choice(["", "<image>"] if len(sizes) != 1 else [""]) * len(sizes)
+        images = tuple(Image.new("RGB", size) for size in sizes)
+        example = Example("x", images, question, answer, task, rng.choice(["", "It is."]))
         longest, style = rng.choice([1, 30, 90]), rng.choice([*rewards.LABEL_STYLES])
         prompt = processor.prompt(example)
         y = Response(processor.encode(rewards.label_text(task, prompt.answer, style, example.thought)))
         most = len(prompt.tokens) + max(longest, len(y.tokens))
         raw = len(processor.encode(rewards.label_text(task, answer, style, example.thought)))
         longer += len(y.tokens) > max(raw, longest)
-        odd = processor.check_label(example, size, style, longest, most)
+        odd = processor.check_label(example, sizes, style, longest, most)
         assert bool(odd) == (len(y.tokens) > longest)
         pack_group(prompt, [y, Response([5] * longest)], most)
         with pytest.raises(ValueError, match=f"exceed --max-row-tokens {most - 1}"):
-            processor.check_label(example, size, style, longest, most - 1)
+            processor.check_label(example, sizes, style, longest, most - 1)
     assert longer > 3       # y was longer in the frame than in the picture's own pixels
+
+
+def test_a_page_that_is_too_large_is_told_what_fits(tmp_path):
+    """A value of --max-pixels with which the row is taken, and not with one image token more."""
+    Image.new("RGB", (1700, 2200), "white").save(tmp_path / "page.png")
+    path = lines_of(tmp_path, {"image": "page.png", "problem": "What is the total?", "solution": "9", "task": "docvqa"})
+
+    def fits(processor: Processor):
+        return lambda example, sizes: processor.check_label(example, sizes, "spaced", 512, 2048)
+    with pytest.raises(BadRow, match=r"exceed --max-row-tokens 2048; --max-pixels (\d+) makes its pictures small enough") as error:
+        load(path, "docvqa", fits=fits(Processor(ROOT / "assets/tiny")))
+    most = int(re.search(r"--max-pixels (\d+)", str(error.value))[1])
+    assert len(load(path, "docvqa", fits=fits(Processor(ROOT / "assets/tiny", max_pixels=most)))) == 1
+    prompt = Processor(ROOT / "assets/tiny", max_pixels=most).prompt(load(path, "docvqa")[0])
+    assert 0.9 * 2048 < len(prompt.tokens) + 512 <= 2048
 
 
 def test_rows_of_the_built_in_world_are_counted_at_the_start():
@@ -1181,6 +1517,22 @@ def test_the_fingerprint_is_of_the_rows(tmp_path):
     before = of({})
     (tmp_path / "a.png").write_bytes(png(colour=(1, 2, 3)))
     assert load(str(tmp_path / "a.jsonl")).fingerprint != before
+    (tmp_path / "b.png").write_bytes(png())
+    several = {"images": ["a.png", "b.png"], "image": None, "task": "vqa", "solution": "5"}
+    assert len({of(several), of(several | {"images": ["b.png", "a.png"]}), of(several | {"images": ["a.png"]})}) == 3
+    before = of(several)
+    (tmp_path / "b.png").write_bytes(png(colour=(1, 2, 3)))
+    assert load(str(tmp_path / "a.jsonl")).fingerprint != before
+
+
+def test_the_fingerprint_of_rows_with_one_picture_is_as_before_there_were_several(tmp_path):
+    """So runs that were begun then go on."""
+    Image.new("RGB", (56, 28), (200, 30, 30)).save(tmp_path / "a.bmp")
+    path = write(tmp_path, {"problem": "<image> the cup", "solution": "[]", "image": "a.bmp", "task": "grounding"},
+                 {"problem": "1+1?", "solution": "2", "image": None, "task": "math"})
+    for name in ("a.bmp", "a.jsonl"):
+        os.utime(tmp_path / name, ns=(0, 10**18))
+    assert load(path).fingerprint == "3374032c0ebfe2c4"
 
 
 def test_the_commands_of_the_page_on_data_open(tmp_path, monkeypatch):
@@ -1188,8 +1540,11 @@ def test_the_commands_of_the_page_on_data_open(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "experiments/made_data.py"))["write_layouts"](Path("made"))
     monkeypatch.setenv("HF_HUB_CACHE", "made/hub")
-    commands = re.findall(r"train.py (--data made/.*)", (ROOT / "docs/data.md").read_text())
-    assert len(commands) == 6
+    page = (ROOT / "docs/data.md").read_text()
+    commands = re.findall(r"train.py (--data made/[^`\n]*)", page)
+    made = {re.match(r"--data made/(\w+)", command)[1] for command in commands}
+    assert len(page.split()) <= 1200
+    assert made == {"shapes", *(path.stem for path in Path("made").iterdir() if path.name != "hub")}
     for command in commands:
         options = dict(zip(*[iter(command.split())] * 2))
         if "made/shapes" in command:        # the cache's place is read when huggingface_hub is imported
@@ -1198,7 +1553,17 @@ def test_the_commands_of_the_page_on_data_open(tmp_path, monkeypatch):
                                   capture_output=True, text=True)
             assert done.stdout == "12\n"
             continue
-        for data, count in ((options["--data"], 12), (options.get("--eval-data"), 4)):
+        monkeypatch.setattr(sys, "argv", ["train.py", *command.split()])
+        cfg, processor = train.parse_config(), Processor(ROOT / "assets/tiny")
+        for data, count in ((cfg.data, 12), (options.get("--eval-data"), 4)):
             if data:
-                source = load(data, options["--task"], columns=options.get("--columns", ""))
-                assert len(source) == count and source[0].image.size == (112, 112) and not noticed(source)
+                source = train.open_data(cfg, processor, data)
+                assert len(source) == count and source[0].images[0].size == (112, 112)
+                assert len(noticed(source)) == ("scienceqa" in data)         # its column task
+                assert source[0].system == ("Answer by a number." if "messages" in data else "")
+    shapes = [[(e.question, [item["bbox_2d"] for item in json.loads(e.answer)]) for e in load(f"made/{name}", "grounding", **options)]
+              for name, options in (("lines", {}), ("qwen", {}), ("coco", {"columns": "answer=annotations", "box_format": "xywh"}))]
+    assert shapes[0] == shapes[1] == shapes[2] and any(boxes for _, boxes in shapes[0])
+    sums = [[(e.question, e.answer) for e in load(f"made/{name}", "scene_math")] for name in (
+        "llava", "messages.parquet", "completions.parquet", "trl")]
+    assert sums[0] == sums[1] == sums[2] == sums[3]

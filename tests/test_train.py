@@ -1,4 +1,5 @@
 """The loop: one update for any number of ranks and any micro-batches, resume, SIGTERM, what a run leaves behind."""
+import copy
 import io
 import json
 import math
@@ -36,6 +37,7 @@ from model import RowLayout, load_model, random_model
 from support.checkpoints import FIRST, read_state
 from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
+from support.optimizers import make_optimizers
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.run import Run
 from support.sources import Example, Scenes
@@ -46,8 +48,13 @@ SMALL = ["--prompts-per-step", "4", "--rollouts", "3", "--max-new-tokens", "12",
 
 
 def example(i: int) -> Example:
-    """The pictures of the built-in world, and, as number 3 and 7, questions without one."""
-    return Example(f"text {i}", None, "How many legs has a cat?", "4", "vqa") if i % 4 == 3 else Scenes("test")[i]
+    """A picture of the built-in world; as number 3 and 7 a question without one, as 2 and 6 one about three small ones."""
+    if i % 4 < 2:
+        return Scenes("test")[i]
+    if i % 4 == 3:
+        return Example(f"text {i}", (), "How many legs has a cat?", "4", "vqa")
+    three = (Scenes("test")[i + k].images[0].resize(size) for k, size in enumerate([(56, 56), (112, 28), (28, 84)]))
+    return Example(f"three {i}", tuple(three), "red <image> or <image><image>", "red", "vqa")
 
 
 def give(group: train.Group, advantage: list[float]) -> None:
@@ -63,11 +70,13 @@ VARIANTS = {  # every setting whose sums could go wrong when they are split
     "visurf": {}, "seq-mean": {"normaliser": "seq-mean"}, "seq-sum": {"normaliser": "seq-sum", "std": "population"},
     "tied": {}, "sft": {"method": "sft"}, "rlvr": {"method": "rlvr", "max_row_tokens": 70}, "kl": {"kl": 0.1, "inner_epochs": 2},
     "lora": {"lora_rank": 2},
+    "offload": {"precision": "bfloat16", "offload_optimizer": True, "lr": 1e-2},     # arXiv 2604.23747: micro-batches were lost
 }
 
 
 def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: Path) -> None:
-    """One step of plain SGD on 8 prompts for each variant and micro-batch size; rank 0 saves the weights' change."""
+    """One step of plain SGD on 8 prompts for each variant and micro-batch size; rank 0 saves the weights' change. The
+    variant offload: of the optimizer of train.py, which in one micro-batch lies where the weights do."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     start_ranks()
@@ -75,7 +84,7 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
         for rows in micro_rows:
             torch.manual_seed(0)
             cfg = replace(train.Config(rollouts=3, max_new_tokens=12, grad_clip=1e9, micro_rows=rows), **settings)
-            model = random_model(ROOT / "assets/tiny")
+            model = random_model(ROOT / "assets/tiny", getattr(torch, cfg.precision))
             reference = random_model(ROOT / "assets/tiny") if cfg.kl else None
             if cfg.lora_rank:
                 add_lora(model, cfg.lora_rank, 64.0, "model.layers|visual", "")
@@ -83,7 +92,9 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
             processor, meter = Processor(model.folder), train.Meter()
             share = 8 // world
             prompts = [processor.prompt(example(i)) for i in range(rank * share, rank * share + share)]
-            groups = train.make_groups(cfg, model, processor, prompts, rank * share)
+            # In bfloat16 a rollout may differ from batch to batch.
+            exact = copy.deepcopy(model).float() if variant == "offload" else model
+            groups = train.make_groups(cfg, exact, processor, prompts, rank * share)
             for i, group in enumerate(groups, rank * share):
                 # Random weights earn nothing; rewards that differ make every advantage count.
                 torch.manual_seed(len(group.prompt.example.id) + ord(group.prompt.example.id[-1]))
@@ -93,6 +104,8 @@ def one_update(rank: int, world: int, port: int, micro_rows: list[int], folder: 
                 give(group, advantage)
             ddp = DistributedDataParallel(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+            if variant == "offload":
+                optimizer, = make_optimizers(replace(cfg, offload_optimizer=rows < 8), model)
             merge_after(optimizer, model)
             loss, norm, _ = train.update(cfg, ddp, reference, [optimizer], groups, meter)
             change = {name: p.detach() - before[name] for name, p in model.named_parameters()}
@@ -114,13 +127,13 @@ def test_ranks_and_micro_batches_do_not_change_the_update(tmp_path):
         size = torch.cat([t.flatten() for n, t in reference.items() if n not in ("loss", "norm", "weights")]).norm()
         assert size > 1e-3
         for file in files:
-            other = load_file(file)
+            other, near = load_file(file), 0.05 if variant == "offload" else 1e-5
             for name in ("loss", "norm", "weights"):
-                torch.testing.assert_close(other[name], reference[name], rtol=1e-5, atol=1e-6,
+                torch.testing.assert_close(other[name], reference[name], rtol=near, atol=near / 10,
                                            msg=f"{file.name} {name}")
             difference = torch.cat([(other[n] - reference[n]).flatten() for n in reference
                                     if n not in ("loss", "norm", "weights")])
-            assert difference.norm() < 1e-5 * size, file.name
+            assert difference.norm() < near * size, file.name
 
 
 @pytest.fixture
