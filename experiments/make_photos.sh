@@ -15,7 +15,10 @@ stage() {       # NAME, options
     fi
 }
 for seed; do
-    # 1. Words: captions tell most about a picture, and there every token counts the same.
+    # 1. Captions tell most about a picture. Every token counts the same.
     stage "photos-$seed-words" --data photos:words --model assets/tiny --normaliser token-mean \
-        --seed $((10 * seed + 1)) --lr 3e-3 --cooldown 0 --steps 3000
+        --seed $((10 * seed + 1)) --lr 3e-3 --cooldown 0 --steps 2000
+    # 2. Every answer counts the same, so that short ones (counts, colours) are learnt too.
+    stage "photos-$seed-pretrain" --data photos:pretrain --model "runs/photos-$seed-words" --normaliser seq-mean \
+        --seed $((10 * seed + 2)) --lr 2e-3 --cooldown 0.5 --steps 4000
 done

@@ -48,7 +48,7 @@ SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "train": 100_000, "train640
           **{f"{family}-{part}": 512 for family in ("new", "colour", "left") for part in JUDGED}}
 # Weights of the kinds of question in pretraining.
 ASKED = ("caption", "count", "colour", "name", "where", "present", "left")
-MIX = {"words": (8, 6, 1, 3, 2, 3, 1), "pretrain": (2, 6, 1, 3, 2, 8, 2)}
+MIX = {"words": (8, 6, 1, 3, 2, 3, 1), "pretrain": (2, 8, 2, 3, 2, 8, 2)}
 # What is asked for, if not by chance: 0 a colour and a garment, 1 a colour, 2 a garment.
 FORM = {"where": 0, "caption": 1, "name": 1, "colour": 2, "left": 2}
 LAMPS = 1 + LIGHT.astype(np.float32) / 150
