@@ -100,9 +100,9 @@ def logged_of_loss(method: "Method", *, logp: Tensor, sampled_logp: Tensor, entr
     if not method.rollouts:
         return {"logp_y": logp_y, "entropy_y": entropy[y]}
     size = (weight * advantage.abs()).double() / denominator    # of the two terms of Eq. 9
-    gap = (logp - sampled_logp).abs()[rollouts]
-    return {"logp_y": logp_y, "logp_gap": gap, "logp_gap_max": gap,
-            "kl_sampler": kl_k3(sampled_logp, logp)[rollouts],
+    gap = (logp - sampled_logp)[rollouts]
+    return {"logp_y": logp_y, "logp_gap": gap.abs(), "logp_gap_max": gap.abs(),
+            "kl_sampler": kl_k3(torch.zeros_like(gap), gap),
             "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
             "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
 

@@ -20,9 +20,8 @@ class Meter(defaultdict):
         super().__init__(lambda: [0.0, 0])
 
     def add(self, name: str, values) -> None:
-        """Adds to a mean: every element of `values` (tensor or list) counts once."""
-        values = values.double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
-        if values:
+        """Adds to a mean: every one of `values` counts once."""
+        if values := [float(v) for v in values]:
             largest = name.endswith("_max")
             self.join(name, max(values) if largest else sum(values), 0 if largest else len(values))
 
@@ -34,10 +33,12 @@ class Meter(defaultdict):
         self[name] = [max(known[0], value) if name.endswith("_max") else known[0] + value, known[1] + count]
 
     def take(self, logged: dict[str, Tensor]) -> None:
-        """Takes what objective.loss logs: adds up tensors without dimensions, and averages all
-        others."""
+        """Takes what objective.loss logs, in one piece from a GPU: adds up tensors without
+        dimensions, and averages all others."""
+        numbers = torch.cat([x.double().flatten() for x in logged.values()]).tolist() if logged else []
         for name, values in logged.items():
-            self.add(name, values) if values.dim() else self.total(name, float(values))
+            own, numbers = numbers[:values.numel()], numbers[values.numel():]
+            self.add(name, own) if values.dim() else self.total(name, *own)
 
     def read(self, device) -> dict[str, float]:
         joined = Meter()
