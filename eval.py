@@ -132,13 +132,13 @@ def is_tiny(model: Qwen2_5_VL) -> bool:
 
 def unknown_to(model: Qwen2_5_VL, example: Example) -> list[str]:
     """Returns what to say if the tiny model is asked for what it cannot know; nothing for any other
-    model."""
+    model, and nothing about photos:SPLIT, whose bases have the size of the tiny model."""
     words = re.findall(r"[^\W\d_]+", example.question)
     foreign = [f"the word {word!r}" for word in words if word.lower() not in WORDS][:1]
     foreign += ["a picture of {}×{} pixels".format(*image.size) for image in example.images
                 if image.size != (scenes.SIZE, scenes.SIZE)][:1]
     foreign += ["several pictures"] * (len(example.images) > 1)
-    if not foreign or not is_tiny(model):
+    if not foreign or not is_tiny(model) or example.id.startswith("photos:"):
         return []
     return [f"the tiny model knows the built-in world alone, and not {' and '.join(foreign)}: what it makes of it says "
             "nothing; take a real model, such as --model Qwen/Qwen2.5-VL-3B-Instruct"]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes a base for photos:SPLIT from assets/tiny for every SEED, by train.py --method sft.
+# Makes a base for photos:SPLIT from assets/tiny for every SEED, by train.py --method sft. SEED may be `boxing`: a base
+# that is taught nothing but boxes.
 #     bash experiments/make_photos.sh SEED ...
 # An interrupted stage goes on where it was when the same command is given again.
 set -euo pipefail
@@ -15,10 +16,15 @@ stage() {       # NAME, options
     fi
 }
 for seed; do
+    if [ "$seed" = boxing ]; then
+        stage photos-boxing --data photos:boxing --model assets/tiny --normaliser seq-mean \
+            --seed 41 --lr 2e-3 --cooldown 0.5 --steps 1000
+        continue
+    fi
     # 1. Captions tell most about a picture. Every token counts the same.
     stage "photos-$seed-words" --data photos:words --model assets/tiny --normaliser token-mean \
         --seed $((10 * seed + 1)) --lr 3e-3 --cooldown 0 --steps 2000
     # 2. Every answer counts the same, so that short ones (counts, colours) are learnt too.
     stage "photos-$seed-pretrain" --data photos:pretrain --model "runs/photos-$seed-words" --normaliser seq-mean \
-        --seed $((10 * seed + 2)) --lr 2e-3 --cooldown 0.5 --steps 4000
+        --seed $((10 * seed + 2)) --lr 2e-3 --cooldown 0.5 --steps 3000
 done

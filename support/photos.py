@@ -8,6 +8,7 @@ a pure function of (split, index), as in support/scenes.py.
     words       mostly captions, counts (zero too), colours, names, centres; also boxes of what is
                 there, and of the left one of two, with a thought. NEW garments are not named
     pretrain    the same, with more boxes, and never in a scene of one thing
+    boxing      boxes of what is there and nothing else, with a thought
     train       boxes of any garment, half of the time of an absent one; the answer alone
     trainN      the first N examples of train, N = 640 or 6400
     X           of tune, val, test, final: boxes of something present, of something absent, a count:
@@ -15,7 +16,7 @@ a pure function of (split, index), as in support/scenes.py.
     new-X       present and absent by turns, of the garments of NEW
     colour-X, left-X    "What colour is the bag?", "the leftmost of the two bags"
 
-A base is pretrained on the first two. It, train, tune, val, test and final share no photograph.
+A base is pretrained on the first two, or on the third alone. It, train, tune, val, test and final share no photograph.
 """
 import functools
 import gzip
@@ -43,12 +44,14 @@ KINDS = [(colour, garment) for colour in COLOURS for garment in ALL]
 PARTS = {"pretrain": ("train", 0, 42), "train": ("train", 42, 54), "tune": ("train", 54, 57),
          "val": ("train", 57, 60), "test": ("test", 0, 30), "final": ("test", 30, 60)}
 JUDGED = ("tune", "val", "test", "final")
-SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "train": 100_000, "train640": 640,
-          "train6400": 6400, **dict.fromkeys(JUDGED, 1536),
-          **{f"{family}-{part}": 512 for family in ("new", "colour", "left") for part in JUDGED}}
+SPLITS = {**dict.fromkeys(("words", "pretrain", "boxing"), 1_000_000),
+          "train": 100_000, "train640": 640, "train6400": 6400, **dict.fromkeys(JUDGED, 2304),
+          **{f"{family}-{part}": number for part in JUDGED        # 4,096 of each part in all
+             for family, number in (("new", 768), ("colour", 512), ("left", 512))}}
 # Weights of the kinds of question in pretraining.
 ASKED = ("caption", "count", "colour", "name", "where", "present", "left")
-MIX = {"words": (8, 6, 1, 3, 2, 3, 1), "pretrain": (2, 8, 2, 3, 2, 8, 2)}
+MIX = {"words": (8, 6, 1, 3, 2, 3, 1), "pretrain": (2, 8, 3, 3, 2, 8, 2),
+       "boxing": (0, 0, 0, 0, 0, 1, 0)}
 # What is asked for, if not by chance: 0 a colour and a garment, 1 a colour, 2 a garment.
 FORM = {"where": 0, "caption": 1, "name": 1, "colour": 2, "left": 2}
 LAMPS = 1 + LIGHT.astype(np.float32) / 150

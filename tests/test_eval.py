@@ -200,6 +200,7 @@ def test_what_the_tiny_model_cannot_know(question, sizes, said):
     example = Example("1", tuple(Image.new("RGB", size) for size in sizes), question, "1", "vqa")
     lines = unknown_to(model, example)
     assert [said in line for line in lines] == [True] * bool(said)
+    assert unknown_to(model, replace(example, id="photos:test/1")) == []
     model.config = replace(model.config, vocab_size=151_936)
     assert unknown_to(model, example) == []
 
