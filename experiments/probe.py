@@ -24,34 +24,37 @@ from experiments.reproduce import BASES, ROOT, base_of, colour_is_there  # noqa:
 from model import Qwen2_5_VL, load_model  # noqa: E402
 from rewards import TASKS  # noqa: E402
 from rollout import generate, prefill, uniforms  # noqa: E402
+from support import photos, scenes  # noqa: E402
 from support.answers import parse_boxes  # noqa: E402
 from support.runs import versions  # noqa: E402
 
-QUESTIONS = {"train": 8192, "test": 1536}          # split → the first so many of its examples
+FIT, JUDGE = ("scenes:train", 8192), ("scenes:test", 1536)     # data, and the first so many of its examples
+WORLDS = {"scenes": scenes, "photos": photos}
 ABSENT_KINDS = ("colour there", "not there")       # as in the tables of reproduce.py
 ROLLOUTS, LONGEST = 8, 128                         # of each question, and their tokens, as in the default job
 
 
 @torch.no_grad()
-def states(model: Qwen2_5_VL, processor: Processor, split: str) -> tuple[Tensor, list[str]]:
+def states(model: Qwen2_5_VL, processor: Processor, data: str, number: int) -> tuple[Tensor, list[str]]:
     """Of every grounding question: the hidden state [D] after its prompt, and "present" or one of ABSENT_KINDS."""
-    source, hidden, kinds = load(f"scenes:{split}"), [], []
-    for begin in range(0, QUESTIONS[split], 64):
+    source, hidden, kinds = load(data), [], []
+    world, _, split = data.partition(":")
+    for begin in range(0, number, 64):
         examples = [(i, source[i]) for i in range(begin, begin + 64)]
         asked = [(i, example) for i, example in examples if TASKS[example.task].boxes]
         hidden.append(prefill(model, [processor.prompt(example) for _, example in asked], 1, 1)[0])
         for i, example in asked:
-            there = colour_is_there(split, i, example.question)
+            there = colour_is_there(split, i, example.question, WORLDS[world])
             kinds.append("present" if example.answer != "[]" else ABSENT_KINDS[not there])
     return torch.cat(hidden).double(), kinds
 
 
-def rejecting(model: Qwen2_5_VL, processor: Processor) -> dict[str, float]:
-    """The share of rollouts (temperature 1) that answer `[]`, on the present and on the absent things of the test
+def rejecting(model: Qwen2_5_VL, processor: Processor, data: str, number: int) -> dict[str, float]:
+    """The share of rollouts (temperature 1) that answer `[]`, on the present and on the absent things of the
     questions."""
-    source = load("scenes:test")
+    source = load(data)
     says: dict[str, list[bool]] = {"present": [], "absent": []}
-    for begin in range(0, QUESTIONS["test"], 64):
+    for begin in range(0, number, 64):
         asked = [example for i in range(begin, begin + 64) if TASKS[(example := source[i]).task].boxes]
         groups = generate(model, [processor.prompt(example) for example in asked], LONGEST,
                           uniforms(0, range(begin, begin + len(asked)), ROLLOUTS, LONGEST))
@@ -83,9 +86,10 @@ def linear_probe(x: Tensor, present: Tensor, x_test: Tensor, present_test: Tenso
     return (right[present_test].double().mean() + right[~present_test].double().mean()).item() / 2
 
 
-def probe(model: Qwen2_5_VL, processor: Processor) -> dict[str, float]:
+def probe(model: Qwen2_5_VL, processor: Processor, fit: tuple[str, int] = FIT, judge: tuple[str, int] = JUDGE
+          ) -> dict[str, float]:
     """ABSENT_KINDS → accuracy."""
-    (x, kinds), (x_test, kinds_test) = (states(model, processor, split) for split in QUESTIONS)
+    (x, kinds), (x_test, kinds_test) = (states(model, processor, *data) for data in (fit, judge))
     accuracy = {}
     for kind in ABSENT_KINDS:
         questions = []
@@ -109,7 +113,8 @@ def main() -> None:
     for base in bases:
         folder = Path(base_of(base))
         model, processor = load_model(folder), Processor(folder)
-        made[base] = {"commit": commit, "accuracy": probe(model, processor), "rejecting": rejecting(model, processor)}
+        made[base] = {"commit": commit, "accuracy": probe(model, processor),
+                      "rejecting": rejecting(model, processor, *JUDGE)}
         print(base, made[base], flush=True)
         path.write_text(json.dumps({name: made[name] for name in BASES if name in made}, indent=1) + "\n")
 

@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -199,9 +200,9 @@ def by_size(records: list[dict], split: str) -> dict[str, float]:
     return {size: statistics.fmean(of_size) for size, of_size in right.items() if of_size}
 
 
-def colour_is_there(split: str, index: int, question: str) -> bool:
+def colour_is_there(split: str, index: int, question: str, world: ModuleType = scenes) -> bool:
     """Whether a thing of the colour that is asked for is in the picture."""
-    return any(thing.colour in question.split() for thing in scenes.make_with_things(split, index)[1])
+    return any(thing.colour in question.split() for thing in world.make_with_things(split, index)[1])
 
 
 def by_colour(records: list[dict], split: str) -> dict[str, float]:
@@ -244,7 +245,7 @@ def base_of(name: str) -> str:
     """The model that an experiment begins from; made if need be."""
     base = name.split("-")[0]
     if base in EARLIER:
-        return str(earlier(base))
+        return str(from_history(f"reproduce-{base}", EARLIER[base], "assets/tiny/model.safetensors"))
     if base not in PRETRAINED:
         return str(ROOT / "assets/tiny")
     split, steps = PRETRAINED[base]
@@ -254,16 +255,15 @@ def base_of(name: str) -> str:
     return str(last_checkpoint(run))
 
 
-def earlier(base: str) -> Path:
-    """The folder of assets/tiny with the weights of an earlier commit."""
-    folder = ROOT / "runs" / f"reproduce-{base}"
+def from_history(name: str, commit: str, file: str) -> Path:
+    """The folder runs/NAME: assets/tiny with the weights that a file had at an earlier commit."""
+    folder = ROOT / "runs" / name
     with one_base_at_a_time:
         if not folder.exists():
-            weights = subprocess.run(["git", "show", f"{EARLIER[base]}:assets/tiny/model.safetensors"], cwd=ROOT,
-                                     capture_output=True)
+            weights = subprocess.run(["git", "show", f"{commit}:{file}"], cwd=ROOT, capture_output=True)
             if weights.returncode:
-                raise SystemExit(f"{base}: the weights of commit {EARLIER[base]} are not in this clone. A shallow "
-                                 "clone gets them by git fetch --unshallow.")
+                raise SystemExit(f"{name}: the weights of commit {commit} are not in this clone. A shallow clone gets "
+                                 "them by git fetch --unshallow.")
             partial = folder.with_suffix(".partial")
             shutil.copytree(ROOT / "assets/tiny", partial, dirs_exist_ok=True)
             (partial / "model.safetensors").write_bytes(weights.stdout)

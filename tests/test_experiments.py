@@ -296,14 +296,13 @@ def test_the_probe_judges_each_kind_of_absent_things_apart(monkeypatch):
     """The feature tells the present from those with the colour there, and not from those without."""
     kinds = ["present", *probe.ABSENT_KINDS] * 100
     features = torch.tensor([[{"present": 1.0, "colour there": 0.0, "not there": 1.0}[kind]] for kind in kinds])
-    monkeypatch.setattr(probe, "states", lambda model, processor, split: (features.double(), kinds))
+    monkeypatch.setattr(probe, "states", lambda model, processor, data, number: (features.double(), kinds))
     assert probe.probe(None, None) == {"colour there": 1.0, "not there": 0.5}
 
 
 def test_the_probe_counts_the_rollouts_that_reject(monkeypatch):
     """Of 64 questions 22 are about present things and 21 about absent ones. One rollout of each says `[]`, of the
     absent a second; what cannot be read is no rejection."""
-    monkeypatch.setattr(probe, "QUESTIONS", {"test": 64})
     processor = Processor(reproduce.ROOT / "assets/tiny")
     a_box = '[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}]'
     empty, box, broken = ([SimpleNamespace(tokens=processor.encode(f"<answer>{answer}</answer>"))]
@@ -313,15 +312,14 @@ def test_the_probe_counts_the_rollouts_that_reject(monkeypatch):
         assert (longest, u.shape) == (128, (43, 8, 128)) and len(prompts) == 43
         return [empty + (box if p.example.answer != "[]" else empty) + broken * 6 for p in prompts]
     monkeypatch.setattr(probe, "generate", say)
-    assert probe.rejecting(None, processor) == {"present": 0.125, "absent": 0.25}
+    assert probe.rejecting(None, processor, "scenes:test", 64) == {"present": 0.125, "absent": 0.25}
 
 
 def test_the_probe_reads_the_state_after_the_prompt(monkeypatch):
     """The state that the first token of the answer is decided from; the kinds as in by_colour."""
-    monkeypatch.setattr(probe, "QUESTIONS", {"test": 64})
     folder = reproduce.ROOT / "assets/tiny"
     model, processor = load_model(folder), Processor(folder)
-    hidden, kinds = probe.states(model, processor, "test")
+    hidden, kinds = probe.states(model, processor, "scenes:test", 64)
     asked = [i for i in range(64) if i % 3 < 2]                    # every third is about counting
     assert [kind == "present" for kind in kinds] == [i % 3 == 0 for i in asked]
     assert set(kinds[1::2]) == set(probe.ABSENT_KINDS)

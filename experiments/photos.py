@@ -1,0 +1,326 @@
+"""Runs the plan of experiments/photos.md, on scenes of photographs.
+
+    python experiments/photos.py base 1 2 3 boxing      what the bases know before anything is trained
+    python experiments/photos.py tune                   the trials of every arm, on base 1
+    python experiments/photos.py run                    every arm on every base, with its chosen setting
+    python experiments/photos.py asides                 the questions beside the hypotheses
+    python experiments/photos.py tables                 the verdicts and the table, from the results alone
+
+Each goes on where it was stopped. A result is one small file, experiments/photos/NAME.json; one that exists is not made
+again. The bases are those of experiments/make_photos.sh, rounded to bfloat16; the history of this repository has them.
+"""
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.reproduce import ROOT, call, from_history, interval, last_checkpoint, machine, steps_of, train  # noqa: E402
+from support import photos  # noqa: E402
+from support.answers import trailing_text  # noqa: E402
+from support.boxes import box_hit  # noqa: E402
+from support.runs import read_config, versions  # noqa: E402
+
+RESULTS = ROOT / "experiments/photos"
+BASES, SEEDS, BUDGETS = ("1", "2", "3"), (42, 43, 44, 45), (640, 6400)
+COMMITS: dict[str, str] = {}                    # base → the commit that has its weights
+TUNING = (101, 102)                             # seeds that are thrown away
+FAMILIES = ("", "new-", "colour-", "left-")     # prefixes of a judged part of photos
+ROLLOUTS, LONGEST = 8, 128                      # of a base, for the strata; tokens of one
+# One run has the compute of 400 steps of ViSurf (`flops`, with the lengths of the pilots).
+STEPS = {"visurf": 400, "sft": 1100, "rlvr": 438, "sgrpo": 438}
+RATES = (3e-4, 6e-4, 1e-3, 2e-3)
+EPS = (1e-3, 1e-5)                              # of AdamW
+# Arm → its eight settings: learning rate, and eps or, of SFT → RLVR, the share of compute that SFT has.
+TRIALS = {**{arm: [*itertools.product(RATES, EPS)] for arm in ("sft", "rlvr", "visurf", "sgrpo")},
+          "sft-rlvr": [*((rate, 0.15) for rate in RATES),
+                       *itertools.product(RATES[1:3], (0.05, 0.40))]}
+COMMON = ["--rollouts", "4", "--eval-data", ""]
+PARTS = ("absent", "new", "hard", "kept")       # of the primary number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained
+
+def flops(arm: str, prompt: float, y: float, rollout: float, G: int = 4) -> float:
+    """Floating-point operations of one prompt of a step, by tokens: 2 for each parameter that a token meets forward, 4
+    backward. prompt, y, rollout: mean tokens; G: rollouts. Attention's products of two tokens are left out. S-GRPO is
+    counted as RLVR, which it is except where all rollouts fail."""
+    tower, language = 42.4e6, 657_024           # of assets/tiny: a picture of 112×112; each token of text or picture
+    once = tower + language * prompt            # the prompt is read once for the group, in sampling and in training
+    sampled = language * G * rollout
+    if arm == "sft":
+        return 6 * (once + language * y)
+    return 2 * (once + sampled) + 6 * (once + sampled + language * y * (arm == "visurf"))
+
+
+def stages(arm: str, rate: float, knob: float) -> list[list[str]]:
+    """The flags of each stage of a training."""
+    if arm == "sft-rlvr":
+        first, = stages("sft", *chosen("sft"))
+        first[-1] = str(round(STEPS["sft"] * knob))
+        return [first, ["--method", "rlvr", "--lr", str(rate), "--steps", str(round(STEPS["rlvr"] * (1 - knob)))]]
+    return [["--method", arm, "--lr", str(rate), "--adam-eps", str(knob), "--steps", str(STEPS[arm])]]
+
+
+def chosen(arm: str) -> tuple[float, float]:
+    """The setting with the best mean of the primary number over the tuning seeds; the first of equals."""
+    results = read("tune")
+    means = {setting: statistics.fmean(results[name(arm, "tune", *setting, seed)]["metrics"]["primary"]
+                                       for seed in TUNING) for setting in TRIALS[arm]}
+    return max(means, key=lambda setting: means[setting])
+
+
+def name(arm: str, *what: object) -> str:
+    return "-".join([arm, *(f"{part:g}" if isinstance(part, float) else str(part) for part in what)])
+
+
+def base_of(base: str) -> Path:
+    """The folder of a base, with its weights from this repository's history."""
+    return from_history(f"photos-base-{base}", COMMITS[base], f"experiments/bases/{base}.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+def right_of_eight(model: str, part: str, seed: int = 0) -> dict[str, str]:
+    """Of every question of photos:PART and photos:new-PART about something present: how many of 8 rollouts at
+    temperature 1 find it. Family → a character an example: the number, or "-" of any other question."""
+    import torch
+
+    from data import Processor, load
+    from model import load_model
+    from rollout import generate, uniforms
+    from support.answers import parse_boxes
+    torch.set_num_threads(1)
+    processor, net, found = Processor(Path(model)), load_model(Path(model)), {}
+    for family in FAMILIES[:2]:
+        source = load(f"photos:{family}{part}")
+        marks = ["-"] * len(source)
+        asked = [i for i in range(len(source)) if i % (2 if family else 3) == 0]        # about something present
+        for begin in range(0, len(asked), 64):
+            indices = asked[begin:begin + 64]
+            prompts = [processor.prompt(source[i]) for i in indices]
+            with torch.no_grad():
+                groups = generate(net, prompts, LONGEST, uniforms(seed, indices, ROLLOUTS, LONGEST))
+            for i, prompt, group in zip(indices, prompts, groups):
+                texts = [processor.decode(response.tokens) for response in group]
+                hits = [hit(parse_boxes(text)[0], json.loads(prompt.answer), text) for text in texts]
+                marks[i] = str(sum(hits))
+        found[family] = "".join(marks)
+    return found
+
+
+def hit(predicted: list, truth: list, response: str) -> bool:
+    """Whether an answer finds what is there, with nothing behind it."""
+    return box_hit(predicted, truth) and not trailing_text(response)
+
+
+def measures(metrics: dict[str, dict], records: list[dict], right: str) -> dict[str, float]:
+    """What an evaluation of the four families says. metrics: family → eval.py's; records: eval.py's, of the family "";
+    right: the base's own `right_of_eight` of them.
+
+    absent    absent things answered by `[]`, garments that pretraining names and NEW ones alike by number
+    new       present NEW garments found
+    hard      present named garments found, of those that 1 to 7 of the base's rollouts find; dead: none; mastered: all
+    kept      mean of counting, the colour of a thing, the left one of two
+    primary   the mean of these four"""
+    of = {family: (metrics[family], photos.SPLITS[f"{family}test"] / (2 if family else 3)) for family in FAMILIES[:2]}
+
+    def both(key: str) -> float:
+        return sum(own[key] * number for own, number in of.values()) / sum(number for _, number in of.values())
+    strata: dict[str, list[bool]] = {"dead": [], "hard": [], "mastered": []}
+    for record, mark in zip(records, right, strict=True):
+        if mark != "-":
+            stratum = {"0": "dead", "8": "mastered"}.get(mark, "hard")
+            strata[stratum].append(hit(record["predicted"], record["truth"], record["response"]))
+    found = {"absent": both("N-acc"), "new": metrics["new-"]["boxes"],
+             **{stratum: statistics.fmean(hits) for stratum, hits in strata.items() if hits},
+             "counting": metrics[""]["answers"], "colour": metrics["colour-"]["answers"],
+             "left": metrics["left-"]["boxes"], "boxes": metrics[""]["boxes"], "T-acc": both("T-acc"),
+             "N-acc, named": metrics[""]["N-acc"], "N-acc, new": metrics["new-"]["N-acc"],
+             "thinks, present": both("thinks, present"), "thinks, absent": both("thinks, absent"),
+             "trailing text, present": both("trailing text, present"),
+             "trailing text, absent": both("trailing text, absent")}
+    found["kept"] = statistics.fmean(found[skill] for skill in ("counting", "colour", "left"))
+    found["primary"] = statistics.fmean(found[part] for part in PARTS)
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def judge(model: str, part: str, base: str, out: str) -> dict[str, float]:
+    """The measures of a model's greedy answers to a judged part of photos."""
+    metrics, records = {}, []
+    for family in FAMILIES:
+        folder = ROOT / "runs" / out / f"{family}{part}"
+        call("eval.py", "--model", model, "--data", f"photos:{family}{part}", "--out", str(folder))
+        metrics[family] = json.loads((folder / "metrics.json").read_text())["metrics"]
+        if not family:
+            records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    return measures(metrics, sorted(records, key=lambda record: record["index"]),
+                    read("base")[f"base-{base}"]["right"][part][""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+def read(kind: str) -> dict[str, dict]:
+    """The results of this kind (base, tune, run, aside): name → result."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {own: result for own, result in found.items() if result["kind"] == kind}
+
+
+def write(own: str, result: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{own}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def make(kind: str, own: str, base: str, budget: int, seed: int, flags: list[list[str]], part: str) -> str:
+    """One result: the training by these stages, and its answers to a judged part. Returns its name."""
+    if (RESULTS / f"{own}.json").exists():
+        return f"{own}: there already"
+    model, lines = str(base_of(base)), []
+    for number, stage in enumerate(flags, 1):
+        run = train(f"photos-{own}-{number}", ["--seed", str(seed), "--model", model, "--data", f"photos:train{budget}",
+                                               *COMMON, *stage])
+        model, lines = str(last_checkpoint(run)), lines + steps_of(run)
+    metrics = judge(model, part, base, f"photos-{own}-answers")
+    result = {"kind": kind, "base": base, "budget": budget, "seed": seed, "stages": flags, "machine": machine(),
+              "commit": read_config(run)["versions"]["commit"], "part": part,
+              "seconds": round(sum(line["seconds"] for line in lines)), "metrics": metrics}
+    if kind == "run" and seed == SEEDS[0]:
+        marks = right_of_eight(model, part)
+        result["pass@8"] = {family or "named": round(statistics.fmean(
+            mark != "0" for mark in of if mark != "-"), 4) for family, of in marks.items()}
+    write(own, result)
+    return own
+
+
+def look(base: str) -> str:
+    """What a base knows: its measures on photos:tune, its own rollouts, how many of them say `[]`, and the probe."""
+    from data import Processor
+    from experiments.probe import probe, rejecting
+    from model import load_model
+    from support.weights import model_digest
+    own = f"base-{base}"
+    if (RESULTS / f"{own}.json").exists():
+        return f"{own}: there already"
+    folder = base_of(base)
+    net, processor = load_model(folder), Processor(folder)
+    result = {"kind": "base", "commit": versions()["commit"], "digest": model_digest(folder),
+              "accuracy": probe(net, processor, ("photos:val", 2304), ("photos:tune", 2304)),
+              "rejecting": rejecting(net, processor, "photos:tune", 2304),
+              "right": {part: right_of_eight(str(folder), part) for part in ("tune", "final")}}
+    write(own, result)
+    write(own, result | {"metrics": judge(str(folder), "tune", base, f"photos-{own}-answers")})
+    return own
+
+
+def jobs_of(what: str) -> list[tuple]:
+    """The arguments of `make` for everything of `tune`, `run` or `asides`."""
+    if what == "tune":
+        return [("tune", name(arm, "tune", *setting, seed), BASES[0], 6400, seed, stages(arm, *setting), "tune")
+                for arm in TRIALS for setting in TRIALS[arm] for seed in TUNING]
+    if what == "run":
+        return [("run", name(arm, base, budget, seed), base, budget, seed, stages(arm, *chosen(arm)), "final")
+                for seed in SEEDS for budget in BUDGETS for base in BASES for arm in TRIALS]
+    rate, eps = chosen("visurf")
+    plain, = stages("visurf", rate, eps)
+    normalisers = [("aside", name("visurf", normaliser, "boxing", seed), "boxing", 6400, seed,
+                    [[*plain, "--normaliser", normaliser]], "final")
+                   for normaliser in ("token-mean", "seq-mean", "seq-sum") for seed in SEEDS[:2]]
+    return normalisers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+
+def flips(differences: list[float], margin: float = 0.0) -> float:
+    """p, one-sided, of the exact sign-flip test that the mean of these paired differences is above `margin`: of all 2^n
+    ways to choose the signs of what is above it, the share with a sum as large as the one that was found."""
+    values = [value - margin for value in differences]
+    sums = [sum(sign * value for sign, value in zip(signs, values))
+            for signs in itertools.product((1, -1), repeat=len(values))]
+    return statistics.fmean(each >= sum(values) - 1e-12 for each in sums)
+
+
+def holm(p: dict[str, float], level: float = 0.025) -> dict[str, bool]:
+    """Which of these survive Holm's correction."""
+    kept, survives = {}, True
+    for place, own in enumerate(sorted(p, key=lambda own: p[own])):
+        survives = survives and p[own] <= level / (len(p) - place)
+        kept[own] = survives
+    return kept
+
+
+def paired(results: dict[str, dict], a: str, b: str, key: str, budget: int) -> list[float]:
+    """a minus b over all bases and seeds."""
+    return [results[name(a, base, budget, seed)]["metrics"][key] - results[name(b, base, budget, seed)]["metrics"][key]
+            for base in BASES for seed in SEEDS]
+
+
+def best_of(results: dict[str, dict], arms: tuple[str, ...], budget: int) -> str:
+    return max(arms, key=lambda arm: statistics.fmean(
+        results[name(arm, base, budget, seed)]["metrics"]["primary"] for base in BASES for seed in SEEDS))
+
+
+def verdicts(results: dict[str, dict], budget: int = 6400) -> dict[str, tuple[list[float], float]]:
+    """Hypothesis → the paired differences that it is about, and p."""
+    best = best_of(results, ("sft", "rlvr", "sft-rlvr"), budget)
+    h1 = paired(results, "visurf", best, "primary", budget)
+    h2 = paired(results, "visurf", "sgrpo", "primary", budget)
+    h3 = [few - many for few, many in zip(*(paired(results, "visurf", "sft", "primary", own) for own in BUDGETS))]
+    h4 = paired(results, "visurf", "rlvr", "hard", budget)
+    h5, above = (paired(results, "visurf", arm, "kept", budget) for arm in ("rlvr", "sft"))
+    return {f"H1 ViSurf above {best}": (h1, flips(h1)),
+            "H2 ViSurf and S-GRPO within 1 point": (h2, max(flips(h2, -0.01), flips([-d for d in h2], -0.01))),
+            "H3 more above SFT with 640 labels than with 6,400": (h3, flips(h3)),
+            "H4 hard: at most 1 point below RLVR": (h4, flips(h4, -0.01)),
+            "H5 kept: at most 2 points below RLVR, and above SFT": (h5, max(flips(h5, -0.02), flips(above)))}
+
+
+def tables(results: dict[str, dict]) -> str:
+    """One table of the arms and, when all runs are there, one of the verdicts."""
+    columns = ("primary", *PARTS, "dead", "mastered", "T-acc", "thinks, present", "trailing text, absent")
+    lines = ["| arm | labels | runs | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 4) + "|"]
+    for budget, arm in itertools.product(BUDGETS, TRIALS):
+        own = [result for base, seed in itertools.product(BASES, SEEDS)
+               if (result := results.get(name(arm, base, budget, seed)))]
+        if own:
+            cells = [f"{statistics.fmean(r['metrics'].get(key, 0.0) for r in own):.3f}" for key in columns]
+            lines.append(f"| {arm} | {budget:,} | {len(own)} | {' | '.join(cells)} | "
+                         f"{statistics.fmean(r['seconds'] for r in own):.0f} |")
+    if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
+        found = verdicts(results)
+        kept = holm({own: p for own, (_, p) in found.items()})
+        lines += ["", "| hypothesis | mean difference | p | survives Holm |", "|---|---|---|---|"]
+        for own, (differences, p) in found.items():
+            mean, half = interval(differences)
+            lines.append(f"| {own} | {mean:+.3f} ± {half:.3f} | {p:.4f} | {'yes' if kept[own] else 'no'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("base", "tune", "run", "asides", "tables"))
+    parser.add_argument("bases", nargs="*", help="of `base`")
+    parser.add_argument("--arms", nargs="+", default=[*TRIALS], help="of `tune` and `run`")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time")
+    args = parser.parse_args()
+    (ROOT / "runs").mkdir(exist_ok=True)
+    if args.what == "tables":
+        return print(tables(read("run")))
+    if args.what == "base":
+        for base in args.bases:
+            print(look(base), flush=True)
+        return
+    with ThreadPoolExecutor(args.jobs) as pool:
+        wanted = [job for job in jobs_of(args.what) if job[1].startswith(tuple(f"{arm}-" for arm in args.arms))]
+        for own in pool.map(lambda job: make(*job), wanted):
+            print(own, flush=True)
+
+
+if __name__ == "__main__":
+    main()

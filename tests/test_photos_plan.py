@@ -1,0 +1,102 @@
+"""The arithmetic of experiments/photos.py, and that its stages are commands that train.py takes."""
+import json
+
+import pytest
+
+import train
+from experiments import photos as plan
+
+PRESENT = [{"bbox_2d": [0, 0, 9, 9], "point_2d": [4, 4]}]
+FOUND = {"predicted": PRESENT, "truth": PRESENT, "response": "<answer>[…]</answer>"}
+TRAILING = FOUND | {"response": "<answer>[…]</answer> and more"}
+MISSED = FOUND | {"predicted": []}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results; a function that puts one there."""
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    return lambda own, kind, **metrics: (tmp_path / f"{own}.json").write_text(json.dumps(
+        {"kind": kind, "seconds": 9, "metrics": metrics}))
+
+
+def test_the_sign_flip_test_by_hand():
+    # Of the eight signs of (1, 2, 4) the sum is 7 once; of (−1, 2, 4) it is 5 or more twice.
+    assert plan.flips([1, 2, 4]) == 1 / 8 and plan.flips([-1, 2, 4]) == 2 / 8
+    assert plan.flips([-1, -2, -4]) == 1
+    # Above the margin of 3: (−2, −1, 1) sums to −2, which six of eight reach (4, 2, 0, 2, −2 …).
+    assert plan.flips([1, 2, 4], 3) == sum(
+        a * -2 + b * -1 + c >= -2 for a in (1, -1) for b in (1, -1) for c in (1, -1)) / 8
+    assert plan.flips([0.1] * 12) == 1 / 4096
+
+
+def test_holm_stops_at_the_first_that_fails():
+    p = {"a": 0.004, "b": 0.03, "c": 0.011, "d": 0.001}
+    assert plan.holm(p) == {"d": True, "a": True, "c": True, "b": False}    # .00625 .0083 .0125 .025
+    assert plan.holm(p | {"c": 0.0126}) == {"d": True, "a": True, "c": False, "b": False}
+
+
+def test_the_operations_of_a_step_by_hand():
+    tower, language = 42.4e6, 657_024
+    assert plan.flops("sft", 50, 40, 45) == 6 * (tower + 90 * language)
+    assert plan.flops("rlvr", 50, 40, 45, 2) == plan.flops("sgrpo", 50, 40, 45, 2) == (
+        8 * (tower + 140 * language))
+    assert plan.flops("visurf", 50, 40, 45, 2) == plan.flops("rlvr", 50, 40, 45, 2) + 240 * language
+
+
+def test_what_is_measured_by_hand():
+    metrics = {"": {"N-acc": 0.6, "T-acc": 0.9, "boxes": 0.5, "answers": 0.8},
+               "new-": {"N-acc": 0.3, "T-acc": 0.6, "boxes": 0.4},
+               "colour-": {"answers": 0.5}, "left-": {"boxes": 0.2}}
+    for key in ("thinks, present", "thinks, absent", "trailing text, present", "trailing text, absent"):
+        metrics[""][key] = metrics["new-"][key] = 0.0
+    records = [FOUND, MISSED, FOUND, TRAILING, MISSED, FOUND, MISSED]
+    made = plan.measures(metrics, records, "08-1375")
+    # 768 absent named garments to 384 absent new ones; of the base's 1, 3, 7 and 5 of eight one of four.
+    assert (made["absent"], made["T-acc"]) == (0.5, 0.8)
+    assert (made["dead"], made["mastered"], made["hard"]) == (1.0, 0.0, 0.25)
+    assert (made["new"], made["kept"]) == (0.4, 0.5)
+    assert made["primary"] == round((0.5 + 0.4 + 0.25 + 0.5) / 4, 4)
+    with pytest.raises(ValueError):
+        plan.measures(metrics, records, "08-137")
+
+
+def test_every_arm_has_eight_trials_and_every_stage_is_a_command(results):
+    for arm, settings in plan.TRIALS.items():
+        assert len({*settings}) == 8
+        for k, (setting, seed) in enumerate((s, seed) for s in settings for seed in plan.TUNING):
+            results(plan.name(arm, "tune", *setting, seed), "tune", primary=k % 7 / 7)
+    jobs = [job for what in ("tune", "run", "asides") for job in plan.jobs_of(what)]
+    names = [job[1] for job in jobs]
+    assert len({*names}) == len(names) == 80 + 120 + 6
+    for _, _, _, budget, _, stages, _ in jobs:
+        for stage in stages:
+            cfg = train.parse_config(["--data", f"photos:train{budget}", *plan.COMMON, *stage])
+            assert cfg.method in plan.STEPS and cfg.rollouts == 4 and cfg.steps > 0
+    # Over both seeds k % 7 is highest at k = 12 and 13, the seventh setting.
+    assert plan.chosen("visurf") == (2e-3, 1e-3) and plan.chosen("sft-rlvr") == (1e-3, 0.05)
+    [[*first], [*second]] = plan.stages("sft-rlvr", 2e-3, 0.4)
+    assert first[-1] == str(round(0.4 * plan.STEPS["sft"])) and first[1] == "sft"
+    assert second[-1] == str(round(0.6 * plan.STEPS["rlvr"])) and second[1] == "rlvr"
+
+
+def test_the_verdicts_by_hand(results):
+    """Every arm is the same for all bases and seeds, so that p is 1 / 4,096 where a margin is
+    exceeded and 1 where it is missed."""
+    level = {"sft": 0.5, "rlvr": 0.6, "sft-rlvr": 0.65, "visurf": 0.7, "sgrpo": 0.705}
+    for budget in plan.BUDGETS:
+        for arm, primary in level.items():
+            fewer = 0.02 if budget == 640 and arm == "sft" else 0
+            for base in plan.BASES:
+                for seed in plan.SEEDS:
+                    results(plan.name(arm, base, budget, seed), "run", primary=primary - fewer,
+                            hard=0.4, kept=0.9 - (arm == "visurf") * 0.03, **dict.fromkeys(
+                                ("absent", "new", "dead", "mastered", "T-acc"), 0.5))
+    found = plan.verdicts(plan.read("run"))
+    differences = {own[:2]: round(values[0], 6) for own, (values, _) in found.items()}
+    assert differences == {"H1": 0.05, "H2": -0.005, "H3": 0.02, "H4": 0.0, "H5": -0.03}
+    p = {own[:2]: p for own, (_, p) in found.items()}
+    assert p == {"H1": 1 / 4096, "H2": 1 / 4096, "H3": 1 / 4096, "H4": 1 / 4096, "H5": 1}
+    assert list(found)[0] == "H1 ViSurf above sft-rlvr"
+    printed = plan.tables(plan.read("run"))
+    assert printed.count("| 12 |") == 10 and printed.count("| yes |") == 4
