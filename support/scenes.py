@@ -12,7 +12,8 @@ Every example is a pure function of (split, index): the splits draw from differe
     train     grounding, half of it of something absent; the answer alone, as bare compact JSON, as in real data sets.
               Never a purple cross, in picture or question
     trainN    as train, but N % of it of something absent
-    val, test grounding of something present, of something absent, counting: one third each
+    val, test, final  grounding of something present, of something absent, counting: one third each; final is for the
+              README's table alone
     pair-test        a purple cross, present or, every other time, absent: what the job never asked for
     elsewhere-test   present and absent by turns, in scenes that no other split has: five or six things, smaller or
                      larger than elsewhere, on dark or light grey
@@ -45,7 +46,7 @@ ABSENT = {"absent1": 0.01, "absent5": 0.05, "absent20": 0.2}
 TRAIN = {"train": 0.5, "train10": 0.1, "train90": 0.9}
 SPLITS = {"words": 1_000_000, "pretrain": 1_000_000, "crowds": 1_000_000, "untidy": 1_000_000, "tidying": 1_000_000,
           **dict.fromkeys(ABSENT, 1_000_000), **dict.fromkeys(TRAIN, 100_000), "val": 1536, "test": 1536,
-          "pair-test": 512, "elsewhere-test": 512,
+          "final": 12_288, "reasoning-final": 4096, "pair-test": 512, "elsewhere-test": 512,
           **{f"{family}-{part}": length for family in FAMILIES
              for part, length in (("train", 100_000), ("val", 512), ("test", 512))},
           **{f"{family}-pretrain": 1_000_000 for family in ("gui", "anomaly", "sums")}}
