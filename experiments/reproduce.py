@@ -369,6 +369,16 @@ PARTS = {"here: T-acc": MAIN["T-acc"], "boxes": MAIN["boxes"], "boxes, not rejec
 ELSEWHERE = {f"{place}: {name}": at(split, name) for place, split in (
     ("here", "test"), ("pair", "pair-test"), ("elsewhere", "elsewhere-test"))
     for name in ("N-acc", "T-acc", "boxes")}
+PRESENT_IN = {"test": 512, "pair-test": 256, "elsewhere-test": 256}       # present things of a split
+
+
+def pooled(result: dict) -> float:
+    """Boxes, over the present things of all three splits."""
+    return sum(number * result["metrics"][split]["boxes"] for split, number in PRESENT_IN.items()
+               ) / sum(PRESENT_IN.values())
+
+
+POOLED = {**{label: column for label, column in ELSEWHERE.items() if "boxes" in label}, "boxes, pooled": pooled}
 REJECTS = {f"{place}: {label}": at(split, key)
            for place, split in (("here", "test"), ("elsewhere", "elsewhere-test"))
            for label, key in (("N-acc", "N-acc"), ("colour there", "N-acc, colour there"),
@@ -644,6 +654,8 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
     other_rates = {f"visurf-lr-{rate:g}": seeds
                    for rate, seeds in results.get("visurf", {}).items()
                    if seeds is not rows["visurf"]}
+    equal = results.get("rlvr", {}).get(shown_rate(results["visurf"])) if "visurf" in rows else None
+    same_rate = {"rlvr-same-lr": equal} if equal else {}        # RLVR at the rate of ViSurf
     families: dict[str, dict[int, dict]] = {}              # method → seed → family → result
     for family in FAMILIES:
         for method in FAMILY_METHODS:
@@ -658,6 +670,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
                          if method in families},
             "parts": of("base", "visurf", "rlvr", "sft", "sft-long", *two_stage, IN_FULL,
                         "visurf-thought"),
+            "pooled": of("base", "rlvr") | same_rate | of("sft", "sft-long", IN_FULL, "sgrpo", "visurf"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", IN_FULL, *SAME_RATE, "visurf"),
             "controls": of("visurf", *CONTROLS),
             "thought": of("base", "rlvr", "visurf", "visurf-thought", "sft", "sft-thought",
@@ -682,6 +695,7 @@ def tables(results: Results) -> dict[str, str]:
         "controls": table(of["controls"], CONTROLLED),
         "controls-paired": table(of["controls"], MAIN, against="visurf"),
         "course": table(of["trained"], AT_END), "elsewhere": table(of["main"], ELSEWHERE),
+        "pooled": table(of["pooled"], POOLED), "pooled-paired": table(of["pooled"], POOLED, against="visurf"),
         "injection": table(of["injection"], ELSEWHERE, against="rlvr"),
         "best": table(of["trained"], BEST), "cost": cost_table(read_cost()),
         "families": table(of["families"], FAMILY),
