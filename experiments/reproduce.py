@@ -63,7 +63,7 @@ ABSENT = ("absent1", "absent5", "absent20")
 STRENGTHS = (*EARLIER, *ABSENT)
 BASES = (*EARLIER, "base", *ABSENT)             # of the boundary, by strength; "base" is assets/tiny
 BOUNDARY_METHODS = ("base", "rlvr", "visurf", "visurf-thought")
-UNTRAINED = (*LOOKS, *(f"{base}-base" for base in (*FAMILIES, *STRENGTHS)))
+UNTRAINED = (*LOOKS, "final-base", *(f"{base}-base" for base in (*FAMILIES, *STRENGTHS)))
 # The families are trained for 150 steps. Where assets/tiny knows nothing of one, its base has learnt all but a piece.
 FAMILY_STEPS, FAMILY_SFT = 150, 50
 FAMILY_METHODS = {"base": [], "sft": [["--method", "sft"]], "rlvr": [["--method", "rlvr"]],
@@ -107,6 +107,21 @@ EXPERIMENTS = {
     **{f"{base}-{method}": FAMILY_METHODS[method] for base in STRENGTHS for method in BOUNDARY_METHODS},
     **SENSITIVITY,
 }
+# The README's rows on one commit, on splits that nothing was chosen by: name → learning rates, and stages. Of three
+# rates one is chosen on scenes:val as above; the others were chosen there before. OWN stands for a file of the 6,400
+# scenes that ViSurf sees with the same seed.
+OWN = "OWN"
+FINAL = {
+    "final-base": ((), []),
+    "final-rlvr": ((5e-4,), [["--method", "rlvr"]]),
+    "final-sft": ((2e-3,), [SFT]),
+    "final-sft-long": ((1e-3, 2e-3, 4e-3), [[*SFT, "--steps", "1200", "--data", OWN, "--task", "scene_grounding"]]),
+    "final-sft400-rlvr400": ((5e-4,), [TUNED_SFT, ["--method", "rlvr"]]),
+    "final-sgrpo": ((1e-3,), [["--method", "sgrpo"]]),
+    "final-visurf": ((1e-3,), [[]]),
+    "final-visurf-thought": ((1e-3,), [THOUGHT]),
+}
+EXPERIMENTS |= {name: stages for name, (_, stages) in FINAL.items()}
 COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entropy", "length",
           "logp_y", "r(o)", "o/thinks", "unreadable")
 DRAWN = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
@@ -271,6 +286,23 @@ def from_history(name: str, commit: str, file: str) -> Path:
     return folder
 
 
+def own_scenes(seed: int, number: int = 6400) -> Path:
+    """The file of the scenes that the default job sees with this seed, made if need be."""
+    from datasets import Dataset
+
+    from data import load
+    from support.sources import take
+    path = ROOT / f"runs/reproduce-own-{seed}.parquet"
+    with one_base_at_a_time:
+        if not path.exists():
+            examples = take(load("scenes:train"), range(number), seed)
+            rows = [{"id": e.id, "image": e.images[0], "question": e.question, "answer": e.answer} for e in examples]
+            partial = path.with_suffix(".partial")
+            Dataset.from_list(rows).to_parquet(partial)
+            partial.rename(path)
+    return path
+
+
 def machine() -> str:
     import torch
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -286,6 +318,7 @@ def make(name: str, rate: float, seed: int) -> str:
               "machine": machine(), "stages": EXPERIMENTS[name]}
     model, lines, own, seconds = base_of(name), [], f"reproduce-{name}-{rate:g}-{seed}", 0.0
     for number, stage in enumerate(EXPERIMENTS[name], 1):
+        stage = [str(own_scenes(seed)) if flag == OWN else flag for flag in stage]
         run = train(f"{own}-{number}", ["--seed", str(seed), "--model", model, "--lr", str(rate), *stage])
         result["commit"] = read_config(run)["versions"]["commit"]
         stage_lines = steps_of(run)
@@ -294,6 +327,8 @@ def make(name: str, rate: float, seed: int) -> str:
         model, lines = str(last_checkpoint(run)), lines + stage_lines
     family = family_of(name)
     own_splits = {"test": f"{family}-test", "val": f"{family}-val"} if family else {s: s for s in (*SPLITS, "val")}
+    if name in FINAL:
+        own_splits = {"test": "final", "reasoning-test": "reasoning-final", "val": "val"}
     if seed != SEEDS[0]:
         del own_splits["val"]
     if name in POLICIES:
@@ -303,6 +338,7 @@ def make(name: str, rate: float, seed: int) -> str:
     if lines:
         result |= {"seconds": round(seconds), "peak_memory_gb": max(line["peak_memory_gb"] for line in lines),
                    "course": course(lines)}
+    if lines and name not in FINAL:
         evaluated = {line["step"]: renamed(line["eval"]) for line in read_log(run)[0]
                      if "eval" in line and (run / "checkpoints" / f"step_{line['step']}").is_dir()}
         step = max(evaluated, key=lambda s: score(evaluated[s]))     # of those kept, the first of the best
@@ -431,6 +467,7 @@ def read_results() -> Results:
         result["metrics"] = {split: renamed(of) for split, of in result["metrics"].items()}
         if "best" in result:
             result["best"]["test"] = renamed(result["best"]["test"])
+        if "course" in result:
             result["course"] = renamed(result["course"])
             if result["stages"][-1][:2] == ["--method", "sft"] and "entropy" in result["course"]:
                 result["course"]["entropy_y"] = result["course"].pop("entropy")     # over label tokens
@@ -627,7 +664,7 @@ def base_table(rows: dict[str, dict[int, dict]],
 def grid(results: Results) -> str:
     """score on scenes:val of the first seed, for every learning rate that was tried."""
     trained = {name: results[name] for name in EXPERIMENTS
-               if name in results and name not in UNTRAINED}
+               if name in results and name not in UNTRAINED and len(FINAL.get(name, (RATES,))[0]) > 1}
     rates = sorted({rate for of_name in trained.values() for rate in of_name})
     lines = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
              "|---" * (1 + len(rates)) + "|"]
@@ -764,14 +801,15 @@ def run(names: list[str], seeds: list[int], rates: list[float], jobs: int) -> No
         with ThreadPoolExecutor(jobs) as pool:
             for line in pool.map(lambda job: make(*job), wanted):
                 print(line, flush=True)
-    first = [(name, rate, seeds[0]) for name in names for rate in (rates if name not in UNTRAINED else [0.0])]
-    if len(rates) == 1:       # there is nothing to choose
-        return all_of(first + [(name, rates[0], seed) for seed in seeds[1:] for name in names if name not in UNTRAINED])
-    all_of(first)
+    of = {name: [0.0] if name in UNTRAINED else FINAL[name][0] if name in FINAL else rates for name in names}
+    all_of([(name, rate, seeds[0]) for name in names for rate in of[name]])
     results = read_results()
+
+    def chosen(name: str) -> float:
+        tried = of[name]
+        return tried[0] if len(tried) == 1 else chosen_rate({rate: results[name][rate] for rate in tried})
     # Seed by seed, so that a table of few seeds is there early.
-    all_of([(name, chosen_rate({rate: results[name][rate] for rate in rates}), seed)
-            for seed in seeds[1:] for name in names if name not in UNTRAINED])
+    all_of([(name, chosen(name), seed) for seed in seeds[1:] for name in names if name not in UNTRAINED])
 
 
 def main() -> None:

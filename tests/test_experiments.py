@@ -20,6 +20,7 @@ from model import load_model
 from rollout import generate
 from support import scenes
 from support.runs import today
+from support.sources import take
 
 THOUGHT = {"index": 1, "task": "scene_grounding", "question": "red ring", "response": "<think>Where?</think>",
            "truth": [{}], "error": None, "predicted": []}
@@ -223,6 +224,24 @@ def test_a_result_is_what_the_trainings_and_evaluations_left(tmp_path, monkeypat
     assert [flag["--model"].rsplit("/", 1)[1] for _, flag in evaluations] == ["step_375"] * len(SPLITS) + ["step_300"]
     assert made["metrics"]["test"]["thought tells"] == 0.5
     assert made["metrics"]["test"]["T-acc"] == 0.1235 and reproduce.make("sft25-rlvr", 0.001, 43).endswith("already")
+
+    calls.clear()                                  # a row of the README: other splits, and no best checkpoint
+    monkeypatch.setattr(reproduce, "own_scenes", lambda seed: tmp_path / f"own-{seed}.parquet")
+    reproduce.make("final-sft-long", 0.002, 43)
+    (_, trained), *evaluations = calls
+    assert trained["--data"] == str(tmp_path / "own-43.parquet") and trained["--steps"] == "1200"
+    assert [flag["--data"] for _, flag in evaluations] == ["scenes:final", "scenes:reasoning-final"]
+    made = json.loads((tmp_path / "results/final-sft-long-0.002-43.json").read_text())
+    assert "best" not in made and made["metrics"]["test"]["T-acc"] == 0.1235
+
+
+def test_sft_long_has_the_scenes_that_the_default_job_sees(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    stored = load(str(reproduce.own_scenes(43, 5)), task="scene_grounding")
+    seen = take(load("scenes:train"), range(5), 43)
+    assert [(e.question, json.loads(e.answer), e.images[0].tobytes()) for e in stored] == [
+        (e.question, json.loads(e.answer), e.images[0].tobytes()) for e in seen]
 
 
 def test_rejections_by_colour(monkeypatch):
