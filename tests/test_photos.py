@@ -6,13 +6,16 @@ import re
 import struct
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
+import rollout
 from data import Processor, load
+from experiments import photos as plan
 from rewards import TASKS
 from support import photos, scenes
 from support.mistakes import Mistake
@@ -284,3 +287,20 @@ def test_every_word_is_known_to_the_tiny_tokenizer():
         assert processor.decode(tokens) == f"red {garment}" and len(tokens) <= 10
     assert load("photos:train", fits=lambda example, size: processor.check_label(
         example, size, "spaced", 128)).judged == 64
+
+
+def test_how_many_of_a_bases_rollouts_find_what_is_there(monkeypatch):
+    """Of eight, three repeat the label, one with text behind it; the others say `[]`."""
+    monkeypatch.setattr(photos, "SPLITS", {"tune": 9, "new-tune": 4})
+    processor, asked = Processor(TINY), []
+
+    def say(model, prompts, longest, u):
+        assert u.shape == (len(prompts), 8, longest)
+        asked.extend(prompt.example.answer for prompt in prompts)
+        texts = [[f"<answer>{prompt.example.answer}</answer>"] * 2
+                 + [f"<answer>{prompt.example.answer}</answer> x"] + ["<answer>[]</answer>"] * 5
+                 for prompt in prompts]
+        return [[SimpleNamespace(tokens=processor.encode(text)) for text in of] for of in texts]
+    monkeypatch.setattr(rollout, "generate", say)
+    assert plan.right_of_eight(str(TINY), "tune") == {"": "2--2--2--", "new-": "2-2-"}
+    assert len(asked) == 5 and "[]" not in asked
