@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.reproduce import ROOT, call, from_history, interval, last_checkpoint, machine, steps_of, train  # noqa: E402
+from experiments.figures import draw_points  # noqa: E402
+from experiments.reproduce import (ROOT, Column, call, fill, from_history, interval, last_checkpoint,  # noqa: E402
+                                   machine, steps_of, table, train)
 from support import photos  # noqa: E402
 from support.answers import trailing_text  # noqa: E402
 from support.boxes import box_hit  # noqa: E402
@@ -32,6 +34,7 @@ FAMILIES = ("", "new-", "colour-", "left-")     # prefixes of a judged part of p
 ROLLOUTS, LONGEST = 8, 128                      # of a base, for the strata; tokens of one
 # One run has the compute of 400 steps of ViSurf (`flops`, with the lengths of the pilots).
 STEPS = {"visurf": 400, "sft": 1100, "rlvr": 438, "sgrpo": 438}
+EIGHT = {"visurf": 257, "rlvr": 272}               # and with 8 rollouts instead of 4
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
 EPS = (1e-3, 1e-5)                              # of AdamW
 # Arm → its eight settings: learning rate, and eps or, of SFT → RLVR, the share of compute that SFT has.
@@ -40,6 +43,14 @@ TRIALS = {**{arm: [*itertools.product(RATES, EPS)] for arm in ("sft", "rlvr", "v
                        *itertools.product(RATES[1:3], (0.05, 0.40))]}
 COMMON = ["--rollouts", "4", "--eval-data", ""]
 PARTS = ("absent", "new", "hard", "kept")       # of the primary number
+
+
+def measured(key: str) -> Column:
+    return lambda result: result["metrics"].get(key)
+
+
+COLUMNS = {**{key: measured(key) for key in ("primary", *PARTS, "dead", "mastered", "T-acc", "thinks, present",
+                                             "trailing text, absent")}, "seconds": lambda result: result["seconds"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,12 +237,13 @@ def jobs_of(what: str) -> list[tuple]:
     if what == "run":
         return [("run", name(arm, base, budget, seed), base, budget, seed, stages(arm, *chosen(arm)), "final")
                 for seed in SEEDS for budget in BUDGETS for base in BASES for arm in TRIALS]
-    rate, eps = chosen("visurf")
-    plain, = stages("visurf", rate, eps)
+    plain = {arm: stages(arm, *chosen(arm))[0] for arm in EIGHT}
     normalisers = [("aside", name("visurf", normaliser, "boxing", seed), "boxing", 6400, seed,
-                    [[*plain, "--normaliser", normaliser]], "final")
+                    [[*plain["visurf"], "--normaliser", normaliser]], "final")
                    for normaliser in ("token-mean", "seq-mean", "seq-sum") for seed in SEEDS[:2]]
-    return normalisers
+    return normalisers + [("aside", name(f"{arm}-8", base, seed), base, 6400, seed,
+                           [[*plain[arm], "--rollouts", "8", "--steps", str(steps)]], "final")
+                          for seed in SEEDS[:2] for base in BASES for arm, steps in EIGHT.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,25 +293,37 @@ def verdicts(results: dict[str, dict], budget: int = 6400) -> dict[str, tuple[li
             "H5 kept: at most 2 points below RLVR, and above SFT": (h5, max(flips(h5, -0.02), flips(above)))}
 
 
-def tables(results: dict[str, dict]) -> str:
-    """One table of the arms and, when all runs are there, one of the verdicts."""
-    columns = ("primary", *PARTS, "dead", "mastered", "T-acc", "thinks, present", "trailing text, absent")
-    lines = ["| arm | labels | runs | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 4) + "|"]
-    for budget, arm in itertools.product(BUDGETS, TRIALS):
-        own = [result for base, seed in itertools.product(BASES, SEEDS)
-               if (result := results.get(name(arm, base, budget, seed)))]
-        if own:
-            cells = [f"{statistics.fmean(r['metrics'].get(key, 0.0) for r in own):.3f}" for key in columns]
-            lines.append(f"| {arm} | {budget:,} | {len(own)} | {' | '.join(cells)} | "
-                         f"{statistics.fmean(r['seconds'] for r in own):.0f} |")
+def rows_of(results: dict[str, dict], budget: int) -> dict[str, dict]:
+    """arm → (base, seed) → result, of what is there."""
+    return {arm: {(base, seed): results[own] for base in BASES for seed in SEEDS
+                  if (own := name(arm, base, budget, seed)) in results} for arm in TRIALS}
+
+
+def tables(results: dict[str, dict]) -> dict[str, str]:
+    """The tables of experiments/photos.md: the arms, and the verdicts once all runs are there."""
+    made = {f"photos-{budget}": table({arm: own for arm, own in rows_of(results, budget).items() if own}, COLUMNS,
+                                      origin=False) for budget in BUDGETS}
+    lines = ["| hypothesis | mean difference | by base | p | survives Holm |", "|---" * 5 + "|"]
     if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
         found = verdicts(results)
         kept = holm({own: p for own, (_, p) in found.items()})
-        lines += ["", "| hypothesis | mean difference | p | survives Holm |", "|---|---|---|---|"]
         for own, (differences, p) in found.items():
             mean, half = interval(differences)
-            lines.append(f"| {own} | {mean:+.3f} ± {half:.3f} | {p:.4f} | {'yes' if kept[own] else 'no'} |")
-    return "\n".join(lines)
+            by_base = [statistics.fmean(differences[i:i + len(SEEDS)]) for i in range(0, len(differences), len(SEEDS))]
+            lines.append(f"| {own} | {mean:+.3f} ± {half:.3f} | {', '.join(f'{each:+.3f}' for each in by_base)} | "
+                         f"{p:.4f} | {'yes' if kept[own] else 'no'} |")
+    return made | {"photos-verdicts": "\n".join(lines)}
+
+
+def show() -> None:
+    """Renews the tables of experiments/photos.md and its figure."""
+    results = read("run")
+    page = ROOT / "experiments/photos.md"
+    page.write_text(fill(page.read_text(), tables(results)))
+    rows = {f"{arm}, {budget:,}": own for budget in BUDGETS for arm, own in rows_of(results, budget).items() if own}
+    if rows:
+        draw_points(rows, {key: COLUMNS[key] for key in ("primary", *PARTS)}, interval,
+                    ROOT / "experiments/figures/photos.png")
 
 
 def main() -> None:
@@ -311,7 +335,7 @@ def main() -> None:
     args = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
     if args.what == "tables":
-        return print(tables(read("run")))
+        return show()
     if args.what == "base":
         for base in args.bases:
             print(look(base), flush=True)

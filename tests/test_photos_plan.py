@@ -68,11 +68,11 @@ def test_every_arm_has_eight_trials_and_every_stage_is_a_command(results):
             results(plan.name(arm, "tune", *setting, seed), "tune", primary=k % 7 / 7)
     jobs = [job for what in ("tune", "run", "asides") for job in plan.jobs_of(what)]
     names = [job[1] for job in jobs]
-    assert len({*names}) == len(names) == 80 + 120 + 6
+    assert len({*names}) == len(names) == 80 + 120 + 18
     for _, _, _, budget, _, stages, _ in jobs:
         for stage in stages:
             cfg = train.parse_config(["--data", f"photos:train{budget}", *plan.COMMON, *stage])
-            assert cfg.method in plan.STEPS and cfg.rollouts == 4 and cfg.steps > 0
+            assert cfg.method in plan.STEPS and cfg.rollouts in (4, 8) and cfg.steps > 0
     # Over both seeds k % 7 is highest at k = 12 and 13, the seventh setting.
     assert plan.chosen("visurf") == (2e-3, 1e-3) and plan.chosen("sft-rlvr") == (1e-3, 0.05)
     [[*first], [*second]] = plan.stages("sft-rlvr", 2e-3, 0.4)
@@ -98,5 +98,9 @@ def test_the_verdicts_by_hand(results):
     p = {own[:2]: p for own, (_, p) in found.items()}
     assert p == {"H1": 1 / 4096, "H2": 1 / 4096, "H3": 1 / 4096, "H4": 1 / 4096, "H5": 1}
     assert list(found)[0] == "H1 ViSurf above sft-rlvr"
-    printed = plan.tables(plan.read("run"))
-    assert printed.count("| 12 |") == 10 and printed.count("| yes |") == 4
+    made = plan.tables(plan.read("run"))
+    assert made["photos-verdicts"].count("| yes |") == 4
+    assert "| +0.050, +0.050, +0.050 | 0.0002 |" in made["photos-verdicts"]
+    assert "| visurf | 0.700 ± 0.000 |" in made["photos-6400"]
+    few = dict(list(plan.read("run").items())[:3])          # before all are there
+    assert plan.tables(few)["photos-verdicts"].count("\n") == 1
