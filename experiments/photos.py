@@ -34,7 +34,7 @@ FAMILIES = ("", "new-", "colour-", "left-")     # prefixes of a judged part of p
 ROLLOUTS, LONGEST = 8, 128                      # of a base, for the strata; tokens of one
 # One run has the compute of 400 steps of ViSurf (`flops`, with the lengths of the pilots).
 STEPS = {"visurf": 400, "sft": 1100, "rlvr": 438, "sgrpo": 438}
-EIGHT = {"visurf": 257, "rlvr": 272}               # and with 8 rollouts instead of 4
+EIGHT = {"visurf": 257, "rlvr": 272}            # and with 8 rollouts instead of 4
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
 EPS = (1e-3, 1e-5)                              # of AdamW
 # Arm → its eight settings: learning rate, and eps or, of SFT → RLVR, the share of compute that SFT has.
@@ -229,11 +229,14 @@ def look(base: str) -> str:
     return own
 
 
-def jobs_of(what: str) -> list[tuple]:
-    """The arguments of `make` for everything of `tune`, `run` or `asides`."""
-    if what == "tune":
-        return [("tune", name(arm, "tune", *setting, seed), BASES[0], 6400, seed, stages(arm, *setting), "tune")
-                for arm in TRIALS for setting in TRIALS[arm] for seed in TUNING]
+def trials(arm: str) -> list[tuple]:
+    """The arguments of `make` for every trial of an arm. SFT → RLVR needs the results of SFT's."""
+    return [("tune", name(arm, "tune", *setting, seed), BASES[0], 6400, seed, stages(arm, *setting), "tune")
+            for setting in TRIALS[arm] for seed in TUNING]
+
+
+def runs(what: str) -> list[tuple]:
+    """The arguments of `make` for everything of `run` or `asides`. Both need the results of all trials."""
     if what == "run":
         return [("run", name(arm, base, budget, seed), base, budget, seed, stages(arm, *chosen(arm)), "final")
                 for seed in SEEDS for budget in BUDGETS for base in BASES for arm in TRIALS]
@@ -330,7 +333,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("base", "tune", "run", "asides", "tables"))
     parser.add_argument("bases", nargs="*", help="of `base`")
-    parser.add_argument("--arms", nargs="+", default=[*TRIALS], help="of `tune` and `run`")
     parser.add_argument("--jobs", type=int, default=2, help="at a time")
     args = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
@@ -340,10 +342,10 @@ def main() -> None:
         for base in args.bases:
             print(look(base), flush=True)
         return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        wanted = [job for job in jobs_of(args.what) if job[1].startswith(tuple(f"{arm}-" for arm in args.arms))]
-        for own in pool.map(lambda job: make(*job), wanted):
-            print(own, flush=True)
+    for batch in ((trials(arm) for arm in TRIALS) if args.what == "tune" else [runs(args.what)]):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for own in pool.map(lambda job: make(*job), batch):
+                print(own, flush=True)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_every_arm_has_eight_trials_and_every_stage_is_a_command(results):
         assert len({*settings}) == 8
         for k, (setting, seed) in enumerate((s, seed) for s in settings for seed in plan.TUNING):
             results(plan.name(arm, "tune", *setting, seed), "tune", primary=k % 7 / 7)
-    jobs = [job for what in ("tune", "run", "asides") for job in plan.jobs_of(what)]
+    jobs = [*(job for arm in plan.TRIALS for job in plan.trials(arm)), *plan.runs("run"), *plan.runs("asides")]
     names = [job[1] for job in jobs]
     assert len({*names}) == len(names) == 80 + 120 + 18
     for _, _, _, budget, _, stages, _ in jobs:
