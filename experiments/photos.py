@@ -28,13 +28,13 @@ from support.runs import read_config, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/photos"
 BASES, SEEDS, BUDGETS = ("1", "2", "3"), (42, 43, 44, 45), (640, 6400)
-COMMITS: dict[str, str] = {}                    # base → the commit that has its weights
+COMMITS = {"1": "5c2e2df"}                      # base → the commit that has its weights
 TUNING = (101, 102)                             # seeds that are thrown away
 FAMILIES = ("", "new-", "colour-", "left-")     # prefixes of a judged part of photos
 ROLLOUTS, LONGEST = 8, 128                      # of a base, for the strata; tokens of one
-# One run has the compute of 400 steps of ViSurf (`flops`, with the lengths of the pilots).
-STEPS = {"visurf": 400, "sft": 1100, "rlvr": 438, "sgrpo": 438}
-EIGHT = {"visurf": 257, "rlvr": 272}            # and with 8 rollouts instead of 4
+# One run has the compute of 300 steps of ViSurf (`flops`, with the tokens of the pilots).
+STEPS = {"visurf": 300, "sft": 943, "rlvr": 495, "sgrpo": 300}
+EIGHT = {"visurf": 176, "rlvr": 272}            # and with 8 rollouts instead of 4
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
 EPS = (1e-3, 1e-5)                              # of AdamW
 # Arm → its eight settings: learning rate, and eps or, of SFT → RLVR, the share of compute that SFT has.
@@ -56,16 +56,14 @@ COLUMNS = {**{key: measured(key) for key in ("primary", *PARTS, "dead", "mastere
 # ---------------------------------------------------------------------------------------------------------------------
 # What is trained
 
-def flops(arm: str, prompt: float, y: float, rollout: float, G: int = 4) -> float:
+def flops(sampled: float, rows: float, groups: float = 1.0, prompt: float = 51.0) -> float:
     """Floating-point operations of one prompt of a step, by tokens: 2 for each parameter that a token meets forward, 4
-    backward. prompt, y, rollout: mean tokens; G: rollouts. Attention's products of two tokens are left out. S-GRPO is
-    counted as RLVR, which it is except where all rollouts fail."""
+    backward. Attention's products of two tokens are left out. prompt, sampled: tokens read and sampled. rows: tokens
+    of the row that is trained on, the prompt's among them. groups: the share of prompts that are trained on at all; a
+    group of equal rewards is not."""
     tower, language = 42.4e6, 657_024           # of assets/tiny: a picture of 112×112; each token of text or picture
-    once = tower + language * prompt            # the prompt is read once for the group, in sampling and in training
-    sampled = language * G * rollout
-    if arm == "sft":
-        return 6 * (once + language * y)
-    return 2 * (once + sampled) + 6 * (once + sampled + language * y * (arm == "visurf"))
+    sampling = 2 * (tower + language * (prompt + sampled)) if sampled else 0.0
+    return sampling + 6 * (tower * groups + language * rows)
 
 
 def stages(arm: str, rate: float, knob: float) -> list[list[str]]:

@@ -38,10 +38,8 @@ def test_holm_stops_at_the_first_that_fails():
 
 def test_the_operations_of_a_step_by_hand():
     tower, language = 42.4e6, 657_024
-    assert plan.flops("sft", 50, 40, 45) == 6 * (tower + 90 * language)
-    assert plan.flops("rlvr", 50, 40, 45, 2) == plan.flops("sgrpo", 50, 40, 45, 2) == (
-        8 * (tower + 140 * language))
-    assert plan.flops("visurf", 50, 40, 45, 2) == plan.flops("rlvr", 50, 40, 45, 2) + 240 * language
+    assert plan.flops(0, 85) == 6 * (tower + 85 * language)                             # nothing is sampled
+    assert plan.flops(200, 150, 0.5, 50) == 2 * (tower + 250 * language) + 6 * (tower / 2 + 150 * language)
 
 
 def test_what_is_measured_by_hand():
