@@ -6,6 +6,7 @@ from scipy import stats
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import RepetitionPenaltyLogitsProcessor
 
+import rollout
 from data import Processor, Response, collate, pack_group
 from model import load_model, random_model, row_mask
 from rollout import KVCache, collect, decode_one_token, generate, sample, uniforms
@@ -122,7 +123,8 @@ def test_bfloat16_scores_survive_a_common_offset_of_the_keys(offset):
         q, k, v = (torch.randn(B * G, heads, 1, d) for heads in (H, K, K))
         q, k, v = q.bfloat16(), (k + common).bfloat16(), v.bfloat16()
         keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-        cache.window, cache.unwritten = r + 1, torch.zeros(r + 1, dtype=torch.bool)
+        cache.window = r + 1
+        cache.hide()
         sampled = cache.attend_token(0, q, k, v)
         cache.slot += 1
         trained, exact = (scaled_dot_product_attention(*(x.to(dtype) for x in (q, keys, values)), enable_gqa=True)
@@ -215,9 +217,38 @@ def test_sample_takes_no_token_of_probability_zero():
     torch.testing.assert_close(logp, torch.full((4,), 0.5).log())
 
 
-def test_rollouts_leave_the_batch_and_change_nothing(model, prompts):
+def by_float64(logits, u):
+    """Inverse transform by sums over the whole vocabulary."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+@pytest.mark.parametrize("V", [460, 1031, 32_000, 151_936, 152_064])
+def test_words_are_drawn_as_by_sums_over_the_whole_vocabulary(V):
+    """Of one block, of blocks of one word (1031 is prime), of many. Half of the words impossible, all alike, one almost
+    certain, none likely but at the end."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, 8, V)
+    logits[1].masked_fill_(torch.rand(8, V) < 0.5, -torch.inf)
+    logits[2] = 0
+    logits[3] *= 30
+    logits[4, :, :-3], logits[5, :, 1:] = -torch.inf, -40
+    logits = logits.flatten(0, 1).repeat(4, 1)
+    u = torch.rand(len(logits), dtype=torch.float64)
+    token, logp, entropy = sample(logits, u)
+    assert torch.equal(token, by_float64(logits, u))
+    exact = logits.double().log_softmax(-1)
+    torch.testing.assert_close(logp.double(), exact.gather(1, token[:, None])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(exact.exp()).sum(-1), rtol=0, atol=1e-4)
+    for end in (0.0, 1 - 2 ** -53):
+        assert sample(logits, torch.full_like(u, end))[1].isfinite().all()
+
+
+@pytest.mark.parametrize("every, share", [(1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5)])
+def test_rollouts_leave_the_batch_and_change_nothing(model, prompts, monkeypatch, every, share):
     """Whatever the others of the group do, a rollout is the one that it would be without an end, cut at its own. Of the
-    prompts that go on as many rollouts are decoded as the one has that has the most."""
+    prompts that go on as many rollouts are decoded as the one has that has the most; on a GPU from the next look on
+    that finds half of the batch ended."""
     rows = []
 
     def step(m, token, *others):
@@ -227,6 +258,7 @@ def test_rollouts_leave_the_batch_and_change_nothing(model, prompts):
     endless = rollouts(model, prompts, 4, 16, 1.0, seed=2)
     counts = torch.tensor([o.tokens for group in endless for o in group]).flatten().bincount()
     model.eos_ids = tuple(counts.topk(6).indices.tolist())
+    monkeypatch.setattr(rollout, "when_to_leave", lambda device: (every, share))
     lengths = []
     rows.clear()
     for whole, group in zip(endless, rollouts(model, prompts, 4, 16, 1.0, seed=2, step=step)):
@@ -235,10 +267,15 @@ def test_rollouts_leave_the_batch_and_change_nothing(model, prompts):
             assert after.tokens == before.tokens[:cut] and after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
             assert after.truncated == (before.tokens[cut - 1] not in model.eos_ids)
         lengths.append([len(o.tokens) for o in group])
-    going = [[sum(length > r for length in group) for group in lengths] for r in range(1, max(map(max, lengths)))]
-    assert rows == [sum(count > 0 for count in counts) * max(counts) for counts in going]
-    assert len(set(rows)) > 2 and any(max(counts) < 4 for counts in going)
-    assert any(min(counts) == 0 for counts in going)                # both kinds of leaving occur
+    going = [[sum(length > r for length in group) for group in lengths] for r in range(1, 16)]
+    expected, now = [], 4 * len(prompts)
+    for r, counts in enumerate(going, 1):
+        left = sum(count > 0 for count in counts) * max(counts)
+        if r % every == 0 and now - left >= max(1, share * now):
+            now = left
+        expected += [now] * bool(now)
+    assert rows == expected and len(set(rows)) > 1 and any(max(counts) < 4 for counts in going)
+    assert any(min(counts) == 0 < max(counts) for counts in going)          # both kinds of leaving occur
 
 
 def test_the_repetition_penalty_is_that_of_transformers(model, prompts):
@@ -302,7 +339,7 @@ def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
     model.eos_ids = (-1,)
     often = torch.tensor([r.tokens for group in rollouts(model, prompts, 8, 16, 1.0) for r in group]).flatten()
     model.eos_ids = tuple(often.bincount().topk(8).indices.tolist())
-    plain, static = (rollouts(model, prompts, 3, 16, 1.0, seed=2, step=step)
+    plain, static = (rollouts(model, prompts, 3, 16, 1.0, seed=2, step=step, graphs=False)
                      for step in (decode_one_token, graphs.GraphedStep(decode_one_token)))
     lengths = {max(len(r.tokens) for r in group) for group in plain}
     assert len(lengths) > 1 and max(lengths) > 10
