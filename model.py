@@ -314,16 +314,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * d, width, bias=False)
 
     def products(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return torch.cat((self.q_proj(x), self.k_proj(x)), -1), self.v_proj(x)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        heads = self.heads, self.kv_heads, self.kv_heads
-        return tuple(rearrange(y, "b t (h d) -> b h t d", h=h)
-                     for y, h in zip(self.products(x), heads))
+        """Returns q and k as one tensor [B, H + K, T, d], and v [B, K, T, d]."""
+        qk, v = self.products(x)
+        return (rearrange(qk, "b t (h d) -> b h t d", h=self.heads + self.kv_heads),
+                rearrange(v, "b t (h d) -> b h t d", h=self.kv_heads))
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        q, k, v = self.project(x)
-        q, k = rotate(torch.cat((q, k), 1), rotary).split((self.heads, self.kv_heads), 1)
+        qk, v = self.project(x)
+        q, k = rotate(qk, rotary).split((self.heads, self.kv_heads), 1)
         out = attend(self.layer, q, k, v)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
@@ -702,8 +703,9 @@ class Qwen3Attention(Attention):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = super().project(x)
-        return self.q_norm(q), self.k_norm(k), v
+        qk, v = super().project(x)
+        q, k = qk.split((self.heads, self.kv_heads), 1)
+        return torch.cat((self.q_norm(q), self.k_norm(k)), 1), v
 
 
 class Qwen3DecoderLayer(DecoderLayer):

@@ -93,8 +93,11 @@ class KVCache:
         own = wide_product(q, own_k.mT)                                         # [B, K, G, H/K, r]
         scores = torch.cat((shared.unflatten(2, q.shape[2:4]), own), -1)
         weight = self.hidden.add(scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
-        shared, own = weight.split((prompt_k.shape[2], self.window), -1)
-        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
+        B, K, P, d = prompt_v.shape
+        shared, own = weight.split((P, self.window), -1)
+        out = own @ own_v                                                       # [B, K, G, H/K, d]
+        # Adds the prompt's part to it.
+        out.view(B * K, -1, d).baddbmm_(shared.reshape(B * K, -1, P), prompt_v.flatten(0, 1))
         return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
 
     def keep(self, prompts: Tensor, rollouts: Tensor) -> None:

@@ -45,8 +45,9 @@ def joined(tensors: list[Tensor]) -> Tensor:
     return parts[0].as_strided((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].stride())
 
 
-def product(sizes: list[int], weight_and_bias: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    return F.linear(x, *weight_and_bias).split(sizes, -1)
+def product(last: int, weight_and_bias: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """Returns what the last layer gives, of that width, and before it what the others give."""
+    return F.linear(x, *weight_and_bias).tensor_split([-last], -1)
 
 
 @contextlib.contextmanager
@@ -55,7 +56,7 @@ def joined_products(model):
     parts = [*groups(model)] if model.lm_head.weight.device.type in DEVICES else []
     try:
         for part, kinds in parts:
-            part.products = partial(product, [*map(len, kinds[0])], [*map(joined, kinds)])
+            part.products = partial(product, len(kinds[0][-1]), [*map(joined, kinds)])
         yield
     finally:
         for part, _ in parts:

@@ -6,11 +6,12 @@ from torch.testing import assert_close
 
 from data import Processor, Response, collate, pack_group
 from model import load_model, random_model
-from rollout import generate, uniforms
-from support import joined
+from rollout import decode_one_token, generate, uniforms
+from support import graphs, joined
 from support.joined import groups, joined_products, lay_side_by_side
 from support.lora import adapters, add_lora, merge_after
 from support.sources import Scenes
+from test_rollout import DEVICES
 
 
 def lie_together(model) -> bool:
@@ -24,13 +25,16 @@ def folder(request, qwen3_folder):
 
 
 @pytest.mark.parametrize("lora", ["", r"model\.layers\.1\.self_attn\.k_proj|model\.layers.*up_proj"])
-def test_joined_products_sample_the_same(folder, lora, monkeypatch):
-    """Before and after an update, which leaves all in its place; training multiplies by each on its own. Where weights
-    have been moved, as by .to, they are joined by a copy."""
+@pytest.mark.parametrize("device", DEVICES)
+def test_joined_products_sample_the_same(folder, device, lora, monkeypatch):
+    """With static steps, and on a GPU with graphs, against plain ones and separate products. Before and after an update,
+    which leaves all in its place; training multiplies by each on its own. Where weights have been moved, as by .to, they
+    are joined by a copy."""
     torch.manual_seed(0)
     model, processor = random_model(folder), Processor(folder)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.12)
+    model.to(device)
     names = {name: p.shape for name, p in model.named_parameters()}
     lay_side_by_side(model)
     if lora:
@@ -41,29 +45,30 @@ def test_joined_products_sample_the_same(folder, lora, monkeypatch):
     calls: list = []
     monkeypatch.setattr(joined, "product", lambda *args, plain=joined.product: calls.append(1) or plain(*args))
 
-    def sampled(device: str) -> list:
-        monkeypatch.setattr(joined, "DEVICES", (device,))
+    def sampled(*devices: str) -> list:
+        monkeypatch.setattr(joined, "DEVICES", devices)
         calls.clear()
-        made = generate(model, prompts, 12, uniforms(0, range(2), 3, 12))
-        assert bool(calls) == (device == "cpu")
+        step = graphs.GraphedStep(decode_one_token) if devices else decode_one_token
+        made = generate(model, prompts, 12, uniforms(0, range(2), 3, 12), step=step, graphs=False)
+        assert bool(calls) == bool(devices)
         return [(o.tokens, o.logp) for group in made for o in group]
     seen = []
     for _ in range(2):
-        one, several = sampled("cpu"), sampled("none")
+        one, several = sampled(device), sampled()
         assert [tokens for tokens, _ in one] == [tokens for tokens, _ in several]
         assert_close([torch.tensor(logp) for _, logp in one], [torch.tensor(logp) for _, logp in several],
                      rtol=0, atol=1e-4)
         assert lie_together(model) and one not in seen
         seen.append(one)
         calls.clear()
-        model(**vars(collate(pack_group(prompts[0], [Response([5, 6, 7])]))))[0].sum().backward()
+        model(**vars(collate(pack_group(prompts[0], [Response([5, 6, 7])]), device)))[0].sum().backward()
         assert not calls
         optimizer.step()
     assert names.items() <= {name: p.shape for name, p in model.named_parameters()}.items()
     assert bool(adapters(model)) == bool(lora)
     model.to(torch.float64)
     assert not lie_together(model)
-    assert [tokens for tokens, _ in sampled("cpu")] == [tokens for tokens, _ in sampled("none")]
+    assert [tokens for tokens, _ in sampled(device)] == [tokens for tokens, _ in sampled()]
 
 
 def test_a_model_whose_weights_lie_together_is_saved_whole(tmp_path):

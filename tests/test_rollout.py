@@ -16,6 +16,7 @@ from support.penalty import RepetitionPenalty
 from support.sources import Example, Scenes
 
 FOLDER = "assets/tiny"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def rollouts(model, prompts, G: int, R: int, temperature: float = 1.0, seed: int = 0, places=None, **features):
@@ -109,29 +110,31 @@ def test_recorded_log_probs_equal_the_training_forward(model, prompts, products)
 
 
 @pytest.mark.parametrize("offset", [0, 140, 500])
-def test_bfloat16_scores_survive_a_common_offset_of_the_keys(offset):
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_scores_survive_a_common_offset_of_the_keys(device, offset):
     """Real keys carry large common offsets, which the softmax cancels. Scores rounded to bfloat16 do not: against
     float64 the cache's attention must be as exact as the one of training."""
     torch.manual_seed(0)
-    B, G, K, P, R, d, H = 2, 4, 2, 40, 5, 16, 4
-    cache = KVCache(1, G, R, torch.ones(B, P, dtype=torch.bool))
-    common = offset * torch.randn(1, K, 1, d)
-    k, v = ((torch.randn(B, K, P, d) + common).bfloat16(), torch.randn(B, K, P, d).bfloat16())
-    cache.attend_prompt(torch.ones(P, P, dtype=torch.bool), 0, torch.zeros(B, H, P, d).bfloat16(), k, v)
-    keys, values = (repeat(x, "b k p d -> (b g) k p d", g=G) for x in (k, v))
-    for r in range(R):
-        q, k, v = (torch.randn(B * G, heads, 1, d) for heads in (H, K, K))
-        q, k, v = q.bfloat16(), (k + common).bfloat16(), v.bfloat16()
-        keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
-        cache.window = r + 1
-        cache.hide()
-        sampled = cache.attend_token(0, q, k, v)
-        cache.slot += 1
-        trained, exact = (scaled_dot_product_attention(*(x.to(dtype) for x in (q, keys, values)), enable_gqa=True)
-                          for dtype in (torch.bfloat16, torch.float64))
-        assert sampled.dtype == torch.bfloat16
-        ours, theirs = ((x - exact).abs().mean() for x in (sampled, trained))
-        assert ours < 1.5 * theirs, (r, ours, theirs)
+    with torch.device(device):
+        B, G, K, P, R, d, H = 2, 4, 2, 40, 5, 16, 4
+        cache = KVCache(1, G, R, torch.ones(B, P, dtype=torch.bool))
+        common = offset * torch.randn(1, K, 1, d)
+        k, v = ((torch.randn(B, K, P, d) + common).bfloat16(), torch.randn(B, K, P, d).bfloat16())
+        cache.attend_prompt(torch.ones(P, P, dtype=torch.bool), 0, torch.zeros(B, H, P, d).bfloat16(), k, v)
+        keys, values = (repeat(x, "b k p d -> (b g) k p d", g=G) for x in (k, v))
+        for r in range(R):
+            q, k, v = (torch.randn(B * G, heads, 1, d) for heads in (H, K, K))
+            q, k, v = q.bfloat16(), (k + common).bfloat16(), v.bfloat16()
+            keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+            cache.window = r + 1
+            cache.hide()
+            sampled = cache.attend_token(0, q, k, v)
+            cache.slot += 1
+            trained, exact = (scaled_dot_product_attention(*(x.to(dtype) for x in (q, keys, values)), enable_gqa=True)
+                              for dtype in (torch.bfloat16, torch.float64))
+            assert sampled.dtype == torch.bfloat16
+            ours, theirs = ((x - exact).abs().mean() for x in (sampled, trained))
+            assert ours < 1.5 * theirs, (r, ours, theirs)
 
 
 def test_bfloat16_sampling_is_the_policy_that_is_trained():
@@ -309,7 +312,7 @@ def test_every_eos_id_ends_a_response_and_finished_prompts_leave(model, prompts)
     for (before,), (after,) in zip(plain, generate(model, prompts, 16, step=step)):
         cut = next((i + 1 for i, token in enumerate(before.tokens) if token in ends), 16)
         assert after.tokens == before.tokens[:cut]
-        assert after.logp == pytest.approx(before.logp[:cut], abs=1e-5)
+        assert after.logp == pytest.approx(before.logp[:cut], abs=3e-5)
         assert after.truncated == (before.tokens[cut - 1] not in ends)
     assert sizes[0] == len(prompts) and sizes[-1] < len(prompts) and sizes == sorted(sizes, reverse=True)
 
@@ -330,8 +333,7 @@ def test_steps_become_responses():
         assert o.entropy == pytest.approx([t / 10 for t in o.tokens])
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))])
+@pytest.mark.parametrize("device", DEVICES)
 def test_static_steps_sample_the_same(model, prompts, monkeypatch, device):
     """GraphedStep: windows of 5 slots, of which some are not written yet, while prompts leave the batch."""
     monkeypatch.setattr(graphs, "WINDOW", 5)
