@@ -143,10 +143,10 @@ def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
     Inverse transform: the first token whose cumulative probability exceeds u.
     """
-    p = logits.softmax(-1)
+    logp = logits.log_softmax(-1)       # as in `score`: log(softmax) seldom has the same bits
+    p = logp.exp()
     token = logits.argmax(-1) if u is None else draw(p, u)
-    logp = p.gather(-1, token[:, None])[:, 0].log()
-    return token, logp, torch.special.entr(p).sum(-1)
+    return token, logp.gather(-1, token[:, None])[:, 0], torch.special.entr(p).sum(-1)
 
 
 def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
