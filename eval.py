@@ -275,14 +275,14 @@ def summarise(records: list[Record]) -> dict[str, float | None]:
 # Answering
 
 def evaluate(model: Qwen2_5_VL, processor: Processor, examples: Iterable, max_new_tokens: int, batch: int = 64,
-             repetition_penalty: float = 1.0, segmenter: Segmenter | None = None, stop: Sequence = ()
-             ) -> Iterator[tuple[Record, Prompt]]:
+             repetition_penalty: float = 1.0, segmenter: Segmenter | None = None, graphs: bool = True,
+             stop: Sequence = ()) -> Iterator[tuple[Record, Prompt]]:
     """Answers the examples greedily, in order, `batch` at a time. Yields the record of each, and
     its prompt for pictures. Raises Stopped as soon as `stop` is not empty."""
     examples = iter(examples)
     while chunk := [processor.prompt(e) for e in itertools.islice(examples, batch)]:
         penalty = RepetitionPenalty(repetition_penalty, [prompt.tokens for prompt in chunk])
-        answers = generate(model, chunk, max_new_tokens, adjust=penalty, stop=stop)
+        answers = generate(model, chunk, max_new_tokens, graphs=graphs, adjust=penalty, stop=stop)
         records = [judge(p, processor.decode(o.tokens), len(o.tokens)) for p, (o,) in zip(chunk, answers)]
         boxed = [(r, p) for r, p in zip(records, chunk) if TASKS[p.example.task].boxes]
         # As the authors' scripts: no masks where an item lacks its point.

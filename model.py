@@ -28,8 +28,9 @@ Departures from it. In float32 none changes a number by more than rounding.
     2. The patch embedding, a Conv3d whose stride is its kernel, is one matrix product.
     3. lm_head runs only where a log-prob is asked for, in chunks that are recomputed in backward.
     4. Image and video placeholders have probability 0, in sampling and in scoring (`banned`).
-    5. The decoder's rotary embedding stays float32 where weights are bfloat16; there cos and sin
-       are rounded first. So bfloat16 log-probs differ, but are as near to float32's.
+    5. Where weights are bfloat16, the decoder's rotary embedding stays float32, and RMSNorm rounds
+       once; there cos and sin, and the norm before its weight, are rounded too. So bfloat16
+       log-probs differ, but are as near to float32's.
 
 Put on a loaded model from outside (support/equip.py): faster products on a CPU, frozen parts, LoRA.
 Does not include: video, sliding-window attention, dropout, quantisation.
@@ -89,16 +90,14 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """`Qwen2_5_VLRMSNorm`: x / √(mean x² + eps), at least in float32."""
+    """`Qwen2_5_VLRMSNorm`: weight · x / √(mean x² + eps), at least in float32."""
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -109,18 +108,27 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.products(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
-Rotary = tuple[Tensor, Tensor]      # cos and sin of the angles, [..., d/2]
+Rotary = tuple[Tensor, Tensor]      # of `turn`, [..., d] each
+
+
+def turn(angle: Tensor) -> Rotary:
+    """Returns cos of the angles [..., d/2] twice, and ∓ sin: what x_i and x_{i+d/2} are multiplied
+    by for the first half of `rotate`, and for the second."""
+    return torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """`apply_rotary_pos_emb`: turns the pairs (x_i, x_{i+d/2}) of x [..., d]."""
     cos, sin = rotary
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,12 +272,12 @@ class VisionTower(nn.Module):
                 PatchSets.of(windows, patches.device), PatchSets.of(images, patches.device))
 
     def rotary(self, coordinates: Tensor) -> Rotary:
-        """Returns cos and sin of 2-D rope, [N, 1, d/2]: the first half of the frequencies turns
-        with the row, the second with the column. coordinates [N, 2]."""
+        """Returns cos and sin of 2-D rope, [N, 1, d]: the first half of the frequencies turns with
+        the row, the second with the column. coordinates [N, 2]."""
         quarter = self.config.vision_hidden_size // self.config.vision_num_heads // 4
         frequency = 1 / 1e4 ** (torch.arange(quarter, device=coordinates.device) / quarter)
         angle = rearrange(coordinates[..., None] * frequency, "n two f -> n 1 (two f)")
-        return angle.cos(), angle.sin()
+        return turn(angle)
 
 
 def apply_block(block: nn.Module, checkpoint: bool, *inputs):
@@ -305,15 +313,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * d)
         self.o_proj = nn.Linear(self.heads * d, width, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
-        k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
-        v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
-        return q, k, v
+    def products(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.cat((self.q_proj(x), self.k_proj(x)), -1), self.v_proj(x)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns q and k as one tensor [B, H + K, T, d], and v [B, K, T, d]."""
+        qk, v = self.products(x)
+        return (rearrange(qk, "b t (h d) -> b h t d", h=self.heads + self.kv_heads),
+                rearrange(v, "b t (h d) -> b h t d", h=self.kv_heads))
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        q, k, v = self.project(x)
-        out = attend(self.layer, rotate(q, rotary), rotate(k, rotary), v)
+        qk, v = self.project(x)
+        q, k = rotate(qk, rotary).split((self.heads, self.kv_heads), 1)
+        out = attend(self.layer, q, k, v)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -494,12 +506,12 @@ class Qwen2_5_VL(nn.Module):
         return self.model.norm(x)
 
     def rotary(self, position: Tensor) -> Rotary:
-        """Returns cos and sin of M-RoPE, [B, 1, T, d/2]."""
+        """Returns cos and sin of M-RoPE, [B, 1, T, d]."""
         d = self.config.head_dim
         exponent = torch.arange(0, d, 2, device=position.device) / d
         frequency = 1 / self.config.rope_theta ** exponent
         angle = rearrange(position[self.rope_axis], "f b t -> b 1 t f") * frequency
-        return angle.cos(), angle.sin()
+        return turn(angle)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Returns [..., V] for hidden [..., D], at least in float32, divided by the temperature,
@@ -690,9 +702,10 @@ class Qwen3Attention(Attention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(x)
-        return self.q_norm(q), self.k_norm(k), v
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        qk, v = super().project(x)
+        q, k = qk.split((self.heads, self.kv_heads), 1)
+        return torch.cat((self.q_norm(q), self.k_norm(k)), 1), v
 
 
 class Qwen3DecoderLayer(DecoderLayer):

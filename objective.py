@@ -71,7 +71,8 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     left out of the rows; support/probe.py finds them by trying this function.
 
     Logged: a tensor of no dimension is added up over micro-batches and ranks, of any other the mean
-    of all elements is taken. A name that is new here reaches metrics.jsonl and curves.png.
+    of all elements is taken, or the largest if its name ends in _max. A name that is new here
+    reaches metrics.jsonl and curves.png.
     """
     method, weight_y = METHODS[cfg.method], advantage
     gain, cut = clipped_surrogate(logp, old_logp, advantage, cfg.clip, cfg.clip_high or cfg.clip)
@@ -99,7 +100,9 @@ def logged_of_loss(method: "Method", *, logp: Tensor, sampled_logp: Tensor, entr
     if not method.rollouts:
         return {"logp_y": logp_y, "entropy_y": entropy[y]}
     size = (weight * advantage.abs()).double() / denominator    # of the two terms of Eq. 9
-    return {"logp_y": logp_y, "logp_gap": (logp - sampled_logp).abs()[rollouts],
+    gap = (logp - sampled_logp)[rollouts]
+    return {"logp_y": logp_y, "logp_gap": gap.abs(), "logp_gap_max": gap.abs(),
+            "kl_sampler": kl_k3(torch.zeros_like(gap), gap),
             "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),
             "clipped_rollouts": cut[rollouts], "clipped_y": cut[y]}
 

@@ -17,7 +17,7 @@ shapes the distribution (no top-k, no top-p), so the log-probs returned are thos
 forward.
 
 A prompt leaves the batch when all its rollouts have ended. The others shrink together, to the
-largest number still running in any of them.
+largest number still running in any of them. On a GPU both wait until it pays.
 """
 import functools
 import hashlib
@@ -30,6 +30,9 @@ from torch import Tensor
 
 from data import Prompt, Response, collate_images
 from model import Qwen2_5_VL, for_each_query_head, row_mask
+from support.draw import draw
+from support.graphs import GraphedStep, when_to_leave, wide_product
+from support.joined import joined_products
 from support.mistakes import Mistake, Stopped
 from support.onednn import packed_weights
 
@@ -40,33 +43,38 @@ class KVCache:
 
     prompt[layer]   (k, v) [B, K, P, d]; k is already rotated
     suffix[layer]   (k, v) [B, K, G, R, d]
-    padding         [B, 1, 1, 1, P], True where a prompt has ended
+    padding         [B, P], True where a prompt has ended
+    hidden          [B, 1, 1, 1, P + window], −∞ for keys that a token does not see, otherwise 0
 
     A step writes to `slot` of the suffix, a tensor [1] that it then counts up. It reads the first
-    `window` slots, of which `unwritten` [window] are hidden. A step's shapes therefore depend on
-    window alone, and a CUDA graph of it can be replayed (support/graphs.py).
+    `window` slots, some of which may not be written yet. A step's shapes therefore depend on window
+    alone, and a CUDA graph of it can be replayed (support/graphs.py).
 
-    Keys are kept in float32, so that scores are float32 as in scaled_dot_product_attention. Real
-    keys share a large offset. The softmax cancels it, but not the rounding error that bfloat16
-    makes at that size.
+    Scores are float32 as in scaled_dot_product_attention. Real keys share a large offset. The
+    softmax cancels it, but not the rounding error that bfloat16 makes at that size.
     """
     def __init__(self, layers: int, G: int, max_new_tokens: int, prompt_mask: Tensor):
         """prompt_mask: bool [B, P], False at padding."""
         self.prompt: list = [None] * layers
         self.suffix: list = [None] * layers
-        self.padding = ~prompt_mask[:, None, None, None]
+        self.padding, self.hidden = ~prompt_mask, torch.empty(0)
         self.G, self.max_new_tokens, self.window = G, max_new_tokens, 0
         self.slot = torch.zeros(1, dtype=torch.long, device=prompt_mask.device)
-        self.unwritten: Tensor | None = None
+
+    def hide(self) -> None:
+        """Hides padding, and the slots after the one that is written next."""
+        unwritten = torch.arange(self.window, device=self.slot.device) > self.slot
+        hidden = torch.cat((self.padding, unwritten.expand(len(self.padding), -1)), 1)
+        self.hidden = torch.zeros(hidden.shape, device=hidden.device).masked_fill(
+            hidden, -torch.inf)[:, None, None, None]
 
     def attend_prompt(self, mask: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends within the prompts, and stores k and v: mask bool [B, 1, P, P], q [B, H, P, d],
         k, v [B, K, P, d] → [B, H, P, d]."""
         B, K, _, d = k.shape
-        wide = k.to(torch.promote_types(k.dtype, torch.float32))
-        self.prompt[layer] = (wide, v)
+        self.prompt[layer] = k.contiguous(), v.contiguous()     # or every token would copy them
         self.suffix[layer] = tuple(x.new_zeros(B, K, self.G, self.max_new_tokens, d)
-                                   for x in (wide, v))
+                                   for x in (k, v))
         return F.scaled_dot_product_attention(q, *for_each_query_head(q, k, v), mask)
 
     def attend_token(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,19 +84,20 @@ class KVCache:
         """
         (prompt_k, prompt_v), (suffix_k, suffix_v) = self.prompt[layer], self.suffix[layer]
         for suffix, new in ((suffix_k, k), (suffix_v, v)):
-            new = rearrange(new.to(suffix.dtype), "(b g) k 1 d -> b k g 1 d", g=self.G)
+            new = rearrange(new, "(b g) k 1 d -> b k g 1 d", g=self.G)
             suffix.index_copy_(3, self.slot, new)
         own_k = suffix_k[:, :, :, :self.window]                                 # [B, K, G, r, d]
         own_v = suffix_v[:, :, :, :self.window]
-        q = q.to(prompt_k.dtype) * q.shape[-1] ** -0.5
-        q = rearrange(q, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1])
-        shared = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, q.shape[2:4])     # [B, K, G, H/K, P]
-        shared = shared.masked_fill(self.padding, -torch.inf)
-        own = (q @ own_k.mT).masked_fill(self.unwritten, -torch.inf)            # [B, K, G, H/K, r]
-        scores = torch.cat((shared, own), -1)
-        weight = scores.softmax(-1).to(prompt_v.dtype)
-        shared, own = weight.split((prompt_k.shape[2], self.window), -1)
-        out = (shared.flatten(2, 3) @ prompt_v).unflatten(2, q.shape[2:4]) + own @ own_v
+        q = rearrange(q, "(b g) (k j) 1 d -> b k g j d", g=self.G, k=k.shape[1]).contiguous()
+        shared = wide_product(q.flatten(2, 3), prompt_k.mT)                     # [B, K, G·H/K, P]
+        own = wide_product(q, own_k.mT)                                         # [B, K, G, H/K, r]
+        scores = torch.cat((shared.unflatten(2, q.shape[2:4]), own), -1)
+        weight = self.hidden.add(scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
+        B, K, P, d = prompt_v.shape
+        shared, own = weight.split((P, self.window), -1)
+        out = own @ own_v                                                       # [B, K, G, H/K, d]
+        # Adds the prompt's part to it.
+        out.view(B * K, -1, d).baddbmm_(shared.reshape(B * K, -1, P), prompt_v.flatten(0, 1))
         return rearrange(out, "b k g j d -> (b g) (k j) 1 d")
 
     def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
@@ -114,10 +123,10 @@ def uniforms(seed: int, places: Iterable[int], G: int, R: int) -> Tensor:
 def prefill(model: Qwen2_5_VL, prompts: list[Prompt], G: int, max_new_tokens: int
             ) -> tuple[Tensor, KVCache]:
     """Returns the hidden state after each prompt, [B, D], and the cache. Prompts are padded on the
-    right."""
+    right, to a multiple of 8 tokens, which products on a GPU prefer."""
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(p.tokens) for p in prompts], device=device)
-    P = int(lengths.max())
+    P = -(-max(len(p.tokens) for p in prompts) // 8) * 8
     tokens = torch.tensor([p.tokens + [0] * (P - len(p.tokens)) for p in prompts], device=device)
     position = torch.stack([F.pad(p.position, (0, P - p.position.shape[1])) for p in prompts], 1)
     valid = torch.arange(P, device=device) < lengths[:, None]                   # [B, P]
@@ -132,23 +141,17 @@ def sample(logits: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns tokens, log-probs and entropies −Σ_v π(v) log π(v), [M]. logits [M, V]: already
     divided by T. u [M]: uniform in [0, 1), or None for the likeliest.
 
-    Inverse transform: the first token whose cumulative probability exceeds u. In float64, so that
-    a token of probability 0 is never taken.
+    Inverse transform: the first token whose cumulative probability exceeds u.
     """
-    logp = logits.log_softmax(-1)
-    entropy = torch.special.entr(logp.exp()).sum(-1)
-    if u is None:
-        token = logits.argmax(-1)
-    else:
-        cumulative = logp.double().exp().cumsum(-1)
-        token = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)   # past the end if logits are NaN (`collect`)
-    return token, logp.gather(-1, token[:, None])[:, 0], entropy
+    logp = logits.log_softmax(-1)       # as in `score`: log(softmax) seldom has the same bits
+    p = logp.exp()
+    token = logits.argmax(-1) if u is None else draw(p, u)
+    return token, logp.gather(-1, token[:, None])[:, 0], torch.special.entr(p).sum(-1)
 
 
 def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
     """Returns hidden states [M, D] after token [M] at position [M]; the cache grows by one."""
-    cache.unwritten = torch.arange(cache.window, device=token.device) > cache.slot
+    cache.hide()
     x = model.model.embed_tokens(token[:, None])
     hidden = model.decode(x, repeat(position, "m -> three m 1", three=3), cache.attend_token)
     cache.slot += 1
@@ -158,13 +161,13 @@ def decode_one_token(model: Qwen2_5_VL, token: Tensor, position: Tensor, cache: 
 @torch.no_grad()
 def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
              u: Tensor | None = None, temperature: float = 1.0, *,
-             step: Callable[..., Tensor] = decode_one_token,
+             step: Callable[..., Tensor] = decode_one_token, graphs: bool = True,
              adjust: Callable[..., Tensor] | None = None, stop: Sequence = ()
              ) -> list[list[Response]]:
     """Returns the responses to each prompt. Runs the raw module, never a DDP wrapper.
 
     u             [B, G, R] of `uniforms`: G rollouts each. None: one response, the likeliest tokens
-    step          decodes one token: decode_one_token or, on a GPU, support/graphs.py's
+    step, graphs  decodes one token; on CUDA by a CUDA graph of it, if graphs (support/graphs.py)
     adjust        changes the logits; for evaluations only (support/penalty.py)
     stop          raises Stopped as soon as it is not empty
     """
@@ -179,7 +182,10 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
     numbers = torch.arange(G, device=device).repeat(len(prompts), 1)            # [B', G'], of G
     ended = torch.zeros(len(prompts), G, dtype=torch.bool, device=device)
     token, history = None, []
-    with packed_weights(model):
+    look_every, share = when_to_leave(device)
+    if graphs and device.type == "cuda":
+        step = GraphedStep(step)
+    with packed_weights(model), joined_products(model):
         # 1. The prompts, once. Every rollout begins with the state after its prompt.
         hidden, cache = prefill(model, prompts, G, max_new_tokens)
         hidden = repeat(hidden, "b d -> (b g) d", g=G)
@@ -194,19 +200,22 @@ def generate(model: Qwen2_5_VL, prompts: list[Prompt], max_new_tokens: int,
             drawn = sample(logits, None if u is None else u[(*now, r)].flatten())
             token, logp, entropy = (x.view(numbers.shape) for x in drawn)       # [B', G']
             history.append((alive, numbers, token, logp, entropy))
-            # 3. What has ended leaves the batch. Most steps wait for a GPU only here.
+            # 3. What has ended leaves the batch, if that pays. Only here the host waits for a GPU.
             ended[now] |= torch.isin(token, eos)
-            going = ~ended[now]
-            count = going.sum(1)
-            most, least = torch.stack((count.max(), count.min())).tolist()
-            if not most or r + 1 == max_new_tokens:
+            if r + 1 == max_new_tokens:
                 break
-            if most < numbers.shape[1] or not least:
-                stay = torch.nonzero(count)[:, 0]
-                first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]
-                alive, numbers, token = alive[stay], *(
-                    x[stay].gather(1, first) for x in (numbers, token))
-                cache.keep(stay, first)
+            if r % look_every == look_every - 1:
+                going = ~ended[now]
+                count = going.sum(1)
+                most, left = torch.stack((count.max(), (count > 0).sum())).tolist()
+                if not most:
+                    break
+                if numbers.numel() - most * left >= max(1, share * numbers.numel()):
+                    stay = torch.nonzero(count)[:, 0]
+                    first = going[stay].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+                    alive, numbers, token = alive[stay], *(
+                        x[stay].gather(1, first) for x in (numbers, token))
+                    cache.keep(stay, first)
             # 4. The token decoded: the next hidden state, over the slots that are then written.
             cache.window = r + 1
             position = repeat(start[alive] + r, "b -> (b g)", g=token.shape[1])

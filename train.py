@@ -44,11 +44,10 @@ from eval import Record, evaluate, for_sheet, summarise, table, unknown_to
 from model import Qwen2_5_VL, load_model
 from rewards import (LABEL_STYLES, TASKS, borrowed_thought, full_accuracy, label_reward, label_text,
                      reward_group)
-from rollout import decode_one_token, generate, uniforms
+from rollout import generate, uniforms
 from support.boxes import FORMATS, UNITS
 from support.checkpoints import load_optimizer, newest_checkpoint
 from support.equip import equip
-from support.graphs import GraphedStep
 from support.log import Meter, measure_groups, memory_line
 from support.lora import PARTS, merge_after, without_adapters
 from support.mistakes import Mistake, run_main
@@ -129,7 +128,7 @@ class Config:
     temperature: float = option(1.0, "sampling", "T of sampling and scoring [recipe 1.0]", above=0)
     sampling_batch: int = option(32, "sampling", "prompts sampled or evaluated together; any value gives the same "
                                  "answers", least=1, resumable=True)
-    cuda_graphs: bool = option(False, "sampling", "sample by CUDA graphs", resumable=True)
+    cuda_graphs: bool = option(True, "sampling", "sample by CUDA graphs where there is CUDA", resumable=True)
 
     steps: int = option(400, "optimisation", "optimizer steps (with --inner-epochs E: rounds of E steps each)", least=1,
                         resumable=True)
@@ -263,8 +262,7 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         places = range(first + i, first + i + len(part))
         sampled += [[] for _ in part] if not cfg.G else generate(
             model, part, cfg.max_new_tokens, uniforms(cfg.seed, places, cfg.G, cfg.max_new_tokens),
-            cfg.temperature, stop=stop,
-            step=GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token)
+            cfg.temperature, graphs=cfg.cuda_graphs, stop=stop)
     groups = []
     for place, (prompt, drawn) in enumerate(zip(prompts, sampled), first):
         y, responses, length_y = None, drawn, 0
@@ -468,7 +466,8 @@ def run_evaluation(job: Job) -> None:
     so far."""
     cfg, run = job.cfg, job.run
     own = job.held_out[run.rank::run.world]
-    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch, stop=run.signals)
+    answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch,
+                        graphs=cfg.cuda_graphs, stop=run.signals)
     records: list[Record] = []
     drawn: list = []     # a prompt holds the patches of its picture, 17 MB of a large one: only these stay
     with run.together("the evaluation"):
@@ -530,8 +529,6 @@ def make_models(cfg: Config, checkpoint: Path | None, base: str, device
                 ) -> tuple[Qwen2_5_VL, Qwen2_5_VL | None]:
     """Returns the policy, and the frozen reference of --kl, which with LoRA is the policy without
     its adapters. base: the digest of --model."""
-    if cfg.cuda_graphs and device.type != "cuda":
-        raise Mistake("--cuda-graphs: there is no CUDA device here; leave it out")
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, cfg.precision)
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint

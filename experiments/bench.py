@@ -1,6 +1,6 @@
 """How fast, and against whom: every line compares two things in one run, in turns, and reports medians.
 
-    python experiments/bench.py --json FILE       CPU: tiny and 116M; GPU: 3B and 7B
+    python experiments/bench.py --json FILE       CPU: tiny and 116M; GPU: 3B
     python experiments/bench.py --quick           within a minute, one repeat, less of everything
 
     oneDNN     our sampling and training with onednn.Linear's products by oneDNN against PyTorch's own choice (CPU)
@@ -13,9 +13,10 @@
     parts      where the seconds of a step of train.py go
     vision     pictures of different sizes in one call of the vision tower, against one call each
     growth     seconds against G, prompt length, response length, images
-    GPU only   decoding, with and without CUDA graphs, against the bandwidth bound; training against the peak of the
-               matrix units (MFU); a step of full fine-tuning of 3B with --preset paper's options, and its memory
+    counted    operators of a decoder layer in a token step of 3B and 7B on a GPU, and the bytes that they move, against
+               reading all weights and caches once. Nothing is run for it
 
+What a GPU does in seconds, and how near to its limits: experiments/gpu.sh.
 Weights are random, but for the tiny model; prompts hold one picture; responses never end early. Memory is the peak
 during a call above what was resident before it (CPU: resident set; GPU: allocated). `times_faster` above 1 and
 `memory_share` below 1 are in our favour.
@@ -23,29 +24,35 @@ during a call above what was resident before it (CPU: resident set; GPU: allocat
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import onednn  # noqa: E402
+from support import joined, onednn  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from train import PRESETS, Config as Options  # noqa: E402
+from train import Config as Options  # noqa: E402
 from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
-from model import Config, Qwen2_5_VL, load_model  # noqa: E402
+from model import Config, Qwen2_5_VL, load_model, row_mask  # noqa: E402
 from support.equip import equip  # noqa: E402
-from support.graphs import GraphedStep  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import leave_ranks, start_ranks  # noqa: E402
 from support.run import Run  # noqa: E402
@@ -206,10 +213,6 @@ def transformers_inputs(prompts: list[Prompt], responses: list[list[int]], image
             "image_grid_thw": torch.tensor([(1, *grid) for p in prompts for grid in p.grids], device=device)}
 
 
-def token_step(graphs: bool):
-    return GraphedStep(rollout.decode_one_token) if graphs else rollout.decode_one_token
-
-
 def rollouts(model, prompts: list[Prompt], G: int, R: int, **features) -> list:
     """G rollouts of each prompt, of up to R tokens."""
     u = rollout.uniforms(0, range(len(prompts)), G, R)
@@ -227,7 +230,7 @@ def sampling(table: Table, size: str, model, theirs, prompts: list[Prompt], G: i
         assert made.shape == (len(prompts) * G, inputs["input_ids"].shape[1] + R), made.shape
 
     def run_ours():
-        made = rollouts(model, prompts, G, R, step=token_step(graphs))
+        made = rollouts(model, prompts, G, R, graphs=graphs)
         assert all(len(o.tokens) == R for group in made for o in group)
     times = compare({"ours": run_ours, "theirs": run_theirs}, repeats)
     table.against("sampling / transformers generate", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G {G}, "
@@ -485,65 +488,65 @@ def growth(table: Table, size: str, model, folder: Path, repeats: int, quick: bo
                        f"G {now['G']}, {now['R']} new", **{k: seconds for k, (seconds, _) in times.items()})
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second read and written by the best of some large copies."""
-    source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return max(2 * source.numel() / measure(lambda: target.copy_(source))[0] for _ in range(8))
+class Counted(TorchDispatchMode):
+    """Counts the operators that are a kernel on a GPU, and the bytes that these read and write."""
+    PART_OF_INPUT = ("embedding", "gather", "index")      # read as much as they return
+
+    def __init__(self):
+        super().__init__()
+        self.operators = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if not (func.is_view or name in ("_unsafe_view", "empty")):
+            self.operators += 1
+            touched = tree_leaves((args, out))
+            if name in self.PART_OF_INPUT:
+                touched = [out, *tree_leaves((args[1:], out))]
+            elif name == "index_copy_":
+                touched = [args[3], args[3]]
+            self.bytes += sum(map(stored_bytes, touched))
+        return out
 
 
-def decoding_bound(table: Table, size: str, model, prompts: list[Prompt], G: int, R: int, bandwidth: float) -> None:
-    """Seconds a token step takes, against those of reading all weights and caches once."""
-    c, B, P = model.config, len(prompts), len(prompts[0].tokens)
-    few, many = R // 4, R
-    made = {(n, graphs): lambda n=n, graphs=graphs: rollouts(
-                model, prompts, G, n, step=token_step(graphs))
-            for n in (few, many) for graphs in (False, True)}
-    times = compare(made, 3)
-    width = model.lm_head.weight.element_size()
-    d = c.hidden_size // c.num_attention_heads
-    caches = (max(width, 4) + width) * d * c.num_key_value_heads * c.num_hidden_layers * B * (P + G * (few + many) / 2)
-    weights = width * sum(p.numel() for name, p in model.named_parameters()
-                          if not name.startswith("visual.") and "embed_tokens" not in name)
-    if c.tie_word_embeddings:
-        weights += width * model.lm_head.weight.numel()
-    bound = (weights + caches) / bandwidth
-    for graphs in (False, True):
-        step = (times[many, graphs][0] - times[few, graphs][0]) / (many - few)
-        table.line("decoding / bandwidth bound", f"{size}, {B}×{P} tokens, G {G}{', CUDA graphs' if graphs else ''}",
-                   share=bound / step, step_ms=1000 * step, bound_ms=1000 * bound, copy_TB_per_s=bandwidth / 1e12)
+def stored_bytes(x) -> int:
+    """What an expanded tensor repeats counts once."""
+    if not isinstance(x, torch.Tensor):
+        return 0
+    return x.element_size() * math.prod(n for n, stride in zip(x.shape, x.stride()) if stride)
 
 
-def training_mfu(table: Table, size: str, model, prompt: Prompt, S: int, R: int, peak: float) -> None:
-    """6 FLOP for each weight and useful token (2 forward, 4 backward), and the attention's; neither padding nor
-    recomputing counts."""
-    responses = [Response(tokens) for tokens in torch.randint(400, (S, R)).tolist()]
-    batch = collate(pack_group(prompt, responses), model.lm_head.weight.device)
+def count_token_step(config: Config, B: int, G: int, P: int, R: int) -> tuple[Counted, Counted, int]:
+    """A token step of G rollouts of each of B prompts of P tokens, R slots of each being read: what decoding and what
+    drawing a token take in bfloat16, and the bytes of all weights and caches. Tensors have no memory, only shapes.
+    RMSNorm is one kernel on CUDA: one that reads and writes as much stands for it."""
+    with mock.patch.object(F, "rms_norm", lambda x, *_: x.neg()), mock.patch.object(joined, "DEVICES", ("meta",)):
+        with torch.device("meta"):
+            model = Qwen2_5_VL(config).to("meta", torch.bfloat16)
+            cache = rollout.KVCache(config.num_hidden_layers, G, R, torch.ones(B, P, dtype=torch.bool))
+            token, u = torch.zeros(B * G, dtype=torch.long), torch.zeros(B * G, dtype=torch.float64)
+            x, position = model.model.embed_tokens(token.new_zeros(B, P)), token.new_zeros(3, B, P)
+        with torch.no_grad(), joined.joined_products(model):
+            model.decode(x, position, functools.partial(cache.attend_prompt, row_mask(position[0])))
+            cache.window = R
+            with Counted() as decoding:
+                hidden = rollout.decode_one_token(model, token, token, cache)
+            with Counted() as drawing:
+                rollout.sample(model.logits(hidden), u)
+    weights = [*model.model.layers.parameters(), *model.model.norm.parameters(), model.lm_head.weight]
+    caches = [x for layer in (*cache.prompt, *cache.suffix) for x in layer]
+    return decoding, drawing, sum(map(stored_bytes, [*weights, *caches]))
 
-    def call():
-        (-model(**vars(batch), checkpoint=True)[0].sum()).backward()
-        model.zero_grad(set_to_none=True)
-    seconds, gb = compare({"ours": call}, 3)["ours"]
-    c, P = model.config, len(prompt.tokens)
-    vision = sum(p.numel() for p in model.visual.parameters())
-    head = model.lm_head.weight.numel()
-    text = sum(p.numel() for name, p in model.named_parameters()
-               if name.startswith("model.layers")) * (P + S * R) + head * S * R
-    pairs = P * P / 2 + S * (R * P + R * R / 2)        # of a query and a key that it sees
-    flop = 6 * (text + vision * len(prompt.patches)) + 12 * pairs * c.hidden_size * c.num_hidden_layers
-    table.line("training, MFU", f"{size}, {P} + {S}×{R} tokens, recomputing blocks", share=flop / seconds / peak,
-               seconds=seconds, gb=gb, useful_tokens_per_s=(P + S * R) / seconds)
 
-
-def full_step(table: Table, size: str, model, prompts: list[Prompt], R: int) -> None:
-    """One update of all weights with the options of --preset paper, the share of one of its 8 GPUs: 2 prompts, y and 8
-    rollouts each. `gb` is all that was allocated at the peak."""
-    options = Options(**{**PRESETS["paper"], "max_new_tokens": R, "cuda_graphs": True})
-    step = our_step(model, options, prompts)
-    step()                              # makes the optimizer's state
-    seconds, _ = measure(step)
-    table.line("full fine-tuning, one step", f"{size}, {len(prompts)}×{len(prompts[0].tokens)} tokens, G 8, {R} new",
-               seconds=seconds, gb=train.peak_memory_gb(model.lm_head.weight.device))
+def counted(table: Table, size: str, folder: Path, B: int, G: int, P: int, R: int) -> None:
+    config = Config.from_json(make_folder(size, folder) / "config.json")
+    decoding, drawing, bound = count_token_step(config, B, G, P, R)
+    less = replace(config, num_hidden_layers=config.num_hidden_layers - 1)
+    layer = decoding.operators - count_token_step(less, B, G, P, R)[0].operators
+    moved = decoding.bytes + drawing.bytes
+    table.line("token step, counted", f"{size}, {B}×{P} tokens, G {G}, {R} slots", operators_per_layer=layer,
+               operators=decoding.operators + drawing.operators, gb=moved / 1e9, gb_drawing=drawing.bytes / 1e9,
+               gb_bound=bound / 1e9, times_bound=moved / bound)
 
 
 def main() -> None:
@@ -590,26 +593,18 @@ def run_cpu(table: Table, device: torch.device, folder: Path, repeats: int, quic
         print("step / TRL GRPOTrainer: not measured, trl is not installed")
     torch.set_num_threads(1)
     parts(table, 2 if quick else 10)
+    for size, B in (("3B", 2), ("3B", 16), ("7B", 16)):
+        counted(table, size, folder / size, B, 8, 1160, 128)
 
 
 def run_gpu(table: Table, device: torch.device, folder: Path, repeats: int, quick: bool) -> None:
-    """Peak: dense bfloat16 of an H100 or H200, 989e12 FLOP/s. On another GPU the MFU means nothing."""
-    bandwidth = copy_bandwidth(device)
-    for size in ("3B",) if quick else ("3B", "7B"):
-        model = make_model(size, folder / size, device, torch.bfloat16)
-        prompts = make_prompts(model.folder, 16, 840, 60)
-        decoding_bound(table, size, model, prompts, 8, 32 if quick else 128, bandwidth)
-        training_mfu(table, size, model, prompts[0], 9, 256, 989e12)
-        if size == "3B" and not quick:
-            theirs = transformers_model(model, folder / "3B-transformers", device)
-            for graphs in (False, True):
-                sampling(table, size, model, theirs, prompts[:4], 8, 128, 2, graphs)
-            leaving(table, size, model, prompts[0], 16, 8, 128, 1)
-            training(table, size, model, theirs, prompts[0], 4, 256, 2)     # 9 separate rows need over 140 GB
-            del theirs
-            full_step(table, size, model, prompts[:2], 256)     # 7B with its optimizer does not fit one H200
-        del model
-        torch.cuda.empty_cache()
+    model = make_model("3B", folder / "3B", device, torch.bfloat16)
+    prompts = make_prompts(model.folder, 16, 840, 60)
+    theirs = transformers_model(model, folder / "3B-transformers", device)
+    for graphs in (False, True):
+        sampling(table, "3B", model, theirs, prompts[:4], 8, 32 if quick else 128, min(repeats, 2), graphs)
+    leaving(table, "3B", model, prompts[0], 16, 8, 128, 1)
+    training(table, "3B", model, theirs, prompts[0], 4, 256, min(repeats, 2))   # 9 separate rows need over 140 GB
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@ import time
 
 from data import Response, pack_group
 from objective import METHODS
-from rollout import decode_one_token, generate, uniforms
-from support.graphs import GraphedStep
+from rollout import generate, uniforms
 from support.log import Meter, peak_memory_gb
 from support.mistakes import Mistake
 from support.ranks import gather_json
@@ -36,14 +35,14 @@ def dry_run(job, Group, label_tokens, update) -> None:
     parts: dict[str, tuple] = {"update": (
         lambda: update(cfg, job.ddp, job.reference, job.optimizers, [fake] * groups, Meter()), share / groups)}
     if cfg.G:
-        decode = GraphedStep(decode_one_token) if cfg.cuda_graphs else decode_one_token
         u = uniforms(cfg.seed, range(together), cfg.G, cfg.max_new_tokens)
         parts["sampling"] = (lambda: generate(model, [prompt] * together, cfg.max_new_tokens, u,
-                                              cfg.temperature, step=decode), share / together)
+                                              cfg.temperature, graphs=cfg.cuda_graphs), share / together)
     evaluated = -(-len(job.held_out) // job.run.world)
     if evaluated:
         batch = min(evaluated, cfg.sampling_batch)
-        parts["evaluation"] = (lambda: generate(model, [prompt] * batch, cfg.max_new_tokens), evaluated / batch)
+        parts["evaluation"] = (lambda: generate(model, [prompt] * batch, cfg.max_new_tokens, graphs=cfg.cuda_graphs),
+                               evaluated / batch)
     seconds = {}
     for name, (call, times) in parts.items():
         if name == "update":

@@ -36,7 +36,7 @@ PANELS = {
 # What metrics.jsonl holds besides and is not drawn. Any other name is new, of an edit, and gets a
 # panel of its own.
 UNDRAWN = re.compile("step|loss|lr|grad_norm|skipped|seconds.*|.*_per_s|peak_memory_gb|unreadable|truncated|left_out|"
-                     "accuracy|logp_gap|clipped_(rollouts|y)|errors/.*|EVAL .*|"
+                     "accuracy|logp_gap(_max)?|kl_sampler|clipped_(rollouts|y)|errors/.*|EVAL .*|"
                      "[oy]/(thinks|answer_format|accuracy|non_repeat)")
 
 

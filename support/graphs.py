@@ -9,6 +9,23 @@ from torch import Tensor
 WINDOW = 128   # a graph reads as many slots of the suffix as are written, rounded up to this
 
 
+def when_to_leave(device: torch.device) -> tuple[int, float]:
+    """Returns after how many tokens rollouts that have ended are looked for, and which share of the
+    batch must have ended for them to leave it. On a GPU the host waits whenever it looks, and
+    leaving copies the cache and captures a new graph."""
+    return (1, 0.0) if device.type == "cpu" else (4, 0.5)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a·b [..., m, n], at least in float32, of a [..., m, k] and b [..., k, n]. A GPU reads
+    bfloat16 as it is, and adds up in float32."""
+    if a.device.type != "cpu" and a.dtype == torch.bfloat16:
+        flat = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+        return flat.unflatten(0, a.shape[:-2])
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
 class GraphedStep:
     """Does what `step(model, token, position, cache)` does (rollout.decode_one_token), for the
     calls of one `generate`. Captures anew when prompts have left or the window has grown. On a CPU

@@ -15,32 +15,36 @@ from support.verify_math import ended_now
 
 class Meter(defaultdict):
     """Holds named quantities, joined over micro-batches and ranks: name → [sum, number of values];
-    a total has number 0."""
+    a total has number 0. If the name ends in _max: the largest, with number 0."""
     def __init__(self):
         super().__init__(lambda: [0.0, 0])
 
     def add(self, name: str, values) -> None:
-        """Adds to a mean: every element of `values` (tensor or list) counts once."""
-        values = values.double().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
-        if values:
-            self[name][0] += sum(values)
-            self[name][1] += len(values)
+        """Adds to a mean: every one of `values` counts once."""
+        if values := [float(v) for v in values]:
+            largest = name.endswith("_max")
+            self.join(name, max(values) if largest else sum(values), 0 if largest else len(values))
 
     def total(self, name: str, value: float) -> None:
-        self[name][0] += value
+        self.join(name, value, 0)
+
+    def join(self, name: str, value: float, count: int) -> None:
+        known = self[name]
+        self[name] = [max(known[0], value) if name.endswith("_max") else known[0] + value, known[1] + count]
 
     def take(self, logged: dict[str, Tensor]) -> None:
-        """Takes what objective.loss logs: adds up tensors without dimensions, and averages all
-        others."""
+        """Takes what objective.loss logs, in one piece from a GPU: adds up tensors without
+        dimensions, and averages all others."""
+        numbers = torch.cat([x.double().flatten() for x in logged.values()]).tolist() if logged else []
         for name, values in logged.items():
-            self.add(name, values) if values.dim() else self.total(name, float(values))
+            own, numbers = numbers[:values.numel()], numbers[values.numel():]
+            self.add(name, own) if values.dim() else self.total(name, *own)
 
     def read(self, device) -> dict[str, float]:
         joined = Meter()
         for part in gather_json(self, device):
-            for name, (total, count) in part.items():
-                joined[name][0] += total
-                joined[name][1] += count
+            for name, (value, count) in part.items():
+                joined.join(name, value, count)
         return {name: total / count if count else total for name, (total, count) in joined.items()}
 
 

@@ -336,7 +336,11 @@ def save_folder(model: nn.Module, folder, max_shard_size: str) -> None:
         def stored(name: str) -> str:
             return next((there + name.removeprefix(here) for here, there in model.stored_as.items()
                          if name.startswith(here)), name)
-        state = {stored(name): tensor.contiguous() for name, tensor in model.state_dict().items()
+        def alone(tensor: torch.Tensor) -> torch.Tensor:
+            """Returns the tensor, or a copy if its memory holds others too (support/joined.py)."""
+            shares = tensor.untyped_storage().nbytes() > tensor.nbytes
+            return tensor.to("cpu", copy=True) if shares else tensor.contiguous()
+        state = {stored(name): alone(tensor) for name, tensor in model.state_dict().items()
                  if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
         with writing(folder):
             save_torch_state_dict(state, folder, max_shard_size=max_shard_size)

@@ -35,7 +35,8 @@ TESTS = {        # file → the tests that look at it, as pytest is told, the qu
     "support/optimizers.py": ("test_optimizers.py",), "support/boxes.py": ("test_metrics.py", "test_rewards.py", "test_data.py", "test_sources.py"),
     "support/cells.py": ("test_rewards.py", "test_sources.py"),
     **{f"support/{name}.py": ("test_rewards.py",) for name in ("answers", "math_answers", "verify_math")},
-    **{f"support/{name}.py": ("test_rollout.py",) for name in ("graphs", "penalty")},
+    **{f"support/{name}.py": ("test_rollout.py",) for name in ("draw", "graphs", "penalty")},
+    "support/joined.py": ("test_joined.py",),
     "support/run.py": ("test_train.py", "test_checkpoints.py"), "support/probe.py": ("test_objective.py",), "support/scenes.py": ("test_data.py",),
     "support/folders.py": ("test_data.py",),
 }

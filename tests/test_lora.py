@@ -137,9 +137,10 @@ def test_the_reference_is_the_model_without_its_adapters(dtype):
 
 @pytest.mark.parametrize("dtype, gap", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
 def test_the_gap_between_sampling_and_scoring_is_that_without_lora(dtype, gap):
-    """The log-probs that sampling noted against those of the packed row: with adapters as far apart as without."""
+    """The log-probs that sampling noted against those of the packed row: with adapters as far apart as without. Of the
+    200 tokens of two prompts one mean is up to four times the other, of the 1,600 of 24 a quarter more."""
     processor = Processor(TINY)
-    prompts = [processor.prompt(Scenes("test")[i]) for i in range(2)]
+    prompts = [processor.prompt(Scenes("test")[i]) for i in range(24)]
 
     def gaps(model: Qwen2_5_VL) -> torch.Tensor:
         apart = []
@@ -151,7 +152,7 @@ def test_the_gap_between_sampling_and_scoring_is_that_without_lora(dtype, gap):
     model = learnt(tiny(dtype, rank=4))
     with torch.no_grad():
         with_lora, without = gaps(model), gaps(tiny(dtype))
-    assert float(with_lora.max()) < gap and float(with_lora.mean()) < 3 * float(without.mean()) + 1e-6
+    assert float(with_lora.max()) < gap and float(with_lora.mean()) < 1.5 * float(without.mean()) + 1e-6
 
 
 def test_an_adapter_goes_out_and_in(tmp_path):

@@ -78,7 +78,6 @@ MISTAKES = [
     ("train", "--data outside.jsonl --max-row-tokens 9", "outside.jsonl, row 1: "),
     ("train", "--eval-data three.jsonl", r"three.jsonl, row 1: bad label"),
     ("train", "--eval-data outside.jsonl --columns answer=truth", "row 1: no answer: none of the columns truth holds one"),
-    ("train", "--cuda-graphs", "--cuda-graphs: there is no CUDA device"),
     ("train", "--data=", "--data : must name what is trained on"),
     ("eval", "--model assets/tiny --image a.png --question <image>,<image>", "--question: the question names 2 picture.s. by <image>, and has 1"),
     ("eval", f"--model assets/tiny --image a.png --question {'x' * 20_001}", "--question: the question has more than 20,000"),

@@ -644,6 +644,8 @@ def test_what_is_logged_by_hand():
     assert logged["logp_y"].tolist() == [-3] and logged["clipped_y"].tolist() == [False, False]
     assert logged["clipped_rollouts"].tolist() == [False, True, False] and logged["rlvr_weight"] == 1 and logged["sft_weight"] == 6 / 5
     close(logged["logp_gap"], [0.25] * 3)
+    assert torch.equal(logged["logp_gap_max"], logged["logp_gap"])
+    close(logged["kl_sampler"], [math.exp(-0.25) - 1 + 0.25] * 3)
     entropy = torch.arange(8.0).reshape(2, 4)
     _, logged = call_loss(
         logp, segment, {"method": "sft"}, ref_logp=None, sampled_logp=sampled, entropy=entropy, advantage=(segment == 1).to(logp),

@@ -183,9 +183,18 @@ def test_what_the_log_says_of_an_update(alone):
     assert log["rlvr_weight"] == pytest.approx(
         sum(abs(o.advantage) * len(o.tokens) for o in responses if not o.is_y) / total)
     assert log["logp_y"] == pytest.approx(float(logp[id(groups[0]), 0].sum()), rel=1e-5)   # the other y has advantage 0
-    assert log["logp_gap"] < 1e-5 and log["clipped_rollouts"] == log["clipped_y"] == 0
+    assert log["logp_gap"] <= log["logp_gap_max"] < 1e-5 and log["clipped_rollouts"] == log["clipped_y"] == 0
+    assert 0 <= log["kl_sampler"] < 1e-9
     # Of the second group y and the last rollout have no gradient, so they are in no row.
     assert tokens == sum(len(g.prompt.tokens) + sum(len(o.tokens) for o in g.responses if o.advantage) for g in groups)
+
+
+def test_means_totals_and_the_largest_are_joined_over_micro_batches(alone):
+    meter = train.Meter()
+    for values in ([1.0, 2.0], [6.0], []):
+        found = torch.tensor(values)
+        meter.take({"x": found, "x_max": found, "total": found.sum()})
+    assert meter.read(torch.device("cpu")) == {"x": 3, "x_max": 6, "total": 9}
 
 
 def test_the_first_token_of_every_response_is_trained():
