@@ -158,9 +158,8 @@ class Config:
                              resumable=True)
     max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)",
                                  least=0, resumable=True)
-    checkpoint_activations: str = option("none", "optimisation", "what backward recomputes to save memory: blocks, or "
-                                         "their cheap part, all but matrix products", ("none", "cheap", "blocks"),
-                                         resumable=True)
+    checkpoint_activations: str = option("none", "optimisation", "recompute in backward: blocks; or all of them but "
+                                         "matrix products (cheap)", ("none", "cheap", "blocks"), resumable=True)
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
     resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and by its saved "
