@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 from support.weights import (VISION_TOKENS, load_weights, local_folder, read_config, read_eos_ids,
                              save_folder)
@@ -242,7 +243,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_depth))
         self.merger: nn.Module = PatchMerger(config)
 
-    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False
+    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: str = "none"
                 ) -> Tensor:
         """Returns image tokens [N/4, D]. patches [N, 3·2·14·14]: of one image after the other.
         grids: (gh, gw) patches of each."""
@@ -280,12 +281,17 @@ class VisionTower(nn.Module):
         return turn(angle)
 
 
-def apply_block(block: nn.Module, checkpoint: bool, *inputs):
-    """Returns block(*inputs). With `checkpoint` its activations are not kept, but recomputed in
-    backward."""
-    if checkpoint:
-        return recompute_in_backward(block, *inputs, use_reentrant=False)
-    return block(*inputs)
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]      # those of nn.Linear
+
+
+def apply_block(block: nn.Module, checkpoint: str, *inputs):
+    """Returns block(*inputs). checkpoint: of its activations all are kept ("none"), those that
+    matrix products return ("cheap"), or none ("blocks"). Backward recomputes the others."""
+    if checkpoint == "none":
+        return block(*inputs)
+    keep = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
+    return recompute_in_backward(block, *inputs, use_reentrant=False,
+                                 context_fn=keep if checkpoint == "cheap" else noop_context_fn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,7 +481,7 @@ class Qwen2_5_VL(nn.Module):
         return [axis for axis, count in enumerate(section) for _ in range(count)]
 
     def embed(self, tokens: Tensor, patches: Tensor, grids: list[tuple[int, int]],
-              checkpoint: bool = False) -> Tensor:
+              checkpoint: str = "none") -> Tensor:
         """Returns the embeddings of tokens [B, T], [B, T, D]. The image placeholders, in reading
         order, take the image tokens of `patches`."""
         x = self.model.embed_tokens(tokens)
@@ -497,7 +503,7 @@ class Qwen2_5_VL(nn.Module):
         """Returns x [B, T, D] with image [N/4, D] where at_image [B, T, 1] is True."""
         return x.masked_scatter(at_image, image.to(x.dtype))
 
-    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False
+    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: str = "none"
                ) -> Tensor:
         """Returns the final hidden states, [B, T, D]. x [B, T, D], position [3, B, T]."""
         rotary = self.rotary(position)
@@ -542,7 +548,7 @@ class Qwen2_5_VL(nn.Module):
 
     def forward(self, tokens: Tensor, segment: Tensor, position: Tensor, predictor: Tensor,
                 patches: Tensor, grids: list[tuple[int, int]], temperature: float = 1.0,
-                checkpoint: bool = False, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+                checkpoint: str = "none", entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Returns logp and entropy [B, T] of every response token of packed rows, 0 elsewhere.
         tokens, segment, predictor [B, T], position [3, B, T], patches [N, 1176].
 
@@ -666,7 +672,7 @@ class Qwen3VisionTower(VisionTower):
         self.deepstack_merger_list = nn.ModuleList(
             Qwen3PatchMerger(config, after=True) for _ in self.deepstack)
 
-    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: bool = False
+    def forward(self, patches: Tensor, grids: list[tuple[int, int]], checkpoint: str = "none"
                 ) -> Tensor:
         """Returns [1 + L, N/4, D]: the image tokens, and what is added to them after each of the
         first L layers of the decoder, in the order of the blocks, whatever that of the indexes.
@@ -738,7 +744,7 @@ class Qwen3_VL(Qwen2_5_VL):
         return torch.stack([insert(x if i == 0 else nothing, at_image, each)
                             for i, each in enumerate(image)])
 
-    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: bool = False
+    def decode(self, x: Tensor, position: Tensor, attend: Attend, checkpoint: str = "none"
                ) -> Tensor:
         """Returns the final hidden states. x: [1 + L, B, T, D], or [B, T, D] without an image."""
         x, *added = x if x.dim() == 4 else (x,)

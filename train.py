@@ -70,7 +70,7 @@ from support.sources import Source, noticed, read, take
 # section 1, has all of it.
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
            "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0,
-           "precision": "bfloat16", "checkpoint_activations": True}
+           "precision": "bfloat16", "checkpoint_activations": "blocks"}
 SMALL_GPU = {"lora_rank": 16, "lr": 1e-5, "max_new_tokens": 512, "max_row_tokens": 2048, "sampling_batch": 8}
 PRESETS = {
     "laptop": {},
@@ -158,8 +158,8 @@ class Config:
                              resumable=True)
     max_row_tokens: int = option(0, "optimisation", "a group whose row is longer becomes several rows (0: no limit)",
                                  least=0, resumable=True)
-    checkpoint_activations: bool = option(False, "optimisation", "recompute each block in backward: less memory, about "
-                                          "30 % more time", resumable=True)
+    checkpoint_activations: str = option("none", "optimisation", "recompute in backward: blocks; or all of them but "
+                                         "matrix products (cheap)", ("none", "cheap", "blocks"), resumable=True)
 
     name: str = option("", "output", "the run's folder is runs/NAME (default: the method and the time)")
     resume: str = option("", "output", "run folder to go on with, from its newest sound checkpoint and by its saved "

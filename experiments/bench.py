@@ -51,7 +51,7 @@ import rollout  # noqa: E402
 import train  # noqa: E402
 from train import Config as Options  # noqa: E402
 from data import Processor, Prompt, Response, collate, load, pack_group  # noqa: E402
-from model import Config, Qwen2_5_VL, load_model, row_mask  # noqa: E402
+from model import Config, Qwen2_5_VL, empty_model, load_model, row_mask  # noqa: E402
 from support.equip import equip  # noqa: E402
 from support.optimizers import make_optimizers  # noqa: E402
 from support.ranks import leave_ranks, start_ranks  # noqa: E402
@@ -64,6 +64,16 @@ TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 WIDE = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420,
         "fullatt_block_indexes": [7, 15, 23, 31]}
 SECTIONS = {"type": "mrope", "mrope_section": [16, 24, 24]}
+
+
+def qwen3(text: dict, vision: dict) -> tuple[dict, dict]:
+    return ({"model_type": "qwen3_vl", "rope_scaling": {"rope_type": "default"},
+             "text_config": {"head_dim": 128, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+                             "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]}, **text}},
+            {"model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh", "patch_size": 16,
+             "num_position_embeddings": 2304, **vision})
+
+
 SIZES = {
     "tiny": ({}, {}),
     "116M": ({"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
@@ -77,6 +87,16 @@ SIZES = {
     "7B": ({"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
             "intermediate_size": 18944, "vocab_size": 152_064, "tie_word_embeddings": False, "rope_scaling": SECTIONS,
             "rope_theta": 1e6}, {**WIDE, "out_hidden_size": 3584}),
+    "Qwen3-4B": qwen3(
+        {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "intermediate_size": 9728, "vocab_size": 151_936, "rope_theta": 5e6},
+        {"depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "out_hidden_size": 2560,
+         "deepstack_visual_indexes": [5, 11, 17]}),
+    "Qwen3-tiny": qwen3(
+        {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 256, "vocab_size": 512, "rope_theta": 100.0},
+        {"depth": 3, "hidden_size": 96, "num_heads": 4, "intermediate_size": 160, "out_hidden_size": 128,
+         "deepstack_visual_indexes": [0, 1]}),
 }
 
 
@@ -161,7 +181,10 @@ def make_folder(size: str, folder: Path) -> Path:
     text, vision = SIZES[size]
     config.update(text)
     config["vision_config"].update(vision)
-    (folder / "config.json").write_text(json.dumps(config))
+    pictures = json.loads((TINY / "preprocessor_config.json").read_text())
+    pictures["patch_size"] = config["vision_config"]["patch_size"]
+    for name, fields in (("config", config), ("preprocessor_config", pictures)):
+        (folder / f"{name}.json").write_text(json.dumps(fields))
     return folder
 
 
@@ -172,11 +195,10 @@ def make_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype
         model = load_model(TINY, dtype, device)
     else:
         torch.set_default_dtype(dtype)
-        with device:
-            model = Qwen2_5_VL(Config.from_json(make_folder(size, folder) / "config.json"))
-            model.reset_parameters()
+        model = empty_model(make_folder(size, folder), device)
+        model.reset_parameters()
         torch.set_default_dtype(torch.float32)
-        model.to(device).folder = folder
+        model.to(device)        # with the two tensors that are computed, not loaded
     model.eos_ids = (-1,)
     return equip(model)
 

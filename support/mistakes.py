@@ -56,8 +56,8 @@ def sentence_of(error: Exception) -> str:
     if out_of_memory(error):
         reason = str(error).strip().splitlines()[:1]
         return (": ".join(["out of memory", *reason]) + ". A smaller --sampling-batch needs less; in training so do "
-                "a smaller --micro-rows or --max-row-tokens, and --checkpoint-activations; --dry-run finds out how "
-                "much is needed. What was saved before is still there")
+                "a smaller --micro-rows or --max-row-tokens, and --checkpoint-activations blocks; --dry-run finds out "
+                "how much is needed. What was saved before is still there")
     if isinstance(error, OSError) and error.errno is not None:
         room = ": free some space, then go on" if error.errno in FULL else ""
         return (f"{error.filename or 'a file'}: {error.strerror}. What was complete before is still there{room} "

@@ -190,6 +190,8 @@ def saved_options(run: Path) -> dict:
                           "any more: go on with the version that its config.json names")
     if isinstance(saved.get("keep_best"), str):
         saved["keep_best"] = today(saved["keep_best"])
+    if isinstance(saved.get("checkpoint_activations"), bool):
+        saved["checkpoint_activations"] = "blocks" if saved["checkpoint_activations"] else "none"
     if "no_thinking_reward" in saved:
         saved["reward_label_thinking"] = not saved.pop("no_thinking_reward")
     if all(type(saved.get(name)) is int for name in ("cooldown_steps", "steps")):

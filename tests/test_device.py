@@ -110,8 +110,8 @@ def far(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"precision": "bfloat16", "checkpoint_activations": True}, {"lora_rank": 2, "kl": 0.1, "inner_epochs": 2},
-    {"label_thought": "rollout", "normaliser": "seq-mean"}])
+    {}, {"precision": "bfloat16", "checkpoint_activations": "blocks"}, {"lora_rank": 2, "kl": 0.1, "inner_epochs": 2},
+    {"label_thought": "rollout", "normaliser": "seq-mean", "checkpoint_activations": "cheap"}])
 def test_a_step_stays_on_its_device(far, monkeypatch, settings):
     """Sampling, rewards, update, evaluation: the same numbers as on the CPU, and few waits: one in four tokens and three
     more while sampling, until what was sampled is read; nine a micro-batch, whatever the number of layers."""

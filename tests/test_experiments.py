@@ -1,7 +1,10 @@
 """The arithmetic of experiments/reproduce.py, and that every experiment is a command that train.py takes."""
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +13,7 @@ import torch
 
 import train
 from data import Processor, load
-from experiments import probe, reproduce
+from experiments import gpu, probe, reproduce
 from experiments.reproduce import (COURSE, EXPERIMENTS, MAIN, PAGES, POLICIES, SPLITS,
                                    answer_blindly, as_learnt, base_of, base_table, chosen_rate,
                                    cost_table, course, difference, draw, family_of, fill, grid,
@@ -477,3 +480,50 @@ def test_the_tables_of_the_pages_are_what_the_results_say():
     made = tables(reproduce.read_results())
     for page in (reproduce.ROOT / name for name in PAGES):
         assert fill(page.read_text(), made) == page.read_text(), f"python experiments/reproduce.py tables renews {page}"
+
+
+def test_a_part_of_the_gpu_script_goes_on_after_a_line_that_fails(tmp_path, monkeypatch):
+    """A token step and the training of the part 7B, in tiny shapes; one line of training runs out of memory."""
+    plain, file = gpu.training, tmp_path / "7B.json"
+
+    def training(lines, *args):
+        assert json.loads(file.read_text())["unfinished"]
+        if args[-1] == "cheap":
+            raise torch.OutOfMemoryError("out of memory")
+        plain(lines, *args)
+    training.__name__ = "training"
+    monkeypatch.setattr(gpu, "training", training)
+    monkeypatch.setattr("gc.collect", int)          # before each of 30 measurements; it takes longer than they do
+    monkeypatch.setattr("sys.argv", ["gpu.py", "7B", str(file), "--tiny"])
+    gpu.main()
+    record = json.loads(file.read_text())
+    assert "unfinished" not in record and record["machine"] == "CPU"
+    steps, trained = record["lines"][:2], record["lines"][2:]
+    for line in steps:          # 16 prompts × 2 rollouts a step, all as plain: a CPU has no graphs
+        assert line["tokens_per_s"] == pytest.approx(32_000 / line["ms"]) and line["same_tokens"] == 1
+    assert [line["setting"].endswith(", graphs") for line in steps] == [False, True]
+    assert ["failed" in line for line in trained] == [False, True, False, False, True]
+    assert trained[1]["failed"] == "OutOfMemoryError: out of memory" and "cheap" in trained[1]["setting"]
+    one, two = trained[0], trained[3]       # as much work for each row: 64 tokens and 3 × 8
+    for line, rows in ((one, 1), (two, 2)):
+        assert line["useful_tokens_per_s"] * line["seconds"] == pytest.approx(88 * rows)
+    assert two["mfu"] * two["seconds"] == pytest.approx(2 * one["mfu"] * one["seconds"])
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="gpu.sh needs timeout")
+def test_the_gpu_script_leaves_out_what_is_done(tmp_path):
+    """A python that ends every part but 7B, which is killed once."""
+    (tmp_path / "python").write_text(
+        '#!/bin/bash\necho "$2 $4" >> "$FOLDER/calls"\n'
+        'if [[ $2 == 7B && ! -e $FOLDER/killed ]]; then touch "$FOLDER/killed"; kill -9 $$; fi\necho "{}" > "$3"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FOLDER": str(tmp_path)}
+    command = ["bash", str(Path(gpu.__file__).with_suffix(".sh")), str(tmp_path / "out"), "--tiny"]
+    for began in (list(gpu.PARTS), ["7B"], []):
+        (tmp_path / "calls").write_text("")
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert (tmp_path / "calls").read_text().split("\n")[:-1] == [f"{part} --tiny" for part in began]
+        written = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out").iterdir()}
+        assert written.keys() == set(gpu.PARTS)
+        assert (written["7B"].get("unfinished") == "it did not start") == (len(began) > 1)

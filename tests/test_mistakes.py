@@ -136,10 +136,10 @@ def test_resume_takes_what_does_not_change_the_run(place):
     run = place / "runs/a"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"config": {"lr": 1e-4, "steps": 7, "rollouts": "5", "no_thinking_reward": False, "image_cache": 8.0,
-                                                            "cooldown_steps": 3}}))
+                                                            "cooldown_steps": 3, "checkpoint_activations": True}}))
     options = train.parse_config(["--resume", str(run), "--steps", "9", "--eval-every", "5", "--lr", "1e-4"])
     assert (options.steps, options.lr, options.reward_label_thinking) == (9, 1e-4, True)     # of an earlier version, too
-    assert options.cooldown == pytest.approx(3 / 7) and options.rollouts == 5
+    assert options.cooldown == pytest.approx(3 / 7) and options.rollouts == 5 and options.checkpoint_activations == "blocks"
     with pytest.raises(Mistake, match="--lr 0.01 would make another run of it.* train.py --model .*runs/a --lr 0.01"):
         train.parse_config(["--resume", str(run), "--lr", "0.01"])
 

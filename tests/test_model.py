@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
@@ -604,14 +605,32 @@ def test_splitting_a_group_into_rows_changes_nothing(ours):
     torch.testing.assert_close(*logp, rtol=0, atol=1e-5)
 
 
-def test_activation_checkpointing_changes_nothing(ours):
-    batch = rows_of(PROMPTS[:2], RESPONSES)
-    results = []
-    for checkpoint in (False, True):
-        logp, entropy = ours(**vars(batch), checkpoint=checkpoint)
-        results.append((logp, entropy, gradients(ours, logp.sum())))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
-    assert_gradients_close(results[1][2], results[0][2], 1e-6)
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+    def __enter__(self):
+        self.names: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", [TINY, "qwen3_folder"])
+def test_activation_checkpointing_changes_nothing(family, request):
+    """The same bits. Of the operators, "cheap" runs again all but the matrix products, "blocks" these, too."""
+    model = random_model(family if family is TINY else request.getfixturevalue(family))
+    prompts = [Processor(model.folder).prompt(Scenes("train")[i]) for i in range(2)]
+    batch, results, ran = rows_of(prompts, RESPONSES), [], []
+    for checkpoint in ("none", "cheap", "blocks"):
+        with Operators() as operators:
+            logp, entropy = model(**vars(batch), checkpoint=checkpoint)
+            results.append((logp, entropy, *gradients(model, logp.sum()).values()))
+        ran.append([operators.names.count(name) for name in ("mm", "addmm", "_scaled_dot_product_flash_attention_for_cpu")])
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+    none, cheap, blocks = ran
+    assert cheap == [*none[:2], 2 * none[2]] and blocks[2] == 2 * none[2] and all(b > n for b, n in zip(blocks, none))
 
 
 def test_score_in_chunks(ours):
