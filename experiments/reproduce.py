@@ -32,7 +32,7 @@ from support import scenes  # noqa: E402
 from support.runs import read_config, read_log, today, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
-PAGES = ("README.md", "experiments/README.md", "experiments/appendix.md", "docs/sensitivity.md")
+PAGES = ("README.md", "experiments/README.md", "experiments/appendix.md", "experiments/final.md", "docs/sensitivity.md")
 SEEDS = (42, 43, 44, 45, 46)
 RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every method may choose from
 SPLITS = ("test", "reasoning-test", "elsewhere-test", "pair-test")
@@ -698,7 +698,7 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
         for method in FAMILY_METHODS:
             for seed, result in rows.get(f"{family}-{method}", {}).items():
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
-    return {"first": of("base", "rlvr", "sft", IN_FULL, "visurf"), "main": main,
+    return {"first": of("base", "rlvr", "sft", IN_FULL, "visurf"), "main": main, "final": of(*FINAL),
             "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
             "boundary": of(*(f"{base}-{method}".removeprefix("base-") for base in BASES
                              for method in BOUNDARY_METHODS)),
@@ -724,6 +724,7 @@ def tables(results: Results) -> dict[str, str]:
     of = parts(results)
     return {
         "first": table(of["first"], FIRST, origin=False), "main": table(of["main"], MAIN),
+        "final": table(of["final"], MAIN), "final-paired": table(of["final"], MAIN, against="final-visurf"),
         "grid": grid(results), "paired": table(of["main"], MAIN, against="visurf"),
         "holm": holm_table(of["main"]), "lengths": table(of["lengths"], MAIN),
         "parts": table(of["parts"], PARTS),

@@ -452,7 +452,7 @@ def test_every_interval_of_a_sentence_is_in_a_table(page):
     text = (reproduce.ROOT / page).read_text()
     sentences = re.sub("<!-- table: .*?<!-- end -->", "", text, flags=re.DOTALL)
     said = re.findall(INTERVAL, re.sub(r"\s+", " ", sentences))
-    assert said or page == "README.md"
+    assert said or page in ("README.md", "experiments/final.md")
     assert not [one for one in said if not any(matches(one, *cell) for cell in in_tables)]
 
 
