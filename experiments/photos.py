@@ -53,6 +53,22 @@ COLUMNS = {**{key: measured(key) for key in ("primary", *PARTS, "dead", "mastere
                                              "trailing text, absent")}, "seconds": lambda result: result["seconds"]}
 
 
+def stratum(own: str) -> Column:
+    """Of the named things of photos:final that are there, the share that a base's rollouts put here."""
+    def share(result: dict) -> float:
+        marks = [mark for mark in result["right"]["final"][""] if mark != "-"]
+        return statistics.fmean(STRATA.get(mark, "hard") == own for mark in marks)
+    return share
+
+
+STRATA = {"0": "dead", "8": "mastered"}         # how many of a base's 8 rollouts find a thing; else it is hard
+BASE_COLUMNS = {**{key: measured(key) for key in ("boxes", "new", "counting", "colour", "left", "T-acc")},
+                **{own: stratum(own) for own in ("dead", "hard", "mastered")},
+                "says `[]`": lambda result: statistics.fmean(result["rejecting"].values()),
+                **{f"probe: {kind}": lambda result, kind=kind: result["accuracy"][kind]
+                   for kind in ("colour there", "not there")}}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is trained
 
@@ -144,10 +160,9 @@ def measures(metrics: dict[str, dict], records: list[dict], right: str) -> dict[
     strata: dict[str, list[bool]] = {"dead": [], "hard": [], "mastered": []}
     for record, mark in zip(records, right, strict=True):
         if mark != "-":
-            stratum = {"0": "dead", "8": "mastered"}.get(mark, "hard")
-            strata[stratum].append(hit(record["predicted"], record["truth"], record["response"]))
+            strata[STRATA.get(mark, "hard")].append(hit(record["predicted"], record["truth"], record["response"]))
     found = {"absent": both("N-acc"), "new": metrics["new-"]["boxes"],
-             **{stratum: statistics.fmean(hits) for stratum, hits in strata.items() if hits},
+             **{own: statistics.fmean(hits) for own, hits in strata.items() if hits},
              "counting": metrics[""]["answers"], "colour": metrics["colour-"]["answers"],
              "left": metrics["left-"]["boxes"], "boxes": metrics[""]["boxes"], "T-acc": both("T-acc"),
              "N-acc, named": metrics[""]["N-acc"], "N-acc, new": metrics["new-"]["N-acc"],
@@ -304,6 +319,7 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     """The tables of experiments/photos.md: the arms, and the verdicts once all runs are there."""
     made = {f"photos-{budget}": table({arm: own for arm, own in rows_of(results, budget).items() if own}, COLUMNS,
                                       origin=False) for budget in BUDGETS}
+    made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     lines = ["| hypothesis | mean difference | by base | p | survives Holm |", "|---" * 5 + "|"]
     if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
         found = verdicts(results)

@@ -102,3 +102,14 @@ def test_the_verdicts_by_hand(results):
     assert "| visurf | 0.700 ± 0.000 |" in made["photos-6400"]
     few = dict(list(plan.read("run").items())[:3])          # before all are there
     assert plan.tables(few)["photos-verdicts"].count("\n") == 1
+
+
+def test_the_page_is_what_the_results_say():
+    text = (plan.ROOT / "experiments/photos.md").read_text()
+    assert plan.fill(text, plan.tables(plan.read("run"))) == text, "python experiments/photos.py tables"
+
+
+def test_the_strata_of_a_base_by_hand():
+    base = {"right": {"final": {"": "-08-1-7-4"}}}
+    shares = [plan.BASE_COLUMNS[own](base) for own in ("dead", "hard", "mastered")]
+    assert shares == [0.2, 0.6, 0.2]
