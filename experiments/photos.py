@@ -28,7 +28,7 @@ from support.runs import read_config, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/photos"
 BASES, SEEDS, BUDGETS = ("1", "2", "3"), (42, 43, 44, 45), (640, 6400)
-COMMITS = {"1": "5c2e2df", "2": "20f67f4", "3": "787ce0b", "boxing": "35ec988"}  # base → the commit that has its weights
+COMMITS = {"1": "5c2e2df", "2": "20f67f4", "3": "787ce0b", "boxing": "35ec988"}   # base → the commit of its weights
 TUNING = (101, 102)                             # seeds that are thrown away
 FAMILIES = ("", "new-", "colour-", "left-")     # prefixes of a judged part of photos
 ROLLOUTS, LONGEST = 8, 128                      # of a base, for the strata; tokens of one
