@@ -322,13 +322,15 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     lines = ["| hypothesis | mean difference | by base | p | survives Holm |", "|---" * 5 + "|"]
     if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
-        found = verdicts(results)
-        kept = holm({own: p for own, (_, p) in found.items()})
-        for own, (differences, p) in found.items():
+        decided = verdicts(results)
+        kept = holm({own: p for own, (_, p) in decided.items()})
+        beside = {f"{own}; 640 labels": found for own, found in verdicts(results, 640).items() if own[:2] != "H3"}
+        for own, (differences, p) in (decided | beside).items():
             mean, half = interval(differences)
             by_base = [statistics.fmean(differences[i:i + len(SEEDS)]) for i in range(0, len(differences), len(SEEDS))]
+            verdict = "–" if own not in kept else "yes" if kept[own] else "no"
             lines.append(f"| {own} | {mean:+.3f} ± {half:.3f} | {', '.join(f'{each:+.3f}' for each in by_base)} | "
-                         f"{p:.4f} | {'yes' if kept[own] else 'no'} |")
+                         f"{p:.4f} | {verdict} |")
     return made | {"photos-verdicts": "\n".join(lines)}
 
 

@@ -98,6 +98,7 @@ def test_the_verdicts_by_hand(results):
     assert list(found)[0] == "H1 ViSurf above sft-rlvr"
     made = plan.tables(plan.read("run"))
     assert made["photos-verdicts"].count("| yes |") == 4
+    assert made["photos-verdicts"].count("; 640 labels |") == 4 == made["photos-verdicts"].count("| – |")
     assert "| +0.050, +0.050, +0.050 | 0.0002 |" in made["photos-verdicts"]
     assert "| visurf | 0.700 ± 0.000 |" in made["photos-6400"]
     few = dict(list(plan.read("run").items())[:3])          # before all are there
