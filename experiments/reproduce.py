@@ -127,7 +127,8 @@ COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entro
 DRAWN = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
          "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats",
          "length": "tokens of a rollout", "o/thinks": "rollouts that think"}
-COMPARED = ("rlvr", "sft", "sft-long", IN_FULL)       # with ViSurf, by holm_table
+COMPARED = ("rlvr", "sft", "sft-long", IN_FULL)       # with ViSurf, by holm_table, in these columns:
+CLAIMED, CLAIMED_FINALLY = ("N-acc", "T-acc", "boxes", "answers", "reasoning"), ("N-acc", "boxes", "reasoning")
 one_base_at_a_time = threading.Lock()
 Results = dict[str, dict[float, dict[int, dict]]]          # name → learning rate → seed → result
 
@@ -580,14 +581,14 @@ def in_two_groups(shares: list[float]) -> bool:
     return high[0] - low[-1] > max(0.15, (high[-1] - low[0]) / 2)
 
 
-def holm_table(rows: dict[str, dict[int, dict]]) -> str:
+def holm_table(rows: dict[str, dict[int, dict]], labels: tuple[str, ...] = CLAIMED) -> str:
     """ViSurf minus each method of COMPARED, paired by seed: p of a t test, smallest first, and what
     p may be at most by Holm's method, which keeps the chance of any false one at 5 %."""
     from scipy.stats import ttest_1samp
     found = []
     for name in COMPARED:
         seeds = [seed for seed in rows.get("visurf", {}) if seed in rows.get(name, {})]
-        for label in ("N-acc", "T-acc", "boxes", "answers", "reasoning"):
+        for label in labels:
             values = [MAIN[label](rows["visurf"][s]) - MAIN[label](rows[name][s]) for s in seeds]
             if len(values) > 2:
                 found.append((ttest_1samp(values, 0).pvalue, f"{label}, against {name}", values))
@@ -698,7 +699,8 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
         for method in FAMILY_METHODS:
             for seed, result in rows.get(f"{family}-{method}", {}).items():
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
-    return {"first": of("base", "rlvr", "sft", IN_FULL, "visurf"), "main": main, "final": of(*FINAL),
+    return {"first": of("base", "rlvr", "sft", IN_FULL, "visurf"), "main": main,
+            "final": {name.removeprefix("final-"): seeds for name, seeds in of(*FINAL).items()},
             "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
             "boundary": of(*(f"{base}-{method}".removeprefix("base-") for base in BASES
                              for method in BOUNDARY_METHODS)),
@@ -724,7 +726,8 @@ def tables(results: Results) -> dict[str, str]:
     of = parts(results)
     return {
         "first": table(of["first"], FIRST, origin=False), "main": table(of["main"], MAIN),
-        "final": table(of["final"], MAIN), "final-paired": table(of["final"], MAIN, against="final-visurf"),
+        "final": table(of["final"], MAIN), "final-paired": table(of["final"], MAIN, against="visurf"),
+        "final-holm": holm_table(of["final"], CLAIMED_FINALLY),
         "grid": grid(results), "paired": table(of["main"], MAIN, against="visurf"),
         "holm": holm_table(of["main"]), "lengths": table(of["lengths"], MAIN),
         "parts": table(of["parts"], PARTS),

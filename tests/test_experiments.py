@@ -97,13 +97,15 @@ def test_holms_correction_by_hand():
         metrics = {name: start + seed * step for name, (start, step) in starts.items()}
         return {"metrics": {"test": metrics, "reasoning-test": {"boxes": metrics["reasoning"]}}}
     zero = {"metrics": {"test": dict.fromkeys(starts, 0.0), "reasoning-test": {"boxes": 0.0}}}
-    made = holm_table({"visurf": {seed: of(seed) for seed in range(3)},
-                       "rlvr": dict.fromkeys(range(3), zero),
-                       "sft": {0: zero}})                        # one seed: no test
+    rows = {"visurf": {seed: of(seed) for seed in range(3)}, "rlvr": dict.fromkeys(range(3), zero),
+            "sft": {0: zero}}                                    # one seed: no test
+    made = holm_table(rows)
     assert [(row[0].split(",")[0], *row[2:]) for row in cells(made)] == [
         ("boxes", "0.00013", "0.01000", "yes"), ("T-acc", "0.00274", "0.01250", "yes"),
         ("N-acc", "0.07418", "0.01667", "no"), ("reasoning", "0.22540", "0.02500", "no"),
         ("answers", "1.00000", "0.05000", "no")]
+    assert [row[0].split(",")[0] + row[3] for row in cells(holm_table(rows, ("reasoning", "boxes")))] == [
+        "boxes0.02500", "reasoning0.05000"]
     assert holm_table({}).count("\n") == 1
 
 
