@@ -127,8 +127,7 @@ COURSE = ("advantage_y", "smoothed", "tied", "rlvr_weight", "sft_weight", "entro
 DRAWN = {"advantage_y": "Â_y", "smoothed": "share smoothed", "sft_weight": "SFT term of Eq. 9",
          "rlvr_weight": "RLVR term of Eq. 9", "entropy": "entropy, nats",
          "length": "tokens of a rollout", "o/thinks": "rollouts that think"}
-COMPARED = ("rlvr", "sft", "sft-long", IN_FULL)       # with ViSurf, by holm_table, in these columns:
-CLAIMED, CLAIMED_FINALLY = ("N-acc", "T-acc", "boxes", "answers", "reasoning"), ("N-acc", "boxes", "reasoning")
+COMPARED = ("rlvr", "sft", "sft-long", IN_FULL)       # with ViSurf, by holm_table
 one_base_at_a_time = threading.Lock()
 Results = dict[str, dict[float, dict[int, dict]]]          # name → learning rate → seed → result
 
@@ -392,17 +391,16 @@ FIRST = {name: MAIN[name] for name in ("N-acc", "boxes", "thinks, present", "ans
 
 
 def found(split: str) -> Column:
-    """Boxes, of the present things that are not rejected."""
-    boxes, kept = at(split, "boxes"), at(split, "T-acc")
-    return lambda result: boxes(result) / (kept(result) or math.inf)
+    """Boxes, of the answers about present things that have one."""
+    boxes, given = at(split, "boxes"), at(split, "T-acc")
+    return lambda result: boxes(result) / (given(result) or math.inf)
 
 
-# What is lost, in its parts: things rejected that are there, answers without a thought, boxes
-# beside the thing.
-PARTS = {"here: T-acc": MAIN["T-acc"], "boxes": MAIN["boxes"], "boxes, not rejected": found("test"),
-         "reasoning: T-acc": at("reasoning-test", "T-acc"),
+# What is lost, in its parts: no box, as `[]` or because nothing can be read; a box beside the thing.
+PARTS = {"T-acc": MAIN["T-acc"], "boxes": MAIN["boxes"], "boxes, of those given": found("test"),
+         "reasoning: T-acc": at("reasoning-test", "T-acc"), "unreadable": at("reasoning-test", "unreadable"),
          "thinks": at("reasoning-test", "thinks, present"), "reasoning": MAIN["reasoning"],
-         "reasoning, not rejected": found("reasoning-test")}
+         "reasoning, of those given": found("reasoning-test")}
 ELSEWHERE = {f"{place}: {name}": at(split, name) for place, split in (
     ("here", "test"), ("pair", "pair-test"), ("elsewhere", "elsewhere-test"))
     for name in ("N-acc", "T-acc", "boxes")}
@@ -581,14 +579,14 @@ def in_two_groups(shares: list[float]) -> bool:
     return high[0] - low[-1] > max(0.15, (high[-1] - low[0]) / 2)
 
 
-def holm_table(rows: dict[str, dict[int, dict]], labels: tuple[str, ...] = CLAIMED) -> str:
+def holm_table(rows: dict[str, dict[int, dict]]) -> str:
     """ViSurf minus each method of COMPARED, paired by seed: p of a t test, smallest first, and what
     p may be at most by Holm's method, which keeps the chance of any false one at 5 %."""
     from scipy.stats import ttest_1samp
     found = []
     for name in COMPARED:
         seeds = [seed for seed in rows.get("visurf", {}) if seed in rows.get(name, {})]
-        for label in labels:
+        for label in ("N-acc", "boxes", "reasoning"):
             values = [MAIN[label](rows["visurf"][s]) - MAIN[label](rows[name][s]) for s in seeds]
             if len(values) > 2:
                 found.append((ttest_1samp(values, 0).pvalue, f"{label}, against {name}", values))
@@ -699,16 +697,16 @@ def parts(results: Results) -> dict[str, dict[str, dict[int, dict]]]:
         for method in FAMILY_METHODS:
             for seed, result in rows.get(f"{family}-{method}", {}).items():
                 families.setdefault(method, {}).setdefault(seed, {})[family] = result
-    return {"first": of("base", "rlvr", "sft", IN_FULL, "visurf"), "main": main,
-            "final": {name.removeprefix("final-"): seeds for name, seeds in of(*FINAL).items()},
+    final = {name.removeprefix("final-"): seeds for name, seeds in of(*FINAL).items()}
+    return {"first": {name: final[name] for name in ("base", *COMPARED, "visurf") if name in final},
+            "final": final, "main": main,
             "trained": {name: seeds for name, seeds in main.items() if name not in UNTRAINED},
             "boundary": of(*(f"{base}-{method}".removeprefix("base-") for base in BASES
                              for method in BOUNDARY_METHODS)),
             "sensitivity": of("visurf") | other_rates | of(*SENSITIVITY),
             "families": {method: families[method] for method in FAMILY_METHODS
                          if method in families},
-            "parts": of("base", "visurf", "rlvr", "sft", "sft-long", *two_stage, IN_FULL,
-                        "visurf-thought"),
+            "parts": {name: final[name] for name in ("base", "visurf", *COMPARED, "visurf-thought") if name in final},
             "pooled": of("base", "rlvr") | same_rate | of("sft", "sft-long", IN_FULL, "sgrpo", "visurf"),
             "lengths": of("rlvr", *TWO_STAGE, "sft", IN_FULL, *SAME_RATE, "visurf"),
             "controls": of("visurf", *CONTROLS),
@@ -727,9 +725,9 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "first": table(of["first"], FIRST, origin=False), "main": table(of["main"], MAIN),
         "final": table(of["final"], MAIN), "final-paired": table(of["final"], MAIN, against="visurf"),
-        "final-holm": holm_table(of["final"], CLAIMED_FINALLY),
+        "holm": holm_table(of["final"]),
         "grid": grid(results), "paired": table(of["main"], MAIN, against="visurf"),
-        "holm": holm_table(of["main"]), "lengths": table(of["lengths"], MAIN),
+        "lengths": table(of["lengths"], MAIN),
         "parts": table(of["parts"], PARTS),
         "parts-paired": table(of["parts"], PARTS, against="rlvr"),
         "thought": table(of["thought"], THOUGHTS), "rejects": table(of["trained"], REJECTS),
@@ -754,7 +752,7 @@ def draw(results: Results, root: Path) -> None:
     """Every figure that there are results for, into the repository at root."""
     from experiments import figures
     of, folder = parts(results), root / "experiments/figures"
-    for needed in (folder, root / "assets", root / "docs"):
+    for needed in (folder, root / "docs"):
         needed.mkdir(parents=True, exist_ok=True)
     figures.draw_weights(root / "docs/weights.png")
 
@@ -762,7 +760,6 @@ def draw(results: Results, root: Path) -> None:
         """None: the seeds stand for themselves."""
         return None if in_two_groups(values) else interval(values)
     if of["trained"]:
-        figures.draw_points(of["first"], FIRST, bar, root / "assets/methods.png")
         looking = {name: seeds for name, seeds in of["main"].items() if name not in POLICIES}
         figures.draw_points(looking, MAIN, bar, folder / "methods.png")
         few = {label: column for label, column in ELSEWHERE.items() if "T-acc" not in label}
