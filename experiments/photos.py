@@ -91,11 +91,21 @@ def stages(arm: str, rate: float, knob: float) -> list[list[str]]:
     return [["--method", arm, "--lr", str(rate), "--adam-eps", str(knob), "--steps", str(STEPS[arm])]]
 
 
+def tried(arm: str) -> dict[tuple[float, float], float]:
+    """Setting → mean of the primary number over the tuning seeds, of each setting that has both."""
+    results, found = read("tune"), {}
+    for setting in TRIALS[arm]:
+        names = [name(arm, "tune", *setting, seed) for seed in TUNING]
+        if results.keys() >= {*names}:
+            found[setting] = statistics.fmean(results[own]["metrics"]["primary"] for own in names)
+    return found
+
+
 def chosen(arm: str) -> tuple[float, float]:
-    """The setting with the best mean of the primary number over the tuning seeds; the first of equals."""
-    results = read("tune")
-    means = {setting: statistics.fmean(results[name(arm, "tune", *setting, seed)]["metrics"]["primary"]
-                                       for seed in TUNING) for setting in TRIALS[arm]}
+    """The setting with the best mean; the first of equals."""
+    means = tried(arm)
+    if missing := [setting for setting in TRIALS[arm] if setting not in means]:
+        raise SystemExit(f"{arm} has no trials yet of the settings {missing}: python experiments/photos.py tune")
     return max(means, key=lambda setting: means[setting])
 
 
@@ -315,8 +325,21 @@ def rows_of(results: dict[str, dict], budget: int) -> dict[str, dict]:
                   if (own := name(arm, base, budget, seed)) in results} for arm in TRIALS}
 
 
+def trials_table() -> str:
+    """The primary number of each trial's setting: a row for each arm, a column for each rate. The values of a cell
+    are those of its eps or shares, the lowest first."""
+    lines = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " | chosen |", "|---" * (len(RATES) + 2) + "|"]
+    for arm, settings in TRIALS.items():
+        means, knobs = tried(arm), sorted({knob for _, knob in settings})
+        cells = [" / ".join(f"{means[rate, knob]:.3f}" if (rate, knob) in means else "–" for knob in knobs)
+                 for rate in RATES]
+        best = "{:g}, {:g}".format(*chosen(arm)) if len(means) == len(settings) else "–"
+        lines.append("| " + " | ".join([arm, *cells, best]) + " |")
+    return "\n".join(lines)
+
+
 def tables(results: dict[str, dict]) -> dict[str, str]:
-    """The tables of experiments/photos.md: the arms, and the verdicts once all runs are there."""
+    """The tables of experiments/photos.md: the trials, the arms, and the verdicts once all runs are there."""
     made = {f"photos-{budget}": table({arm: own for arm, own in rows_of(results, budget).items() if own}, COLUMNS,
                                       origin=False) for budget in BUDGETS}
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
@@ -331,7 +354,7 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
             verdict = "–" if own not in kept else "yes" if kept[own] else "no"
             lines.append(f"| {own} | {mean:+.3f} ± {half:.3f} | {', '.join(f'{each:+.3f}' for each in by_base)} | "
                          f"{p:.4f} | {verdict} |")
-    return made | {"photos-verdicts": "\n".join(lines)}
+    return made | {"photos-trials": trials_table(), "photos-verdicts": "\n".join(lines)}
 
 
 def show() -> None:

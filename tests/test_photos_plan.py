@@ -60,6 +60,8 @@ def test_what_is_measured_by_hand():
 
 
 def test_every_arm_has_eight_trials_and_every_stage_is_a_command(results):
+    with pytest.raises(SystemExit, match=r"rlvr has no trials yet .* python experiments/photos.py tune"):
+        plan.chosen("rlvr")
     for arm, settings in plan.TRIALS.items():
         assert len({*settings}) == 8
         for k, (setting, seed) in enumerate((s, seed) for s in settings for seed in plan.TUNING):
@@ -73,6 +75,10 @@ def test_every_arm_has_eight_trials_and_every_stage_is_a_command(results):
             assert cfg.method in plan.STEPS and cfg.rollouts in (4, 8) and cfg.steps > 0
     # Over both seeds k % 7 is highest at k = 12 and 13, the seventh setting.
     assert plan.chosen("visurf") == (2e-3, 1e-3) and plan.chosen("sft-rlvr") == (1e-3, 0.05)
+    table = plan.trials_table().splitlines()
+    assert table[3] == "| rlvr | 0.357 / 0.071 | 0.429 / 0.643 | 0.500 / 0.214 | 0.071 / 0.786 | 0.002, 0.001 |"
+    assert table[6] == ("| sft-rlvr | – / 0.071 / – | 0.214 / 0.357 / 0.500 | 0.786 / 0.643 / 0.071 | – / 0.429 / – | "
+                        "0.001, 0.05 |")
     [[*first], [*second]] = plan.stages("sft-rlvr", 2e-3, 0.4)
     assert first[-1] == str(round(0.4 * plan.STEPS["sft"])) and first[1] == "sft"
     assert second[-1] == str(round(0.6 * plan.STEPS["rlvr"])) and second[1] == "rlvr"
