@@ -35,6 +35,7 @@ ROLLOUTS, LONGEST = 8, 128                      # of a base, for the strata; tok
 # One run has the compute of 300 steps of ViSurf (`flops`, with the tokens of the pilots).
 STEPS = {"visurf": 300, "sft": 943, "rlvr": 495, "sgrpo": 300}
 EIGHT = {"visurf": 176, "rlvr": 272}            # and with 8 rollouts instead of 4
+NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
 EPS = (1e-3, 1e-5)                              # of AdamW
 # Arm → its eight settings: learning rate, and eps or, of SFT → RLVR, the share of compute that SFT has.
@@ -50,7 +51,11 @@ def measured(key: str) -> Column:
 
 
 COLUMNS = {**{key: measured(key) for key in ("primary", *PARTS, "dead", "mastered", "T-acc", "thinks, present",
-                                             "trailing text, absent")}, "seconds": lambda result: result["seconds"]}
+                                             "trailing text, absent")},
+           **{f"pass@8, {family.strip('-')}": lambda result, family=family: result.get("pass@8", {}).get(family)
+              for family in ("named", "new-")},
+           "seconds": lambda result: result["seconds"]}
+BESIDE = {key: measured(key) for key in ("absent", "T-acc", "boxes", "new", "hard", "primary")}
 
 
 def stratum(own: str) -> Column:
@@ -266,7 +271,7 @@ def runs(what: str) -> list[tuple]:
     plain = {arm: stages(arm, *chosen(arm))[0] for arm in EIGHT}
     normalisers = [("aside", name("visurf", normaliser, "boxing", seed), "boxing", 6400, seed,
                     [[*plain["visurf"], "--normaliser", normaliser]], "final")
-                   for normaliser in ("token-mean", "seq-mean", "seq-sum") for seed in SEEDS[:2]]
+                   for normaliser in NORMALISERS for seed in SEEDS[:2]]
     return normalisers + [("aside", name(f"{arm}-8", base, seed), base, 6400, seed,
                            [[*plain[arm], "--rollouts", "8", "--steps", str(steps)]], "final")
                           for seed in SEEDS[:2] for base in BASES for arm, steps in EIGHT.items()]
@@ -319,6 +324,20 @@ def verdicts(results: dict[str, dict], budget: int = 6400) -> dict[str, tuple[li
             "H5 kept: at most 2 points below RLVR, and above SFT": (h5, max(flips(h5, -0.02), flips(above)))}
 
 
+def asides(results: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """The rows of the two questions beside the hypotheses, of what is there. results: of `run` and `asides`, as a
+    row with 4 rollouts stands beside the one with 8, of the same seeds."""
+    def those(arm: str, *rest: tuple) -> dict:
+        return {what: results[own] for what in rest if (own := name(arm, *what)) in results}
+    normalisers = {way: those(f"visurf-{way}", *(("boxing", seed) for seed in SEEDS[:2])) for way in NORMALISERS}
+    many = [(base, seed) for seed in SEEDS[:2] for base in BASES]
+    rollouts = {}
+    for arm in EIGHT:
+        rollouts[f"{arm}, 4"] = those(arm, *((base, 6400, seed) for base, seed in many))
+        rollouts[f"{arm}, 8"] = those(f"{arm}-8", *many)
+    return {"normalisers": normalisers, "rollouts": rollouts}
+
+
 def rows_of(results: dict[str, dict], budget: int) -> dict[str, dict]:
     """arm → (base, seed) → result, of what is there."""
     return {arm: {(base, seed): results[own] for base in BASES for seed in SEEDS
@@ -343,6 +362,8 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     made = {f"photos-{budget}": table({arm: own for arm, own in rows_of(results, budget).items() if own}, COLUMNS,
                                       origin=False) for budget in BUDGETS}
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
+    for own, rows in asides(results | read("aside")).items():
+        made[f"photos-{own}"] = table({row: found for row, found in rows.items() if found}, BESIDE, origin=False)
     lines = ["| hypothesis | mean difference | by base | p | survives Holm |", "|---" * 5 + "|"]
     if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
         decided = verdicts(results)

@@ -111,6 +111,18 @@ def test_the_verdicts_by_hand(results):
     assert plan.tables(few)["photos-verdicts"].count("\n") == 1
 
 
+def test_the_questions_beside_the_hypotheses_have_their_rows(results):
+    results("visurf-seq-sum-boxing-43", "aside", absent=0.25, primary=0.5)
+    for base, eight in (("1", 0.6), ("2", 0.7), ("3", 0.8)):
+        results(f"rlvr-8-{base}-42", "aside", primary=eight)
+        results(f"rlvr-{base}-6400-42", "run", primary=0.5)
+    results("rlvr-1-6400-44", "run", primary=0.9)           # no aside has this seed
+    made = plan.tables(plan.read("run"))
+    assert made["photos-normalisers"].splitlines()[2:] == ["| seq-sum | 0.250 | – | – | – | – | 0.500 |"]
+    assert made["photos-rollouts"].splitlines()[2:] == [
+        "| rlvr, 4 | – | – | – | – | – | 0.500 ± 0.000 |", "| rlvr, 8 | – | – | – | – | – | 0.700 ± 0.248 |"]
+
+
 def test_the_page_is_what_the_results_say():
     text = (plan.ROOT / "experiments/photos.md").read_text()
     assert plan.fill(text, plan.tables(plan.read("run"))) == text, "python experiments/photos.py tables"
