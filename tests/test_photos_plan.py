@@ -30,6 +30,12 @@ def test_the_sign_flip_test_by_hand():
     assert plan.flips([0.1] * 12) == 1 / 4096
 
 
+def test_what_refutes_is_an_upper_limit():
+    twelve = [0.01] * 6 + [0.02] * 6
+    assert plan.below(twelve, 0.0201) and not plan.below(twelve, 0.015) and not plan.below(twelve, 0)
+    assert plan.below([-0.02] * 12, -0.01) and not plan.below([-0.02] * 4, -0.01)       # 1 / 16 is above 2.5 %
+
+
 def test_holm_stops_at_the_first_that_fails():
     p = {"a": 0.004, "b": 0.03, "c": 0.011, "d": 0.001}
     assert plan.holm(p) == {"d": True, "a": True, "c": True, "b": False}    # .00625 .0083 .0125 .025
@@ -97,14 +103,16 @@ def test_the_verdicts_by_hand(results):
                             hard=0.4, kept=0.9 - (arm == "visurf") * 0.03, **dict.fromkeys(
                                 ("absent", "new", "dead", "mastered", "T-acc"), 0.5))
     found = plan.verdicts(plan.read("run"))
-    differences = {own[:2]: round(values[0], 6) for own, (values, _) in found.items()}
+    differences = {own[:2]: round(values[0], 6) for own, (values, *_) in found.items()}
     assert differences == {"H1": 0.05, "H2": -0.005, "H3": 0.02, "H4": 0.0, "H5": -0.03}
-    p = {own[:2]: p for own, (_, p) in found.items()}
+    p = {own[:2]: p for own, (_, p, _) in found.items()}
     assert p == {"H1": 1 / 4096, "H2": 1 / 4096, "H3": 1 / 4096, "H4": 1 / 4096, "H5": 1}
+    # The upper limits: 0.05 is not below 0.02; −0.03 is below −0.02.
+    assert [refuted for *_, refuted in found.values()] == [False, False, False, False, True]
     assert list(found)[0] == "H1 ViSurf above sft-rlvr"
     made = plan.tables(plan.read("run"))
-    assert made["photos-verdicts"].count("| yes |") == 4
-    assert made["photos-verdicts"].count("; 640 labels |") == 4 == made["photos-verdicts"].count("| – |")
+    assert made["photos-verdicts"].count("| yes | no |") == 4 and made["photos-verdicts"].count("| no | yes |") == 1
+    assert made["photos-verdicts"].count("; 640 labels |") == 4 == made["photos-verdicts"].count("| – | – |")
     assert "| +0.050, +0.050, +0.050 | 0.0002 |" in made["photos-verdicts"]
     assert "| visurf | 0.700 ± 0.000 |" in made["photos-6400"]
     few = dict(list(plan.read("run").items())[:3])          # before all are there
