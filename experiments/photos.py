@@ -4,10 +4,10 @@
     python experiments/photos.py tune                   the trials of every arm, on base 1
     python experiments/photos.py run                    every arm on every base, with its chosen setting
     python experiments/photos.py asides                 the questions beside the hypotheses
-    python experiments/photos.py tables                 the verdicts and the table, from the results alone
 
 Each goes on where it was stopped. A result is one small file, experiments/photos/NAME.json; one that exists is not made
-again. The bases are those of experiments/make_photos.sh, rounded to bfloat16; the history of this repository has them.
+again. `python experiments/reproduce.py tables` renews the tables and the figure from them. The bases are those of
+experiments/make_photos.sh, rounded to bfloat16; the history of this repository has them.
 """
 import argparse
 import itertools
@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.figures import draw_points  # noqa: E402
-from experiments.reproduce import (ROOT, Column, call, fill, from_history, interval, last_checkpoint,  # noqa: E402
+from experiments.reproduce import (ROOT, Column, call, from_history, interval, last_checkpoint,  # noqa: E402
                                    machine, steps_of, table, train)
 from support import photos  # noqa: E402
 from support.answers import trailing_text  # noqa: E402
@@ -366,7 +366,7 @@ def trials_table() -> str:
 
 
 def tables(results: dict[str, dict]) -> dict[str, str]:
-    """The tables of experiments/photos.md: the trials, the arms, and the verdicts once all runs are there."""
+    """Name of a table → its Markdown: the trials, the arms, and the verdicts once all runs are there."""
     made = {f"photos-{budget}": table({arm: own for arm, own in rows_of(results, budget).items() if own}, COLUMNS,
                                       origin=False) for budget in BUDGETS}
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
@@ -386,26 +386,21 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     return made | {"photos-trials": trials_table(), "photos-verdicts": "\n".join(lines)}
 
 
-def show() -> None:
-    """Renews the tables of experiments/photos.md and its figure."""
-    results = read("run")
-    page = ROOT / "experiments/photos.md"
-    page.write_text(fill(page.read_text(), tables(results)))
-    rows = {f"{arm}, {budget:,}": own for budget in BUDGETS for arm, own in rows_of(results, budget).items() if own}
+def draw(root: Path) -> None:
+    """The figure of the arms, into the repository at root."""
+    rows = {f"{arm}, {budget:,}": own for budget in BUDGETS for arm, own in rows_of(read("run"), budget).items() if own}
     if rows:
         draw_points(rows, {key: COLUMNS[key] for key in ("primary", *PARTS)}, interval,
-                    ROOT / "experiments/figures/photos.png")
+                    root / "experiments/figures/photos.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "tune", "run", "asides", "tables"))
+    parser.add_argument("what", choices=("base", "tune", "run", "asides"))
     parser.add_argument("bases", nargs="*", help="of `base`")
     parser.add_argument("--jobs", type=int, default=2, help="at a time")
     args = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
-    if args.what == "tables":
-        return show()
     if args.what == "base":
         for base in args.bases:
             print(look(base), flush=True)

@@ -32,7 +32,8 @@ from support import scenes  # noqa: E402
 from support.runs import read_config, read_log, today, versions  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
-PAGES = ("README.md", "experiments/README.md", "experiments/appendix.md", "experiments/final.md", "docs/sensitivity.md")
+PAGES = ("README.md", "experiments/README.md", "experiments/appendix.md", "experiments/final.md",
+         "experiments/photos.md", "docs/sensitivity.md")
 SEEDS = (42, 43, 44, 45, 46)
 RATES = (5e-4, 1e-3, 2e-3)                      # learning rates that every method may choose from
 SPLITS = ("test", "reasoning-test", "elsewhere-test", "pair-test")
@@ -748,6 +749,12 @@ def tables(results: Results) -> dict[str, str]:
         "sensitivity-paired": table(of["sensitivity"], REJECTING, against="visurf")}
 
 
+def all_tables() -> dict[str, str]:
+    """The tables of all pages, those of experiments/photos.py among them."""
+    from experiments import photos                  # which imports this file
+    return tables(read_results()) | photos.tables(photos.read("run"))
+
+
 def draw(results: Results, root: Path) -> None:
     """Every figure that there are results for, into the repository at root."""
     from experiments import figures
@@ -825,10 +832,12 @@ def main() -> None:
         parser.error(f"there is no experiment {', '.join(unknown)}")
     if args.what == "run":
         run(args.names or [*EXPERIMENTS], list(args.seeds), list(args.rates), args.jobs)
-    made = tables(read_results())
+    from experiments import photos                  # which imports this file
+    made = all_tables()
     for path in (ROOT / page for page in PAGES):
         path.write_text(fill(path.read_text(), made))
     draw(read_results(), ROOT)
+    photos.draw(ROOT)
     for name, text in made.items():
         print(f"{name}\n\n{text}\n")
 

@@ -131,11 +131,6 @@ def test_the_questions_beside_the_hypotheses_have_their_rows(results):
         "| rlvr, 4 | – | – | – | – | – | 0.500 ± 0.000 |", "| rlvr, 8 | – | – | – | – | – | 0.700 ± 0.248 |"]
 
 
-def test_the_page_is_what_the_results_say():
-    text = (plan.ROOT / "experiments/photos.md").read_text()
-    assert plan.fill(text, plan.tables(plan.read("run"))) == text, "python experiments/photos.py tables"
-
-
 def test_the_strata_of_a_base_by_hand():
     base = {"right": {"final": {"": "-08-1-7-4"}}}
     shares = [plan.BASE_COLUMNS[own](base) for own in ("dead", "hard", "mastered")]
