@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from support.verify_math import same_value
 
 WRAPPED = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|boldsymbol|mbox|ce)\s*\{([^{}]*)\}"
+# What math-verify reads as LaTeX alone: sin(x), √2, √(x+1), 2·3, ∞.
+SIGNS = ((r"(?<![\\A-Za-z])(sin|cos|tan|log|ln)(?=\s*[\d(])", r"\\\1"),
+         (r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])))", r"\\sqrt{\1\2}"),
+         (r"[·⋅](?![A-Za-z]{2})", r"\\cdot "), ("∞", r"\\infty "))
 RAISED, LOWERED, PARTS = "[⁰¹²³⁴-⁹⁺⁻]+", "[₀-₉]+", "[¼-¾⅐-⅞]"
 
 
@@ -26,6 +30,8 @@ def plain_value(text: str) -> str:
     for form, mark in ((RAISED, "^"), (LOWERED, "_")):
         text = re.sub(form, lambda digits: f"{mark}{{{usual(digits[0])}}}", text)
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), usual(text))
+    for pattern, latex in SIGNS:
+        text = re.sub(pattern, latex, text)
     text = re.sub(r"^(\\approx|≈)", "", text.strip().replace("−", "-")).strip()
     text = re.sub(r"(°|\^\{?\\circ\}?)$", "", text.removesuffix(".").strip()).strip()
     words = re.fullmatch(WRAPPED, text)
@@ -34,7 +40,8 @@ def plain_value(text: str) -> str:
 
 def letter_of(text: str) -> int | None:
     r"""Returns the number, from 0, of the choice whose letter a text names, or None: B, (B), B., B:
-    or "B. 4 cm", in LaTeX too (\text{B}, \textbf{(B)}, $B$).
+    or "B. 4 cm", in LaTeX too (\text{B}, \textbf{(B)}, $B$). What goes on
+    with another letter, as "(A) or (B)" does, names none.
 
     >>> letter_of("B"), letter_of(r"\textbf{(c)} 4 cm"), letter_of("Bees")
     (1, 2, None)
@@ -42,7 +49,8 @@ def letter_of(text: str) -> int | None:
     inner, text = None, text.replace("$", "").replace("**", "")
     while inner != text:                # a wrapping may hold another
         inner, text = text, re.sub(WRAPPED, r"\1", text)
-    letter = re.match(r"\s*\(?\s*([A-Za-z])\s*(?:[):]|\.(?![A-Za-z]\.?$)|$)", text)    # not a.m.
+    letter = re.match(r"\s*\(?\s*([A-Za-z])\s*(?:[):]|\.(?![A-Za-z]\.?$)|$)"    # not a.m.
+                      r"(?!\s*(?:or\b|and\b|[,/&])\s*\(?[A-Za-z]\b|\s*\([A-Za-z]\))", text)
     return ord(letter[1].upper()) - ord("A") if letter else None
 
 

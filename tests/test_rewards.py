@@ -26,7 +26,7 @@ from support import answers, cells, files, math_answers, verify_math
 from support.answers import (anls, answer_text, boxed, edit_distance, has_thinking_format, parse_boxes, parse_points,
                              relaxed_match, trailing_text)
 from support.boxes import iou_matrix
-from support.math_answers import math_equal
+from support.math_answers import letter_of, math_equal
 from support.mistakes import Mistake
 
 ERRORS = {"no_answer", "too_long", "too_deep", "bad_json", "not_a_list", "not_an_object", "no_bbox_2d", "no_point_2d",
@@ -782,7 +782,7 @@ WORDS = [       # told apart: as LaTeX most of them are the same product, or the
     (r"4\pi\text{ cm}", r"4\pi\text{ m}"), ("5 mm", "5 cm"), (r"5\text{ m}^2", r"5\text{ m}^3"), (r"5\text{ m}^2", "5 m"), ("3t", "3c"),
     (r"25^\circ\text{C}", r"25^\circ\text{F}"), ("60mph", "60 km/h"), ("5 mW", "5 MW"),
     ("7.30", "7:30"), ("7:30 pm", "19:30"), ("2:1", "1:2"), ("5 Dec", "Dec 5"), ("6/3/2020", "4/2/2020"), ("2020-04-03", "2020-03-04"),
-    ("102", "10²"), ("x^2", "x³"), ("5.5", "2½"), ("x2", "x²")]
+    ("102", "10²"), ("x^2", "x³"), ("5.5", "2½"), ("x2", "x²"), ("√3", r"\sqrt{2}"), ("√2", "2"), ("∞", r"-\infty"), ("tan shirt", "tan hirst")]
 SAME = [        # words up to case and form; units up to spelling; and formulas, which are none
     ("h2o", "H2O"), ("H_2O", r"\text{H}_2\text{O}"), ("H₂O", r"\mathrm{H_2O}"), ("CO2+H2O", "CO_2 + H_2O"), ("ДА", "Да."), ("GRÖSSER", "größer"),
     ("Cafe\u0301", "café"), ("route  66", "Route 66"), ("Dec. 5", "dec 5"), ("03/04/2020", "3/4/2020"), ("3RD", "3rd"), ("△ABC", r"\triangle ABC"),
@@ -791,7 +791,9 @@ SAME = [        # words up to case and form; units up to spelling; and formulas,
     ("x = 3", "3"), ("x=3 hours", "3 hours"), ("2x+1", "1+2x"), ("2yx", "2xy"), ("c+ba", "ab+c"), ("1+zyx", "xyz+1"), ("3x", r"x \cdot 3"),
     ("2+3i", "3i+2"), ("xy - 1", "-1+yx"), ("x-4", "-4+x"), (r"\pi 2", r"2\pi"), (r"2\sin(x)", r"2\sin x"), ("sqrt(2)", r"\sqrt{2}"),
     ("(-infinity, 3)", r"(-\infty, 3)"), ("2, 1", "1 and 2"), ("blue, red", "red, blue"), ("50 percent", r"50\%"), ("2:4", "1:2"),
-    ("x^2", "x²"), ("10⁻³", "0.001"), ("x_1", "x₁"), ("２５", "25"), ("٢٥", "25"), ("（1，2）", "(1,2)"), ("1½", r"\frac{3}{2}")]
+    ("x^2", "x²"), ("10⁻³", "0.001"), ("x_1", "x₁"), ("２５", "25"), ("٢٥", "25"), ("（1，2）", "(1,2)"), ("1½", r"\frac{3}{2}"),
+    ("√2", r"\sqrt{2}"), ("2√3/3", r"\frac{2\sqrt{3}}{3}"), ("√(x+1)", r"\sqrt{x+1}"), ("√2.5", r"\sqrt{2.5}"), ("5√2 cm", r"5\sqrt{2}"),
+    ("2·3", "6"), ("2sin(x)", r"2\sin x"), ("log 8", r"\log 8"), ("(−∞, 3)", r"(-\infty, 3)"), ("Tan shirt", "tan shirt"), ("√ RIGHT", "√ right")]
 
 
 @pytest.mark.parametrize("answer, truth, expected", [(*pair, False) for pair in WORDS] + [(*pair, True) for pair in SAME])
@@ -802,6 +804,14 @@ def test_words_units_and_formulas(answer, truth, expected):
 
 def test_an_abbreviation_is_no_letter_of_a_choice():
     assert not math_equal("a.m.", "3 pm", ["3 pm", "3 am"]) and math_equal("A. 3 pm", "3 pm", ["3 pm", "3 am"])
+
+
+def test_a_choice_of_two_letters_is_none():
+    """An answer that names several choices would be right too often."""
+    for hedge in ("(A) or (B)", "A) and B)", "(A), (B)", "(A)(B)", "(A) / B", r"\textbf{(A)} or \textbf{(B)}", "A. or B. or C."):
+        assert letter_of(hedge) is None and not math_equal(hedge, "3", ["3", "4"])
+    for answer in ("(A)", "A. x", "A) x = 3", "A. and so on", "**A.** an ox", "(A) orange"):
+        assert letter_of(answer) == 0
 
 
 def test_math_is_bounded_in_time():
