@@ -49,7 +49,8 @@ QUESTION = ("problem", "text", "question", "query", "prompt",     # the first th
 ANSWER = ("solution", "answer", "answers", "label")               # the only one that does,
 REPLY = ("completion", "response")                                # else the only one of these
 CHOICES = ("choices", "options")
-PICTURES = ("image", "images")      # "decoded_image" before both (MathVista), else the only column of image type
+# "decoded_image" before both (MathVista); else image_1, image_2 … (MMMU), or the only column of image type.
+PICTURES, NUMBERED = ("image", "images"), re.compile(r"image_?(\d+)")
 NAMES = ("id", "pid", "questionId")
 READ_TOGETHER = 16          # rows
 BAR_AFTER = 1.0             # seconds of opening a file
@@ -146,7 +147,19 @@ def picture_columns(names, typed: list[str], chosen: str | None) -> list[str]:
         return [chosen] if chosen in names else []
     if "decoded_image" in names:
         return ["decoded_image"]
-    return [name for name in PICTURES if name in names] or (typed if len(typed) == 1 else [])
+    numbered = sorted(filter(NUMBERED.fullmatch, names), key=lambda name: int(NUMBERED.fullmatch(name)[1]))
+    return [name for name in PICTURES if name in names] or numbered or (typed if len(typed) == 1 else [])
+
+
+def as_cells(values: dict[str, object]) -> list:
+    """Returns the cells of a row's columns of pictures, one a column. Several numbered ones are one list, up to
+    the last that holds something."""
+    cells = list(values.values())
+    if len(cells) < 2 or not any(map(NUMBERED.fullmatch, values)):
+        return cells
+    while cells and cells[-1] is None:
+        cells.pop()
+    return [cells]
 
 
 def columns_read(columns: dict[str, str]) -> set[str]:
@@ -191,7 +204,7 @@ class JsonlFile:
                 continue
             found = picture_columns(row, [], self.columns.get("image"))
             missing = f"the column {self.columns.get('image', 'image')} is missing; null means that there is none"
-            yield number, row if found else missing, [row[name] for name in found]
+            yield number, row if found else missing, as_cells({name: row[name] for name in found})
 
     def heavy(self, number: int) -> tuple[list, object]:
         return [], None         # a row's path is kept when it is checked
@@ -262,14 +275,15 @@ class ArrowTable:
                 try:
                     row = {name: in_python(part.column(name)[i]) for name in self.texts}
                     row |= {name: names.get(row[name]) for name, names in self.classes.items() if name in row}
-                    yield start + i + 1, row, [in_python(part.column(name)[i]) for name in self.pictures]
+                    pictures = {name: in_python(part.column(name)[i]) for name in self.pictures}
+                    yield start + i + 1, row, as_cells(pictures)
                 except (ValueError, OverflowError) as error:      # text that is not UTF-8, a date out of range
                     yield start + i + 1, f"it cannot be read ({reason_of(error)})", []
 
     def heavy(self, number: int) -> tuple[list, object]:
         """Returns the picture cells of a row, and its mask."""
         row = self.part(number - 1, number)
-        return ([in_python(row.column(name)[0]) for name in self.pictures],
+        return (as_cells({name: in_python(row.column(name)[0]) for name in self.pictures}),
                 row.column("mask")[0].as_py() if self.has_masks else None)
 
 

@@ -690,8 +690,8 @@ LAYOUTS = {     # row, --task, --columns → question and answer
                            "question=ask,answer=truth,image=picture", ("How many?", "3")),
     "a worked solution": ({"image": IMAGE, "problem": "How many?", "solution": r"1+2, so \boxed{3}"}, "math", "",
                           ("How many?", "3")),
-    "MMMU": ({"image": IMAGE, "question": "Which?", "options": "['red', 'blue']", "answer": "B"}, "math", "",
-             ("Which?\nChoices:\n(A) red\n(B) blue", '{"answer": "blue", "choices": ["red", "blue"]}')),
+    "MMMU": ({"image_1": IMAGE, "image_2": None, "question": "<image 1> Which?", "options": "['red', 'blue']", "answer": "B"}, "math", "",
+             ("<image 1> Which?\nChoices:\n(A) red\n(B) blue", '{"answer": "blue", "choices": ["red", "blue"]}')),
     "VQAv2": ({"image": IMAGE, "question": "Is it?", "answers": [{"answer": "no"}, {"answer": "yes"}, {"answer": "yes"}]},
               "vqa", "", ("Is it?", '["yes", "no"]'))}
 
@@ -1016,6 +1016,26 @@ def test_pictures_stand_at_the_marks_of_the_question(tmp_path, kind, question, n
 def test_several_pictures_that_cannot_be(tmp_path, kind, question, names, reason):
     with pytest.raises(BadRow, match=f"row 1( .id 1.)?: {reason}"):
         assert load(row_of(tmp_path, question, names, kind))[0]
+
+
+@pytest.mark.parametrize("kind", ["lines", "parquet"])
+def test_numbered_columns_of_pictures_are_one_list(tmp_path, kind):
+    """image_2 before image_10; nulls behind the last are none, a null before it is a mistake."""
+    def row(**names: str | None) -> str:
+        cells = {name: own and (f"{own}.png" if kind == "lines" else {"bytes": PICTURES[own], "path": None}) for name, own in names.items()}
+        for own in "ab":
+            (tmp_path / f"{own}.png").write_bytes(PICTURES[own])
+        asked = {"problem": "Is <image 2> in <image 1>?", "solution": "5", "task": "vqa"}
+        full = {**dict.fromkeys(names, cells["image_2"]), **asked}                  # so that each column has its type
+        return write(tmp_path, asked | cells) if kind == "lines" else parquet_of(tmp_path, asked | cells, full)
+
+    [first, second] = load(row(image_10=None, image_2="b", image_1="a"))[0].images
+    assert (first.size, second.size) == ((56, 28), (28, 112))
+    assert [image.size for image in load(row(image_10="b", image_2="a", image_9="a"))[0].images] == [(56, 28), (56, 28), (28, 112)]
+    with pytest.raises(BadRow, match="row 1: picture 1 of 2: the picture is null"):
+        load(row(image_1=None, image_2="b"))
+    with pytest.raises(BadRow, match="row 1: the question names <image 2>, which no picture of the row fills; it has 1"):
+        load(row(image_2="b", image_3=None))
 
 
 def test_one_of_several_pictures_that_changed(tmp_path):
