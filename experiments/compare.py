@@ -19,10 +19,16 @@ def evaluated_on(run: Path) -> str:
     return f"the first {config.get('eval_examples')} of {config.get('eval_data')}"
 
 
+def names_of(runs: list[Path]) -> dict[Path, str]:
+    """Names each run by its folder's name, or by the whole path where several have the same."""
+    names = [run.name for run in runs]
+    return {run: run.name if names.count(run.name) == 1 else str(run) for run in runs}
+
+
 def compare(runs: list[Path]) -> str:
     """Returns a table with one column a run: steps, seconds of all steps, and every metric of the
     last evaluation that a run has."""
-    series = {run.name: read_metrics(run) for run in runs}
+    series = {name: read_metrics(run) for run, name in names_of(runs).items()}
     rows: dict[str, dict[str, str]] = {}
     for name, metrics in series.items():
         if "step" in metrics:
@@ -47,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", default="compare.png", help="the picture")
     args = parser.parse_args()
     print(compare(args.runs))
-    examples = {run.name: evaluated_on(run) for run in args.runs}
+    examples = {name: evaluated_on(run) for run, name in names_of(args.runs).items()}
     if len(set(examples.values())) > 1:
         print("not the same examples were evaluated: " + "; ".join(f"{run}: {what}" for run, what in examples.items()))
     draw_curves(args.runs, Path(args.out))

@@ -155,8 +155,8 @@ def test_a_run_without_evaluations_has_curves_too(tmp_path):
 
 
 def test_runs_evaluated_on_different_examples_are_not_compared_without_a_word(tmp_path):
-    for name, count in (("a", 192), ("b", 64)):
-        (tmp_path / name).mkdir()
+    for name, count in (("a", 192), ("b", 64), ("there/a", 8)):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval": {"T-acc": 0.5, "gIoU": None}}) + "\n")
         config = {"config": {"eval_data": "scenes:val", "eval_examples": count}}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -164,6 +164,8 @@ def test_runs_evaluated_on_different_examples_are_not_compared_without_a_word(tm
     assert "steps" not in output and "seconds" not in output          # neither has any
     assert "not the same examples were evaluated: a: the first 192 of scenes:val; b: the first 64" in output
     assert "gIoU" not in output
+    _, output = run_script(ROOT / "experiments/compare.py", "a", "there/a", folder=tmp_path)      # of the same name
+    assert output.split()[:2] == ["a", "there/a"] and "a: the first 192 of scenes:val; there/a: the first 8" in output
 
 
 def test_a_cell_is_as_high_as_its_text(tmp_path):
