@@ -53,7 +53,8 @@ from support.ranks import gather_json, leave_ranks, start_ranks
 from support.results import default_folder, read_finished, results_folder
 from support.runs import lock, precision_of
 from support.screen import say
-from support.sources import Example, noticed, read, stat_of
+from support.sources import Example, noticed, read
+from support.tables import stat_of
 from support.weights import local_folder
 
 # What the table shows: without --benchmark, and with one (task of rows that do not name theirs,

@@ -25,7 +25,7 @@ from tokenizers import normalizers
 import rewards
 import train
 from data import Processor, Response, load, pack_group
-from support import sources
+from support import sources, tables
 from support.cells import read_plain
 from support.images import open_image
 from support.sources import BadRow, Example, noticed, order, read, take
@@ -90,7 +90,7 @@ EXPECTED = [(f"r{i}", f"the cup {i}", json.dumps([BOX] if i % 2 else []), "groun
 
 @pytest.mark.parametrize("row_group", [1, 2, 5])
 def test_parquet_in_any_order(tmp_path, row_group, monkeypatch):
-    monkeypatch.setattr(sources, "READ_TOGETHER", 2)
+    monkeypatch.setattr(tables, "READ_TOGETHER", 2)
     source = load(write_parquet(tmp_path / "a.parquet", [train_row(i) for i in range(5)], row_group_size=row_group),
                   "grounding")
     assert summary(source) == EXPECTED
