@@ -43,10 +43,15 @@ def test_the_model_knows_nothing_of_faster_products():
 
 def test_links_of_the_pages_lead_somewhere():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*.md"), *ROOT.glob("experiments/*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
+    links = [(page, *link) for page in pages for link in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text())]
     assert len(links) > 10
-    for page, link in links:
-        assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+    for page, link, heading in links:
+        there = page.parent / link if link else page
+        assert link.startswith("https://") or there.exists(), f"{page.name}: {link}"
+        if heading and not link.startswith("https://"):
+            of_page = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                       for title in re.findall("^#+ (.+)$", there.read_text(), re.M)]
+            assert heading in of_page, f"{page.name}: {link} has no heading #{heading}"
 
 
 def test_the_tests_that_the_pages_name_exist():
