@@ -178,7 +178,8 @@ class Config:
     keep: int = option(2, "output", "how many checkpoints stay, the newest (0: all)", least=0,
                        resumable=True)
     keep_best: str = option("", "output", "metric of the evaluations, such as T-acc, whose best checkpoint stays, too",
-                            ("", *summarise([])), resumable=True)
+                            ("", *(name for name in summarise([]) if not name.startswith(      # where less is better
+                                ("unreadable", "trailing", "length", "examples")))), resumable=True)
 
     @property
     def G(self) -> int:

@@ -74,6 +74,11 @@ def check_same(cfg, state: dict, fingerprint: str, rank: int, device) -> None:
     state.update(data=fingerprint, base=base)
 
 
+def examples_of(cfg) -> str:
+    """Names what is evaluated."""
+    return f"{cfg.eval_data}, first {cfg.eval_examples}"
+
+
 def best_of(history: dict[str, dict], metric: str) -> int | None:
     """Returns the step of the evaluation that was the first to be best by the metric, if any has
     it."""
@@ -152,7 +157,11 @@ class Run:
         self.signals = stop_signals("" if self.rank else "stopping: the step at work is left, and what "
                                     "is complete is saved")
         lines, _ = read_log(self.folder)
-        self.history = {f"step {line['step']}": line["eval"] for line in lines if "eval" in line}
+        evaluated = [line for line in lines if "eval" in line]
+        if evaluated and cfg.eval_data and (of := evaluated[-1].get("of", examples_of(cfg))) != examples_of(cfg):
+            self.say(f"the evaluations so far were of {of}: the table, the curves and --keep-best begin anew")
+            evaluated = []
+        self.history = {f"step {line['step']}": line["eval"] for line in evaluated}
         if rates := [line["lr"] for line in lines if "lr" in line][-1:]:
             now, then = (cfg.lr * share_of_lr(cfg, step) for step in (self.step, self.step - 1))
             if not 0.5 < then / max(rates[0], 1e-30) < 2:
@@ -209,7 +218,9 @@ class Run:
     def remove_old_checkpoints(self) -> None:
         """Leaves what --keep and --keep-best say."""
         if self.rank == 0 and self.saved == self.step and self.folder.name:
-            keep_newest(self.folder, self.cfg.keep, best_of(self.history, self.cfg.keep_best))
+            stored = {f"step {step}" for step in checkpoints(self.folder)}        # not the step 0 of the evaluations
+            keep_newest(self.folder, self.cfg.keep, best_of(
+                {title: metrics for title, metrics in self.history.items() if title in stored}, self.cfg.keep_best))
 
     # ----------------------------------------------------------------------------------------------
     # Signals: one on any rank stops all
@@ -300,7 +311,7 @@ class Run:
 
     def end_evaluation(self, metrics: dict) -> None:
         self.history[f"step {self.step}"] = metrics
-        self.log({"step": self.step, "eval": metrics})
+        self.log({"step": self.step, "of": examples_of(self.cfg), "eval": metrics})
         give_memory_back()
 
     def last_saved(self) -> str:

@@ -140,8 +140,9 @@ def check_ours(run: Path) -> None:
 
 
 def read_log(run: Path) -> tuple[list[dict], int]:
-    """Returns the records of metrics.jsonl by today's names, none before the first step; and how
-    many of its lines hold none (cut off by a full disk or a crash of the machine)."""
+    """Returns the records of metrics.jsonl by today's names, none before the first step and no
+    evaluation of other examples than the last one's ("of"); and how many of its lines hold none
+    (cut off by a full disk or a crash of the machine)."""
     def number(value) -> bool:
         return type(value) in (int, float)
 
@@ -152,6 +153,8 @@ def read_log(run: Path) -> tuple[list[dict], int]:
     def named(values: dict) -> dict:
         return {today(name): value for name, value in values.items()}
     lines, damaged = read_lines(run / "metrics.jsonl", fits)
+    of = next((line.get("of") for line in reversed(lines) if "eval" in line), None)
+    lines = [line for line in lines if "eval" not in line or line.get("of", of) == of]
     return [named({**line, "eval": named(line["eval"])} if "eval" in line else line)
             for line in lines], damaged
 

@@ -19,7 +19,7 @@ from eval import summarise
 from support import checkpoints, files, runs
 from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_later_aside, sound_checkpoint
 from support.mistakes import Mistake
-from support.run import best_of
+from support.run import Run, best_of
 from support.runs import lock, read_log, run_and_step
 from support.weights import local_folder
 from test_train import ROOT, SMALL, lines, run_train, start_train
@@ -378,8 +378,18 @@ def test_retention(run):
         assert best_of(history, metric) == (None if best is None else int(best))
     assert "T-acc" in summarise([])
     train.parse_config(["--keep-best", "T-acc"])
-    with pytest.raises(Mistake, match="invalid choice: 'T-ac'"):
-        train.parse_config(["--keep-best", "T-ac"])
+    for name in ("T-ac", "unreadable"):
+        with pytest.raises(Mistake, match=f"invalid choice: '{name}'"):
+            train.parse_config(["--keep-best", name])
+
+
+def test_the_best_that_has_a_checkpoint_stays(run):
+    """Step 0 has none, nor has a step that is evaluated and not saved."""
+    book = Run(train.Config(keep=1, keep_best="boxes"), 0, 1, torch.device("cpu"), dict(checkpoints.FIRST, step=3))
+    book.folder, book.history = run, {f"step {step}": {"boxes": value} for step, value in (
+        (0, 0.9), (1, 0.4), (2, 0.5), (3, 0.3), (7, 0.8))}
+    book.remove_old_checkpoints()
+    assert list(checkpoints.checkpoints(run)) == [2, 3]
 
 
 def test_a_run_goes_on_when_the_checkpoint_that_it_began_from_is_gone(run):

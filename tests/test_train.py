@@ -40,6 +40,7 @@ from support.mistakes import Mistake
 from support.optimizers import make_optimizers
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.run import Run
+from support.runs import read_log
 from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -763,6 +764,10 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     assert code == 0 and (run / "metrics.jsonl").read_text() == text and "is finished" not in output, output
     code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
     assert code == 0 and "is finished: it has its 2 steps" in output, output
+    code, output = run_train(tmp_path, "--resume", "runs/a", "--steps", "3", "--eval-data", "scenes:train", "--eval-examples", "4")
+    assert code == 0 and "the evaluations so far were of scenes:val, first 6: the table, the curves and --keep-best begin anew" in output
+    assert re.search("scenes:train, first 4:\n +step 3\n", output), output
+    assert (run / "metrics.jsonl").read_text().startswith(text) and [line["step"] for line in read_log(run)[0] if "eval" in line] == [3]
 
 
 def test_dry_run_reports_and_writes_nothing(tmp_path):
