@@ -321,6 +321,8 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
     else:
         value, record.error = guarded(task.metric, example.task, response, prompt.answer)
         record.score = value or 0.0
+        if not value and not record.error:
+            record.error = score(example.task, response, prompt.answer).error
     return record
 
 

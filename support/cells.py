@@ -7,6 +7,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
+from decimal import Decimal
 
 from support.answers import MAX_CHARACTERS, MAX_DEPTH, boxed, final_text, numbers, parse_json
 from support.boxes import centre
@@ -72,7 +73,7 @@ def scalar_text(value, what: str = "answer") -> str:
     if isinstance(value, str):
         text = unicodedata.normalize("NFC", value).strip()
     else:
-        text = repr(int(value) if value == int(value) else value)
+        text = format(Decimal(repr(int(value) if value == int(value) else value)), "f")     # no 1e-05
     if not 0 < len(text) <= MAX_CHARACTERS:
         wrong = f"has more than {MAX_CHARACTERS:,} characters" if text else "is empty"
         raise ValueError(f"the {what} {wrong}")
@@ -248,6 +249,8 @@ def read_math(value, choices) -> str:
         value, choices = value.get("answer"), choices or value.get("choices")
     if not choices:
         text = unboxed(bare(scalar_text(value)))
+        if isinstance(several := listed(text), list) and any(isinstance(one, str) for one in several):
+            raise ValueError(f"the answer is a list of texts, {text:.100}; the task vqa has several answers, math one")
         if text.startswith('{"answer"'):        # which would be read as JSON with choices
             raise ValueError(f"the answer is a record: {text[:100]!r}; it must be text or a number")
         return text

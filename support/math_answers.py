@@ -32,6 +32,7 @@ def plain_value(text: str) -> str:
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), usual(text))
     for pattern, latex in SIGNS:
         text = re.sub(pattern, latex, text)
+    text = re.sub(r"^\s*([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)(?=\s|$)", r"\1\\times 10^{\2}", text)
     text = re.sub(r"^(\\approx|≈)", "", text.strip().replace("−", "-")).strip()
     text = re.sub(r"(°|\^\{?\\circ\}?)$", "", text.removesuffix(".").strip()).strip()
     words = re.fullmatch(WRAPPED, text)
@@ -50,7 +51,7 @@ def letter_of(text: str) -> int | None:
     while inner != text:                # a wrapping may hold another
         inner, text = text, re.sub(WRAPPED, r"\1", text)
     letter = re.match(r"\s*\(?\s*([A-Za-z])\s*(?:[):]|\.(?![A-Za-z]\.?$)|$)"    # not a.m.
-                      r"(?!\s*(?:or\b|and\b|[,/&])\s*\(?[A-Za-z]\b|\s*\([A-Za-z]\))", text)
+                      r"(?!\s*(?:or\b|and\b|[,/&])\s*\(?[A-Za-z]\b|\s*\(?[A-Za-z]\))", text)
     return ord(letter[1].upper()) - ord("A") if letter else None
 
 
@@ -62,7 +63,8 @@ UNITS = {name: names.split()[0] for names in (
     "km kilometer kilometre", "in inche", "ft foot feet", "yd yard", "mi mile", "mg milligram",
     "g gram gm", "kg kilogram kilo", "lb pound", "oz ounce", "ml milliliter millilitre",
     "L l liter litre", "deg degree", "sq square", "cu cubic", "/ per", "mi/h mph",
-    "km/h kmh kmph kph", "st", "nd", "rd", "th") for name in names.split()}
+    "km/h kmh kmph kph", "st", "nd", "rd", "th", "unit", "N newton", "J joule", "W watt", "kW kilowatt", "V volt",
+    "A amp ampere", "Hz hertz", "Pa pascal", "K kelvin", "C celsius", "F fahrenheit") for name in names.split()}
 
 
 def unit_name(word: str) -> str:
@@ -80,7 +82,7 @@ def quantity(text: str) -> tuple[str, str] | None:
     >>> quantity("7:30 p.m."), quantity("2 cm^2"), quantity("3yx"), quantity("2+3i")
     (('7:30', 'pm'), ('2', 'sqcm'), ('3', 'xy'), None)
     """
-    found = re.fullmatch(rf"(.*(?:[\d)}}\]%]|\\pi))(°?\s*)({LETTER}(?:{LETTER}|[\s./'])*?)"
+    found = re.fullmatch(rf"(.*(?:[\d)}}\]%]|\\pi))(\s*°?\s*)({LETTER}(?:{LETTER}|[\s./'])*?)"
                          r"(?:\^\{?([23])\}?)?", text)
     if not found or is_words(found[1]):
         return None
@@ -133,6 +135,8 @@ def math_equal(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
     letters, which commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here). Lists
     have no order."""
     at = letter_of(answer)
+    if not choices and at is not None and re.fullmatch(r"\(?[A-Z][).]?", truth.strip()) and answer.strip()[1:2]:
+        return at == letter_of(truth)       # the choices stand in the question
     if answer.strip() not in choices and at is not None and at < len(choices):
         answer = choices[at]
     if answer.strip() == truth.strip():
@@ -148,4 +152,9 @@ def math_equal(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
         return sorted(a.split(",")) == sorted(b.split(","))
     if one and other:
         return one[1] == other[1] and (one[0] == other[0] or same_value(one[0], other[0]))
+    if found := one or other:           # the unit of one alone does not count
+        (value, unit), line, number = found, lines[0] if one else lines[1], b if one else a
+        apart, known = line.removeprefix(value)[:1] in " °", re.sub("^(sq|cu)", "", unit) in UNITS.values()
+        if apart and (known or len(unit) > 2) or known and len(unit) > 1:
+            return same_value(value, number)
     return a == b or same_value(a, b)

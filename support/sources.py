@@ -41,7 +41,7 @@ from support.images import MARK, each, marked, open_image, picture_size, picture
 from support.mistakes import Mistake
 from support.screen import clean, one_line, say
 from support.tables import (ANSWER, AS_LINES, CHOICES, NAMES, PICTURES, QUESTION, REPLY, ArrowTable, JsonlFile,
-                            columns_read, holds_media, listed_in, reason_of, stat_of)
+                            columns_read, holds_media, lettered, listed_in, reason_of, stat_of)
 
 BAR_AFTER = 1.0             # seconds of opening a file
 MAX_README = 1_000_000      # bytes of a README.md that declares configurations
@@ -182,7 +182,10 @@ def light_example(row: dict, number: int, task: str, columns: dict[str, str], ha
     if value is None and not has_masks:
         known = columns.get("answer") or ", ".join((*ANSWER, *REPLY, "bbox"))
         raise ValueError(f"no answer: none of the columns {known} holds one, nor a turn of the assistant in a chat")
-    choices = lookup(row, listed[0]) if (listed := chosen("choices", CHOICES)) else None
+    offered = chosen("choices", CHOICES)
+    choices = lookup(row, offered[0]) if offered else {} if "choices" in columns else lettered(row)
+    if isinstance(choices, str) and choices.strip() == "[]":        # an open question of MMMU
+        choices = None
     try:
         if value is not None and has_boxes and box_format == "xywh":
             value = [item | {"bbox_2d": as_corners(item["bbox_2d"])} for item in items_in(value)]
@@ -196,7 +199,7 @@ def light_example(row: dict, number: int, task: str, columns: dict[str, str], ha
     options = "\nChoices:" * bool(choices) + "".join(f"\n({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(
         json.loads(answer)["choices"] if choices else ()))
     thought = text("thought")
-    for column, held_text in ((asked[0], question), (asked[0], system), ((listed or [""])[0], options),
+    for column, held_text in ((asked[0], question), (asked[0], system), ((offered or [""])[0], options),
                               ((names or ["image_id"])[0], name), ("thought", thought)):
         if len(held_text) > rules.longest:
             raise ValueError(f"the column {column!r} holds {len(held_text):,} characters, more than {rules.longest:,}")

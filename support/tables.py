@@ -5,8 +5,10 @@ Each file yields its rows once, the pictures unread, and the pictures and masks 
 numbers.
 """
 import contextlib
+import itertools
 import os
 import re
+import string
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ QUESTION = ("problem", "text", "question", "query", "prompt",     # the first th
 ANSWER = ("solution", "answer", "answers", "label")               # the only one that does,
 REPLY = ("completion", "response")                                # else the only one of these
 CHOICES = ("choices", "options")
+LETTERED = ("{}", "choice_{}", "option_{}")                       # else a column a letter: A, B …; choice_a, choice_b …
 # "decoded_image" before both (MathVista); else image_1, image_2 … (MMMU), or the only column of image type.
 PICTURES, NUMBERED = ("image", "images"), re.compile(r"image_?(\d+)")
 NAMES = ("id", "pid", "questionId")
@@ -54,8 +57,9 @@ def as_cells(values: dict[str, object]) -> list:
 
 def columns_read(columns: dict[str, str]) -> set[str]:
     """Returns the names of all columns that texts are read from."""
-    return {*QUESTION, *ANSWER, *REPLY, *CHOICES, *NAMES, "bbox", "task", "system", "objects", "history", "thought",
-            "image_id", "ann_id", *columns.values(), *(name.split(".")[0] for name in columns.values())}
+    letters = {form.format(letter) for form in LETTERED for letter in string.ascii_letters}
+    return {*QUESTION, *ANSWER, *REPLY, *CHOICES, *letters, *NAMES, "bbox", "task", "system", "objects", "history",
+            "thought", "image_id", "ann_id", *columns.values(), *(name.split(".")[0] for name in columns.values())}
 
 
 def holds_media(name: str, cell, meant: bool = False) -> bool:
@@ -67,6 +71,17 @@ def holds_media(name: str, cell, meant: bool = False) -> bool:
     if isinstance(cell, list):
         return any(holds_media("", part, meant) for part in cell)
     return meant and cell not in (None, "", False) or isinstance(cell, str) and bool(MEDIA_FILE.fullmatch(cell))
+
+
+def lettered(row: dict) -> dict[str, object]:
+    """Returns the choices that stand in columns of their own, by their letters: two or more from A, without a gap."""
+    for form in LETTERED:
+        for letters in (string.ascii_uppercase, string.ascii_lowercase * (form != "{}")):
+            cells = itertools.takewhile(lambda cell: cell[1] not in (None, ""),
+                                        ((letter.upper(), row.get(form.format(letter))) for letter in letters))
+            if len(found := dict(cells)) > 1:
+                return found
+    return {}
 
 
 class JsonlFile:

@@ -50,6 +50,14 @@ def test_an_answer_is_judged_in_the_frame_the_model_saw_and_reported_in_the_pict
     assert evaluation.judge(prompt, "<think>hm</think> <answer>[1]</answer>", 5).error == "not_an_object"
 
 
+@pytest.mark.parametrize("response, score, error", [
+    (r"<think>2+2</think>\boxed{4}", 1.0, None), (r"\boxed{5}", 0.0, None), ("four it is, and no box", 0.0, "no_boxed")])
+def test_an_answer_without_a_box_is_unreadable(response, score, error):
+    prompt = Processor("assets/tiny").prompt(Example("a", (), "2+2?", "4", "scene_math"))
+    judged = evaluation.judge(prompt, response, 5)
+    assert (judged.score, judged.error) == (score, error) and evaluation.summarise([judged])["unreadable"] == (error is not None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 

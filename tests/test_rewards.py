@@ -593,7 +593,7 @@ def test_labels_of_a_task_that_says_nothing_of_them():
     ("math", "A", [str(i) for i in range(27)], "at most 26"), ("math", "A", ["red", " "], "choice B is empty"),
     ("vqa", "A", TEXTS, "knows no choices"), ("docvqa", "A", TEXTS, "no choices"),
     ("grounding", "[]", TEXTS, "choices"),
-    ("math", None, None, "null"), ("math", [1, 2], None, "list"), ("math", float("nan"), None, "nan"),
+    ("math", None, None, "null"), ("math", [1, 2], None, "list"), ("math", "['24/7', '3.429']", None, "the task vqa has several answers"), ("math", float("nan"), None, "nan"),
     ("math", "<answer>5", None, "without its other half"), ("vqa", "5</answer>", None, "other half"),
     ("vqa", [], None, "list of accepted answers is empty"), ("vqa", "[]", None, "empty"),
     *(("math", value, None, "the answer is a record") for value in (
@@ -631,7 +631,8 @@ def test_accepted_answers_as_data_sets_have_them(value, first, right):
 
 
 @pytest.mark.parametrize("value, expected", [
-    (5, "5"), (r"\boxed{5}", "5"), ("$x^2$", "x^2"), (r"First 2+3. So \boxed{5}.", "5"), ("<answer>$5$</answer>", "5"),
+    (5, "5"), (0.00001, "0.00001"), (2.5e-7, "0.00000025"), (1e20, "1" + "0" * 20), ("[1, 2]", "[1, 2]"),
+    (r"\boxed{5}", "5"), ("$x^2$", "x^2"), (r"First 2+3. So \boxed{5}.", "5"), ("<answer>$5$</answer>", "5"),
     ('{"answer": "4", "choices": ["3", "4"]}', '{"answer": "4", "choices": ["3", "4"]}'), (["5"], "5"), ([['{"answer": "5"}']], "5")])
 def test_math_labels_as_data_sets_have_them(value, expected):
     assert read_label("math", value) == expected
@@ -782,7 +783,8 @@ WORDS = [       # told apart: as LaTeX most of them are the same product, or the
     (r"4\pi\text{ cm}", r"4\pi\text{ m}"), ("5 mm", "5 cm"), (r"5\text{ m}^2", r"5\text{ m}^3"), (r"5\text{ m}^2", "5 m"), ("3t", "3c"),
     (r"25^\circ\text{C}", r"25^\circ\text{F}"), ("60mph", "60 km/h"), ("5 mW", "5 MW"),
     ("7.30", "7:30"), ("7:30 pm", "19:30"), ("2:1", "1:2"), ("5 Dec", "Dec 5"), ("6/3/2020", "4/2/2020"), ("2020-04-03", "2020-03-04"),
-    ("102", "10²"), ("x^2", "x³"), ("5.5", "2½"), ("x2", "x²"), ("√3", r"\sqrt{2}"), ("√2", "2"), ("∞", r"-\infty"), ("tan shirt", "tan hirst")]
+    ("102", "10²"), ("x^2", "x³"), ("5.5", "2½"), ("x2", "x²"), ("√3", r"\sqrt{2}"), ("√2", "2"), ("∞", r"-\infty"), ("tan shirt", "tan hirst"),
+    ("5x", "5"), ("5 x", "5"), ("3xyz", "3"), ("4x m", "4"), ("6 cm^2", "7"), ("25 N", "25 J"), ("1e3", "100")]
 SAME = [        # words up to case and form; units up to spelling; and formulas, which are none
     ("h2o", "H2O"), ("H_2O", r"\text{H}_2\text{O}"), ("H₂O", r"\mathrm{H_2O}"), ("CO2+H2O", "CO_2 + H_2O"), ("ДА", "Да."), ("GRÖSSER", "größer"),
     ("Cafe\u0301", "café"), ("route  66", "Route 66"), ("Dec. 5", "dec 5"), ("03/04/2020", "3/4/2020"), ("3RD", "3rd"), ("△ABC", r"\triangle ABC"),
@@ -793,7 +795,9 @@ SAME = [        # words up to case and form; units up to spelling; and formulas,
     ("(-infinity, 3)", r"(-\infty, 3)"), ("2, 1", "1 and 2"), ("blue, red", "red, blue"), ("50 percent", r"50\%"), ("2:4", "1:2"),
     ("x^2", "x²"), ("10⁻³", "0.001"), ("x_1", "x₁"), ("２５", "25"), ("٢٥", "25"), ("（1，2）", "(1,2)"), ("1½", r"\frac{3}{2}"),
     ("√2", r"\sqrt{2}"), ("2√3/3", r"\frac{2\sqrt{3}}{3}"), ("√(x+1)", r"\sqrt{x+1}"), ("√2.5", r"\sqrt{2.5}"), ("5√2 cm", r"5\sqrt{2}"),
-    ("2·3", "6"), ("2sin(x)", r"2\sin x"), ("log 8", r"\log 8"), ("(−∞, 3)", r"(-\infty, 3)"), ("Tan shirt", "tan shirt"), ("√ RIGHT", "√ right")]
+    ("2·3", "6"), ("2sin(x)", r"2\sin x"), ("log 8", r"\log 8"), ("(−∞, 3)", r"(-\infty, 3)"), ("Tan shirt", "tan shirt"), ("√ RIGHT", "√ right"),
+    ("100 cm^2", "100"), ("100 m²", "100"), ("25 N", "25"), ("100 °C", "100"), ("100°C", "100"), ("25 dollars", "25"), ("3+4 cm", "7"),
+    ("25 N", "25 newtons"), ("1.5e3", "1500"), ("3e8", r"3 \times 10^8"), ("1e-5", "10^{-5}"), ("-2E2 m", "-200")]
 
 
 @pytest.mark.parametrize("answer, truth, expected", [(*pair, False) for pair in WORDS] + [(*pair, True) for pair in SAME])
@@ -810,8 +814,16 @@ def test_a_choice_of_two_letters_is_none():
     """An answer that names several choices would be right too often."""
     for hedge in ("(A) or (B)", "A) and B)", "(A), (B)", "(A)(B)", "(A) / B", r"\textbf{(A)} or \textbf{(B)}", "A. or B. or C."):
         assert letter_of(hedge) is None and not math_equal(hedge, "3", ["3", "4"])
+    for hedge in ("A) B) C)", "(A) (B)", "A or B"):
+        assert not math_equal(hedge, "A") and not math_equal(hedge, "B")
     for answer in ("(A)", "A. x", "A) x = 3", "A. and so on", "**A.** an ox", "(A) orange"):
         assert letter_of(answer) == 0
+
+
+def test_a_letter_is_an_answer_where_the_choices_stand_in_the_question():
+    for answer in ("C", "(C)", "C.", "C. 4 cm", "(C) 4", "C: 4", r"\text{C) 4}"):
+        assert math_equal(answer, "C") and math_equal(answer, "(C)") and not math_equal(answer, "D"), answer
+    assert not math_equal("C = 4", "C") and not math_equal("CD", "C") and not math_equal("C'", "C")
 
 
 def test_math_is_bounded_in_time():

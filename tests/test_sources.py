@@ -692,6 +692,12 @@ LAYOUTS = {     # row, --task, --columns → question and answer
                           ("How many?", "3")),
     "MMMU": ({"image_1": IMAGE, "image_2": None, "question": "<image 1> Which?", "options": "['red', 'blue']", "answer": "B"}, "math", "",
              ("<image 1> Which?\nChoices:\n(A) red\n(B) blue", '{"answer": "blue", "choices": ["red", "blue"]}')),
+    "MMMU, open": ({"image_1": IMAGE, "question": "How many?", "options": "[]", "answer": "3"}, "math", "", ("How many?", "3")),
+    "MMBench": ({"image": IMAGE, "question": "Which?", "A": "red", "B": "blue", "C": None, "D": None, "answer": "B"}, "math", "",
+                ("Which?\nChoices:\n(A) red\n(B) blue", '{"answer": "blue", "choices": ["red", "blue"]}')),
+    "SEED-Bench": ({"image": [IMAGE], "question": "Which?", "choice_a": "red", "choice_b": "blue", "answer": "A"}, "math", "",
+                   ("Which?\nChoices:\n(A) red\n(B) blue", '{"answer": "red", "choices": ["red", "blue"]}')),
+    "a small number": ({"image": IMAGE, "question": "How far?", "answer": 0.00001}, "math", "", ("How far?", "0.00001")),
     "VQAv2": ({"image": IMAGE, "question": "Is it?", "answers": [{"answer": "no"}, {"answer": "yes"}, {"answer": "yes"}]},
               "vqa", "", ("Is it?", '["yes", "no"]'))}
 
