@@ -118,6 +118,8 @@ class Options:
             raise Mistake("--question needs the picture that it is about: --image FILE")
         if self.question is not None and not self.question.strip():
             raise Mistake("--question is empty: ask something, or leave it out to be asked for questions")
+        if self.image and self.out and Path(self.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            raise Mistake(f"--out {self.out}: with --image the answer is drawn; give a file such as answer.png")
 
 
 # The words of the built-in world's questions.

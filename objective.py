@@ -83,15 +83,15 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
         gain = gain - cfg.kl * kl_k3(logp, ref_logp)
     if cfg.entropy_bonus:
         gain = gain + cfg.entropy_bonus * entropy
-    logged = logged_of_loss(method, logp=logp, sampled_logp=sampled_logp, entropy=entropy,
+    logged = logged_of_loss(method, logp=logp, old_logp=old_logp, sampled_logp=sampled_logp, entropy=entropy,
                             advantage=torch.where(is_y, weight_y, advantage), cut=cut, is_y=is_y,
                             weight=weight, denominator=denominator)
     return -(weight * gain).sum() / denominator, logged
 
 
 @torch.no_grad()
-def logged_of_loss(method: "Method", *, logp: Tensor, sampled_logp: Tensor, entropy: Tensor,
-                   advantage: Tensor, cut: Tensor, is_y: Tensor, weight: Tensor, denominator: int
+def logged_of_loss(method: "Method", *, logp: Tensor, old_logp: Tensor, sampled_logp: Tensor,
+                   entropy: Tensor, advantage: Tensor, cut: Tensor, is_y: Tensor, weight: Tensor, denominator: int
                    ) -> dict[str, Tensor]:
     """Returns what docs/logged.md says of a step's loss. advantage: of a token of y the weight of
     its ∇log π. cut: whether the clip cuts its gradient off."""
@@ -100,7 +100,7 @@ def logged_of_loss(method: "Method", *, logp: Tensor, sampled_logp: Tensor, entr
     if not method.rollouts:
         return {"logp_y": logp_y, "entropy_y": entropy[y]}
     size = (weight * advantage.abs()).double() / denominator    # of the two terms of Eq. 9
-    gap = (logp - sampled_logp)[rollouts]
+    gap = (old_logp - sampled_logp)[rollouts]
     return {"logp_y": logp_y, "logp_gap": gap.abs(), "logp_gap_max": gap.abs(),
             "kl_sampler": kl_k3(torch.zeros_like(gap), gap),
             "rlvr_weight": size[rollouts].sum(), "sft_weight": size[y].sum(),

@@ -360,7 +360,8 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
            groups: list[Group], meter: Meter, step: int = 0, leaves: Callable[[bool], bool] = lambda last: False
            ) -> tuple[float, float, int]:
     """Makes cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and the
-    row tokens trained on. A step whose loss or gradient is not finite changes nothing, on any rank.
+    row tokens trained on, those of each epoch. An epoch whose loss or gradient is not finite changes
+    nothing, on any rank; loss and norm are the last epoch's.
     leaves: asked before each micro-batch of the first epoch (`Run.leaves`); nothing has changed if
     it raises Stopped."""
     device = ddp.module.lm_head.weight.device
@@ -398,7 +399,7 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
             if not torch.stack([p.isfinite().all() for p in ddp.parameters()]).all():
                 raise Mistake("the optimizer step made weights that are not finite: try a smaller --lr")
         ddp.zero_grad(set_to_none=True)
-    return loss_sum, norm, sum(int((mb.batch.segment >= 0).sum()) for mb in batches)
+    return loss_sum, norm, cfg.inner_epochs * sum(int((mb.batch.segment >= 0).sum()) for mb in batches)
 
 
 # --------------------------------------------------------------------------------------------------

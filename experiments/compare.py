@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.curves import draw_curves, read_metrics  # noqa: E402
 from support.log import metric_text  # noqa: E402
-from support.mistakes import run_main  # noqa: E402
+from support.mistakes import Mistake, run_main  # noqa: E402
 
 
 def evaluated_on(run: Path) -> str:
@@ -36,8 +36,9 @@ def compare(runs: list[Path]) -> str:
         if "seconds" in metrics:
             rows.setdefault("seconds", {})[name] = f"{sum(metrics['seconds'][1]):.0f}"
     for name, metrics in series.items():
-        for metric, (_, values) in metrics.items():
-            if metric.startswith("EVAL "):
+        last = max((steps[-1] for metric, (steps, _) in metrics.items() if metric.startswith("EVAL ")), default=0)
+        for metric, (steps, values) in metrics.items():
+            if metric.startswith("EVAL ") and steps[-1] == last:
                 metric = metric.removeprefix("EVAL ")
                 rows.setdefault(metric, {})[name] = metric_text(metric, values[-1])
     widths = {name: max(len(name), 8) for name in series}
@@ -52,6 +53,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", default="compare.png", help="the picture")
     args = parser.parse_args()
+    if Path(args.out).suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise Mistake(f"--out {args.out}: give a picture's file, such as compare.png")
     print(compare(args.runs))
     examples = {name: evaluated_on(run) for run, name in names_of(args.runs).items()}
     if len(set(examples.values())) > 1:

@@ -11,8 +11,8 @@ from support.sources import read
 
 
 def dry_run(job, Group, label_tokens, update) -> None:
-    """One step and one batch of an evaluation as expensive as any can be: the longest prompt among 256 examples, every
-    response max_new_tokens long. Nothing is written; the learning rate is 0."""
+    """One step and one batch of an evaluation as expensive as any can be: the longest prompt and label among 256
+    examples, every rollout max_new_tokens long. Nothing is written; the learning rate is 0."""
     cfg, source, model = job.cfg, job.source, job.ddp.module
     few = sorted({i * len(source) // 256 for i in range(256)})
     prompts = [job.processor.prompt(example) for _, example in read(source, few, report=job.run.rank == 0)]
@@ -24,8 +24,10 @@ def dry_run(job, Group, label_tokens, update) -> None:
     share = cfg.prompts_per_step // job.run.world
     groups, together = min(share, cfg.micro_rows), min(share, cfg.sampling_batch)
     fake = Group(prompt, [Response([prompt.tokens[0]] * cfg.max_new_tokens, advantage=1.0) for _ in range(S)])
-    if cfg.label_thought == "rollout":      # y is as long as the longest thought and its answer
-        fake.responses[0].tokens = fake.responses[0].tokens + label_tokens(cfg, job.processor, prompt)[1]
+    if method.y:                            # as long as the longest label, behind the longest thought if it borrows one
+        length = max(len(label_tokens(cfg, job.processor, p)[1]) for p in prompts)
+        length = cfg.max_new_tokens + length if cfg.label_thought == "rollout" else max(cfg.max_new_tokens, length)
+        fake.responses[0].tokens = [prompt.tokens[0]] * length
     rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
     job.run.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "
             f"{len(rows)} row(s) of {max(len(r.tokens) for r in rows)} tokens a group")

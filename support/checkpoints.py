@@ -237,6 +237,8 @@ def load_optimizer(optimizer, path: Path) -> None:
             state[int(index)][name] = tensor
     except (SafetensorError, ValueError) as error:
         raise Mistake(f"{path} is damaged or no optimizer's ({error})") from None
+    if not state:                       # every step so far was skipped
+        return
     groups, first = [], 0
     for group in optimizer.param_groups:
         count = len(group["params"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from support.files import read_record
 from support.mistakes import Mistake
-from support.runs import read_log
+from support.runs import comparable, read_log
 from support.screen import one_line
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -55,7 +55,7 @@ def read_metrics(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     if not (Path(run) / "metrics.jsonl").exists():
         raise Mistake(f"{run} is no run of train.py: it has no metrics.jsonl")
     series: dict[str, tuple[list[int], list[float]]] = {}
-    for line in read_log(Path(run))[0]:
+    for line in comparable(read_log(Path(run))[0]):
         values = {f"EVAL {k}": v for k, v in line["eval"].items()} if "eval" in line else line
         for name, value in values.items():
             if isinstance(value, (int, float)):

@@ -37,10 +37,12 @@ def parse_json(data: bytes):
 
 
 def check_regular(path: Path) -> None:
-    """Raises Mistake if there is no regular file at path: opening a pipe would wait for ever."""
+    """Raises Mistake if there is no regular file at path: opening a pipe would wait for ever. Raises
+    OSError if this user may not read it: libraries say then that there is none."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "missing"
         raise Mistake(f"{path} is {what}; it must be a file")
+    path.open("rb").close()
 
 
 def read_record(path: Path, **kinds) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.curves import PANELS, title
 from support.files import replace_file
 from support.log import metric_text
-from support.runs import read_log
+from support.runs import comparable, read_log
 from support.screen import clean
 
 PAGE = """<!DOCTYPE html>
@@ -78,7 +78,7 @@ def write(path: Path, heading: str, *parts: str) -> None:
 
 def write_run(run: Path, cfg) -> None:
     """Writes runs/NAME/report.html. cfg: the options of train.py."""
-    lines, _ = read_log(run)
+    lines = comparable(read_log(run)[0])
     evaluated = {line["step"]: line["eval"] for line in lines if "eval" in line}
     sheets = {f"answers at step {step}": run / f"samples/step_{step}.png"
               for step in [*evaluated][:1] + [*evaluated][-1:]}

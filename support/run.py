@@ -23,7 +23,7 @@ from support.onednn import give_memory_back
 from support.options import fixed
 from support.optimizers import share_of_lr, short_run
 from support.ranks import add_over_ranks, check_same_weights, gather_json, wait_for_all
-from support.runs import check_ours, is_ours, open_run, read_log, run_and_step
+from support.runs import check_ours, comparable, is_ours, open_run, read_log, run_and_step
 from support.screen import say
 from support.weights import local_folder, model_digest
 
@@ -157,7 +157,7 @@ class Run:
         self.signals = stop_signals("" if self.rank else "stopping: the step at work is left, and what "
                                     "is complete is saved")
         lines, _ = read_log(self.folder)
-        evaluated = [line for line in lines if "eval" in line]
+        evaluated = [line for line in comparable(lines) if "eval" in line]
         if evaluated and cfg.eval_data and (of := evaluated[-1].get("of", examples_of(cfg))) != examples_of(cfg):
             self.say(f"the evaluations so far were of {of}: the table, the curves and --keep-best begin anew")
             evaluated = []
@@ -179,7 +179,8 @@ class Run:
         self.remove_old_checkpoints()
         self.bar.close()
         self.show()
-        if self.stopping and not self.is_done():
+        evaluates = self.cfg.eval_data and self.cfg.eval_examples
+        if self.stopping and not (self.is_done() and not (evaluates and self.evaluation_is_due())):
             skipped = self.state["bad_steps"]
             lost = f"; the last {skipped} step(s) were skipped and are not saved" if skipped else ""
             return self.say(f"stopped at step {self.saved}{lost}; go on with torchrun train.py --resume {self.folder}")

@@ -73,7 +73,8 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
         except OSError as error:
             raise Mistake(f"{run} cannot be made: {error.strerror}; start in a folder that can be written to") from None
         lock(run)
-        record: dict = {"config": dataclasses.asdict(dataclasses.replace(cfg, name=run.name, resume="")),
+        options = dataclasses.replace(cfg, name=run.name, resume="", accept_changed_data=False)
+        record: dict = {"config": dataclasses.asdict(options),
                         "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
         if cfg.resume:
             old = read_config(run)
@@ -140,9 +141,8 @@ def check_ours(run: Path) -> None:
 
 
 def read_log(run: Path) -> tuple[list[dict], int]:
-    """Returns the records of metrics.jsonl by today's names, none before the first step and no
-    evaluation of other examples than the last one's ("of"); and how many of its lines hold none
-    (cut off by a full disk or a crash of the machine)."""
+    """Returns the records of metrics.jsonl by today's names, none before the first step; and how
+    many of its lines hold none (cut off by a full disk or a crash of the machine)."""
     def number(value) -> bool:
         return type(value) in (int, float)
 
@@ -153,10 +153,14 @@ def read_log(run: Path) -> tuple[list[dict], int]:
     def named(values: dict) -> dict:
         return {today(name): value for name, value in values.items()}
     lines, damaged = read_lines(run / "metrics.jsonl", fits)
-    of = next((line.get("of") for line in reversed(lines) if "eval" in line), None)
-    lines = [line for line in lines if "eval" not in line or line.get("of", of) == of]
     return [named({**line, "eval": named(line["eval"])} if "eval" in line else line)
             for line in lines], damaged
+
+
+def comparable(lines: list[dict]) -> list[dict]:
+    """Returns the records of a run without evaluations of other examples than the last one's ("of")."""
+    of = next((line.get("of") for line in reversed(lines) if "eval" in line), None)
+    return [line for line in lines if "eval" not in line or line.get("of", of) == of]
 
 
 def read_config(run: Path) -> dict:
@@ -185,8 +189,8 @@ def saved_options(run: Path) -> dict:
     the checkpoint that it is to go on from, runs/NAME/checkpoints/step_N. Raises Mistake if it
     names something else."""
     saved = read_config(run_and_step(run)[0])["config"]
-    for name in ("image_cache", "from_step", "log_every", "tensorboard", "onednn"):
-        saved.pop(name, None)                   # options of earlier versions that changed no number
+    for name in ("image_cache", "from_step", "log_every", "tensorboard", "onednn", "accept_changed_data"):
+        saved.pop(name, None)       # options of earlier versions that changed no number, and what holds once
     for name, value in (("random_weights", False), ("label_weight", 0.1)):
         if saved.pop(name, value) != value:
             raise Mistake(f"{run} was started with --{name.replace('_', '-')}, which is no option "
@@ -205,6 +209,7 @@ def saved_options(run: Path) -> dict:
 def precision_of(folder: Path) -> str:
     """Returns the precision in which a checkpoint of a run was trained: in another one it is
     another policy. Of any other model folder float32."""
+    folder = Path(os.path.abspath(folder))
     path = folder.parent.parent / "config.json"
     if folder.parent.name != "checkpoints" or not os.path.lexists(path):
         return "float32"
@@ -216,6 +221,8 @@ def precision_of(folder: Path) -> str:
 
 def run_and_step(path: Path) -> tuple[Path, int]:
     """Returns runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
+    if not path.name or path.parent in (Path(), Path("checkpoints")):      # "." and what lies in it have no name
+        path = Path(os.path.abspath(path))
     if path.parent.name != "checkpoints":
         return path, 0
     if not path.name.removeprefix("step_").isdecimal():

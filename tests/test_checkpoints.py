@@ -20,7 +20,7 @@ from support import checkpoints, files, runs
 from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_later_aside, sound_checkpoint
 from support.mistakes import Mistake
 from support.run import Run, best_of
-from support.runs import lock, read_log, run_and_step
+from support.runs import lock, precision_of, read_log, run_and_step
 from support.weights import local_folder
 from test_train import ROOT, SMALL, lines, run_train, start_train
 
@@ -284,6 +284,24 @@ def test_changed_data_is_not_gone_on_with_in_silence(run):
     assert code == 0, output
     code, output = run_train(place, "--resume", "runs/b", "--steps", "3")       # it is the data of the run by now
     assert code == 0, output
+    (place / "a.jsonl").write_text(text)
+    code, output = run_train(place, "--resume", "runs/b", "--steps", "4")       # what was accepted once was that change
+    assert code == 1 and "--data a.jsonl has changed since" in output, output
+
+
+@pytest.mark.parametrize("inside, resumed", [("", "."), ("", "checkpoints/step_3"), ("checkpoints", "step_3")])
+def test_a_run_goes_on_from_within_its_folder(run, inside, resumed):
+    code, output = run_train(run / inside, "--resume", resumed, "--steps", "4", "--keep", "1")
+    assert code == 0, output
+    assert [line["step"] for line in read_log(run)[0]] == [1, 2, 3, 4] and list(checkpoints.checkpoints(run)) == [4]
+    assert train.parse_config(["--resume", str(run)]).name == "a"
+
+
+def test_the_precision_of_a_checkpoint_from_within_its_folder(run, monkeypatch):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"config": config["config"] | {"precision": "bfloat16"}}))
+    monkeypatch.chdir(run / "checkpoints")
+    assert precision_of(Path("step_1")) == precision_of(run / "checkpoints/step_1") == "bfloat16"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

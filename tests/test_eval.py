@@ -58,6 +58,13 @@ def test_an_answer_without_a_box_is_unreadable(response, score, error):
     assert (judged.score, judged.error) == (score, error) and evaluation.summarise([judged])["unreadable"] == (error is not None)
 
 
+def test_an_answer_is_drawn_into_a_file_of_pictures():
+    with pytest.raises(Mistake, match="--out answers: with --image the answer is drawn; give a file such as answer.png"):
+        evaluation.Options(model="a", image="a.png", out="answers").check()
+    for out in ("", "a/b.PNG", "b.jpg"):
+        evaluation.Options(model="a", image="a.png", out=out).check()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 

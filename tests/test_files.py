@@ -16,7 +16,7 @@ from test_train import ROOT, SMALL, lines, run_train
 import train
 from model import load_model
 from support import files, run, screen
-from support.files import as_json, read_lines, read_record, remove, replace_file, writing
+from support.files import as_json, check_regular, read_lines, read_record, remove, replace_file, writing
 from support.mistakes import Mistake, sentence_of
 from support.runs import read_log
 
@@ -242,3 +242,12 @@ def test_a_run_that_nobody_reads_goes_on(tmp_path):
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.isascii(), done
     assert (tmp_path / "runs/a/checkpoints/step_2/state.json").exists()
+
+
+def test_what_may_not_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: '.*a'"):
+        check_regular(tmp_path / "a")

@@ -643,9 +643,9 @@ def test_what_is_logged_by_hand():
     close(value, -(3 + 3 - 1 + 1.2 * 2 - 2 + 5 * 0.5 * 2) / 5)
     assert logged["logp_y"].tolist() == [-3] and logged["clipped_y"].tolist() == [False, False]
     assert logged["clipped_rollouts"].tolist() == [False, True, False] and logged["rlvr_weight"] == 1 and logged["sft_weight"] == 6 / 5
-    close(logged["logp_gap"], [0.25] * 3)
+    close(logged["logp_gap"], [0.25, 1.25, 0.25])       # to the policy that sampled, not to the one of this inner epoch
     assert torch.equal(logged["logp_gap_max"], logged["logp_gap"])
-    close(logged["kl_sampler"], [math.exp(-0.25) - 1 + 0.25] * 3)
+    close(logged["kl_sampler"], [math.exp(-gap) - 1 + gap for gap in (0.25, 1.25, 0.25)])
     entropy = torch.arange(8.0).reshape(2, 4)
     _, logged = call_loss(
         logp, segment, {"method": "sft"}, ref_logp=None, sampled_logp=sampled, entropy=entropy, advantage=(segment == 1).to(logp),

@@ -154,3 +154,12 @@ def test_muon_rounds_in_bfloat16(monkeypatch):
     adamw, rounded = apart(torch.optim.AdamW, eps=1e-3), apart(torch.optim.Muon, **muon)
     monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", in_float64)
     assert rounded > 100 * adamw and apart(torch.optim.Muon, **muon) < 1e-8
+
+
+def test_an_optimizer_that_never_stepped_is_saved_and_loaded(tmp_path):
+    """As after a run whose steps were all skipped."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    never, after = torch.optim.AdamW([weight], lr=0.5), torch.optim.AdamW([weight], lr=0.25)
+    save_file(optimizer_tensors(never), tmp_path / "a.safetensors")
+    load_optimizer(after, tmp_path / "a.safetensors")
+    assert not after.state and after.param_groups[0]["lr"] == 0.25

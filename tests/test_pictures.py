@@ -164,7 +164,12 @@ def test_runs_evaluated_on_different_examples_are_not_compared_without_a_word(tm
     assert "steps" not in output and "seconds" not in output          # neither has any
     assert "not the same examples were evaluated: a: the first 192 of scenes:val; b: the first 64" in output
     assert "gIoU" not in output
+    with open(tmp_path / "a/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 5, "eval": {"T-acc": None, "boxes": 0.25}}) + "\n")
+    code, output = run_script(ROOT / "experiments/compare.py", "a", "--out", "compare", folder=tmp_path)
+    assert code == 1 and "--out compare: give a picture's file" in output and "Traceback" not in output
     _, output = run_script(ROOT / "experiments/compare.py", "a", "there/a", folder=tmp_path)      # of the same name
+    assert "T-acc" not in output.split("there/a")[0] and re.search("T-acc +– +0.500", output)     # no earlier one in its place
     assert output.split()[:2] == ["a", "there/a"] and "a: the first 192 of scenes:val; there/a: the first 8" in output
 
 

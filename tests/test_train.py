@@ -35,12 +35,12 @@ from data import Processor, Response, collate, pack_group
 from eval import judge
 from model import RowLayout, load_model, random_model
 from support.checkpoints import FIRST, read_state
+from support.curves import read_metrics
 from support.lora import add_lora, merge_after
 from support.mistakes import Mistake
 from support.optimizers import make_optimizers
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.run import Run
-from support.runs import read_log
 from support.sources import Example, Scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -767,7 +767,9 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     code, output = run_train(tmp_path, "--resume", "runs/a", "--steps", "3", "--eval-data", "scenes:train", "--eval-examples", "4")
     assert code == 0 and "the evaluations so far were of scenes:val, first 6: the table, the curves and --keep-best begin anew" in output
     assert re.search("scenes:train, first 4:\n +step 3\n", output), output
-    assert (run / "metrics.jsonl").read_text().startswith(text) and [line["step"] for line in read_log(run)[0] if "eval" in line] == [3]
+    code, output = run_train(tmp_path, "--resume", "runs/a", "--steps", "4", "--eval-data", "scenes:train", "--eval-examples", "4")
+    assert re.search("scenes:train, first 4:\n +step 3 +step 4\n", output) and "so far were of" not in output, output
+    assert (run / "metrics.jsonl").read_text().startswith(text) and read_metrics(run)["EVAL length"][0] == [3, 4]
 
 
 def test_dry_run_reports_and_writes_nothing(tmp_path):
@@ -803,13 +805,18 @@ def test_a_picture_that_only_decoding_shows_to_be_bad(tmp_path, ranks):
     code, output = run_train(tmp_path, *flags, "--skip-bad-rows", "--dry-run", "--method", "sft", "--label-thought",
                              "rollout")
     assert code == 0 and "longest prompt of 4 read" in output and "sampling" in output      # of the thoughts
+    (tmp_path / "long.jsonl").write_text(json.dumps({"image": None, "problem": "x", "solution": "red ring " * 99, "task": "vqa"}) + "\n")
+    for method in ("sft", "visurf"):
+        code, output = run_train(tmp_path, "--data", "long.jsonl", "--dry-run", "--method", method)
+        assert code == 0 and int(re.search(r"row.s. of ([0-9,]+) tokens a group", output)[1].replace(",", "")) > 200, output
 
 
-@pytest.mark.parametrize("name, call, stopped_at", [
-    ("sample", 12 + 12 + 5, 1), ("forward", 4 + 2, 1), ("sample", 12 + 12 + 12 + 5, 2)])
-def test_a_signal_in_the_middle_loses_nothing(tmp_path, one_rank, monkeypatch, name, call, stopped_at):
-    """While the second step is sampled, in the middle of its update, in the evaluation after it: what is saved is the
-    state before, and the run ends with the same weights, lines and evaluations as one that was not stopped."""
+@pytest.mark.parametrize("name, call, logged", [
+    ("sample", 12 + 12 + 5, [0, 1]), ("forward", 4 + 2, [0, 1]), ("sample", 12 + 12 + 12 + 5, [0, 1, 2]),
+    ("sample", 5 * 12 + 5, [0, 1, 2, 2, 3])])
+def test_a_signal_in_the_middle_loses_nothing(tmp_path, one_rank, monkeypatch, capsys, name, call, logged):
+    """While the second step is sampled, in the middle of its update, in the evaluation after it, in the last one: the
+    last line says how to go on, what is saved is the state before, and the run ends with the same weights, lines and evaluations as one that was not stopped."""
     import rollout
     monkeypatch.chdir(tmp_path)
     flags = [*SMALL, "--steps", "3", "--model", str(ROOT / "assets/tiny"), "--eval-data", "scenes:val", "--eval-examples",
@@ -836,8 +843,9 @@ def test_a_signal_in_the_middle_loses_nothing(tmp_path, one_rank, monkeypatch, n
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupting)
         start("--name", "half")
-    assert train.newest_checkpoint.__wrapped__(Path("runs/half")).name == f"step_{stopped_at}"
-    assert [line["step"] for line in lines(tmp_path / "runs/half")] == [0, 1, 2][:stopped_at + 1]
+    assert f"stopped at step {logged[-1]}; go on with torchrun train.py --resume runs/half" in capsys.readouterr().out
+    assert train.newest_checkpoint.__wrapped__(Path("runs/half")).name == f"step_{logged[-1]}"
+    assert [line["step"] for line in lines(tmp_path / "runs/half")] == logged
     start("--resume", "runs/half")
     a, b = (load_file(f"runs/{run}/checkpoints/step_3/model.safetensors") for run in ("whole", "half"))
     assert all(torch.equal(a[key], b[key]) for key in a) and lines(Path("runs/whole")) == lines(Path("runs/half"))
