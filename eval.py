@@ -322,7 +322,7 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
         record.score = float(point_hit(parse_points(response), record.truth))
     else:
         value, record.error = guarded(task.metric, example.task, response, prompt.answer)
-        record.score = value or 0.0
+        record.score = float(value or 0.0)          # a metric may return what NumPy or torch computes
         if not value and not record.error:
             record.error = score(example.task, response, prompt.answer).error
     return record

@@ -205,7 +205,9 @@ class Config:
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
                 ("kl", self.kl and not method.rollouts,
-                 f"has no meaning with --method {self.method}")):
+                 f"has no meaning with --method {self.method}"),
+                ("keep_best", self.keep_best and not (self.eval_data and self.eval_examples),
+                 "needs evaluations: give --eval-data too")):
             if wrong:
                 raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 from support.answers import MAX_CHARACTERS, MAX_DEPTH, boxed, final_text, numbers, parse_json
 from support.boxes import centre
 from support.files import nesting_depth
-from support.math_answers import letter_of
+from support.math_answers import letter_of, undollared
 
 BOX_NAMES, POINT_NAMES = ("bbox_2d", "bbox", "box"), ("point_2d", "point")
 ROLES = {"system": "system turn", "user": "question", "human": "question", "assistant": "answer",
@@ -211,8 +211,10 @@ def choice_of(value, texts: list[str], are_text: bool) -> str:
             raise ValueError(f"the answer {answer} is none of the {len(texts)} choices, counted "
                              f"from 0: {texts}")
         return answer if answer in texts else texts[index]
-    answer = unboxed(bare(answer))
+    answer = bare(answer)
     same = [text for text in texts if text == answer]
+    answer = unboxed(answer)
+    same = same or [text for text in texts if answer in (text, undollared(text))]
     same = same or [text for text in texts if text.casefold() == answer.casefold()]
     at = letter_of(answer)
     if not same and at is not None and at < len(texts):
@@ -233,9 +235,7 @@ def unboxed(text: str) -> str:
     >>> unboxed(r"so \boxed{\frac12}"), unboxed("$x$")
     ('\\frac12', 'x')
     """
-    text = boxed(text) or text
-    whole = re.fullmatch(r"\$([^$]+)\$|\\\((.+)\\\)", text)
-    return (whole[1] or whole[2]).strip() if whole else text
+    return undollared(boxed(text) or text)
 
 
 def read_math(value, choices) -> str:

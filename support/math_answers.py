@@ -39,6 +39,12 @@ def plain_value(text: str) -> str:
     return words[1].strip() if words else text
 
 
+def undollared(text: str) -> str:
+    """Returns a text without $…$ or \\(…\\) around all of it."""
+    whole = re.fullmatch(r"\s*(?:\$([^$]+)\$|\\\(((?:(?!\\\)).)+)\\\))\s*", text)
+    return (whole[1] or whole[2]).strip() if whole else text
+
+
 def letter_of(text: str) -> int | None:
     r"""Returns the number, from 0, of the choice whose letter a text names, or None: B, (B), B., B:
     or "B. 4 cm", in LaTeX too (\text{B}, \textbf{(B)}, $B$). What goes on
@@ -134,11 +140,14 @@ def math_equal(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
     unit, it does not count); all else by value, as LaTeX. To LaTeX words are products of their
     letters, which commute, so that "seY" would be "Yes" (and for that "ba" is not "ab" here). Lists
     have no order."""
+    answer, truth, *choices = map(undollared, (answer, truth, *choices))
     at = letter_of(answer)
     if not choices and at is not None and re.fullmatch(r"\(?[A-Z][).]?", truth.strip()) and answer.strip()[1:2]:
         return at == letter_of(truth)       # the choices stand in the question
     if answer.strip() not in choices and at is not None and at < len(choices):
         answer = choices[at]
+    if len(same := [text for text in choices if text.casefold() == answer.strip().casefold()]) == 1:
+        answer = same[0]        # the prompt shows the choices in lower case
     if answer.strip() == truth.strip():
         return True
     if answer.strip() in choices:

@@ -221,8 +221,9 @@ def precision_of(folder: Path) -> str:
 
 def run_and_step(path: Path) -> tuple[Path, int]:
     """Returns runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
-    if not path.name or path.parent in (Path(), Path("checkpoints")):      # "." and what lies in it have no name
-        path = Path(os.path.abspath(path))
+    whole = Path(os.path.abspath(path))
+    if not path.name or whole.parent.name == "checkpoints" and len(path.parts) < 3:     # from within: "." has no name
+        path = whole
     if path.parent.name != "checkpoints":
         return path, 0
     if not path.name.removeprefix("step_").isdecimal():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def edited(tmp_path, monkeypatch):
     return build
 
 
+def git_apply(diff: str, folder: Path) -> None:
+    """Applies a diff to a copy of the seven scripts as a reader does, with the lines around it where they are today."""
+    folder.mkdir()
+    for script in SEVEN:
+        shutil.copy(ROOT / f"{script}.py", folder)
+    done = subprocess.run(["git", "apply", "-"], input=diff, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_diff_of_the_readme_can_be_applied(tmp_path):
+    [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    git_apply(diff, tmp_path / "by_git")
+    assert "cfg.label_nll" in (tmp_path / "by_git/objective.py").read_text()
+
+
 def two_steps(script, folder: Path, monkeypatch, *flags: str) -> list[dict]:
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -54,6 +70,8 @@ def two_steps(script, folder: Path, monkeypatch, *flags: str) -> list[dict]:
 def test_an_edit_trains_and_does_not_depend_on_the_split(tmp_path, edited, one_rank, monkeypatch, name):
     diff, flags = EDITS[name]
     script, edited_objective, hunks = edited(name)
+    git_apply(diff, tmp_path / "by_git")
+    assert all((tmp_path / "by_git" / file).read_text() == (tmp_path / file).read_text() for file in hunks)
     assert sum(hunks.values()) <= 2 and sum(line[:1] in "+-" and line[:3] not in ("+++", "---") for line in diff.splitlines()) <= 12
     cfg = script.parse_config([*flags, "--steps", "4"])
     with_y = ["--method", "visurf"] if cfg.method == "rlvr" else []     # of random weights all rollouts earn the same

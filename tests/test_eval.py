@@ -10,7 +10,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from PIL import Image
 from processes import free_port
@@ -56,6 +58,14 @@ def test_an_answer_without_a_box_is_unreadable(response, score, error):
     prompt = Processor("assets/tiny").prompt(Example("a", (), "2+2?", "4", "scene_math"))
     judged = evaluation.judge(prompt, response, 5)
     assert (judged.score, judged.error) == (score, error) and evaluation.summarise([judged])["unreadable"] == (error is not None)
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.float32(1), torch.tensor(1.0), True, 1])
+def test_a_metric_may_return_what_numpy_or_torch_computes(monkeypatch, value):
+    monkeypatch.setitem(evaluation.TASKS, "mine", replace(evaluation.TASKS["vqa"], metric=lambda response, answer: value))
+    prompt = Processor("assets/tiny").prompt(Example("a", (), "2+2?", "4", "mine"))
+    judged = evaluation.judge(prompt, "4", 1)
+    assert json.loads(json.dumps(vars(judged)))["score"] == 1.0
 
 
 def test_an_answer_is_drawn_into_a_file_of_pictures():

@@ -826,6 +826,15 @@ def test_a_letter_is_an_answer_where_the_choices_stand_in_the_question():
     assert not math_equal("C = 4", "C") and not math_equal("CD", "C") and not math_equal("C'", "C")
 
 
+def test_choices_in_latex_and_in_lower_case():
+    texts = [r"$\triangle ABC$", r"\(\triangle DEF\)", "K^+", "k^-"]
+    for value, expected in (("A", 0), (texts[0], 0), (r"\triangle ABC", 0), (r"\boxed{\triangle DEF}", 1), (texts[1], 1), ("$K^+$", 2)):
+        assert json.loads(read_label("math", value, texts))["answer"] == texts[expected], value
+    for answer, right in ((r"\triangle ABC", 0), (r"$\triangle ABC$", 0), ("(a)", 0), (r"\triangle DEF", 1), ("k^+", 2), ("K^+", 2), ("K^-", 3)):
+        assert [math_equal(answer, text, texts) for text in texts] == [i == right for i in range(4)], answer
+    assert not math_equal("a", "B", ["a", "A", "B"]) and not math_equal("k^+", "K^+", ["K^+", "k^+"])
+
+
 def test_math_is_bounded_in_time():
     """Each of these keeps sympy busy for seconds or for ever, or fills the memory. The kernel ends the worker; the next
     question is answered by a new one, of the same child."""

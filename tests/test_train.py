@@ -679,7 +679,9 @@ def test_learning_rate_schedule():
 @pytest.mark.parametrize("flags, message", [
     (["--prompts-per-step", "0"], "--prompts-per-step"), (["--no-such-flag", "1"], "--no-such-flag"),
     (["--prompts-per-step", "5"], "--prompts-per-step"), (["--method", "ppo"], "ppo"),
-    (["--rollouts", "1"], "--rollouts"), (["--temperature", "0"], "--temperature"), (["--step", "3"], "--step")])
+    (["--rollouts", "1"], "--rollouts"), (["--temperature", "0"], "--temperature"), (["--step", "3"], "--step"),
+    (["--keep-best", "boxes", "--eval-data", ""], "--keep-best boxes: needs evaluations"),
+    (["--keep-best", "boxes", "--preset", "paper"], "--keep-best boxes: needs evaluations")])
 def test_wrong_flags_are_named(flags, message):
     train.parse_config([]).check(2)
     with pytest.raises(Mistake, match=message):
