@@ -179,8 +179,8 @@ class Run:
         self.remove_old_checkpoints()
         self.bar.close()
         self.show()
-        evaluates = self.cfg.eval_data and self.cfg.eval_examples
-        if self.stopping and not (self.is_done() and not (evaluates and self.evaluation_is_due())):
+        to_evaluate = self.cfg.eval_data and self.cfg.eval_examples and self.evaluation_is_due()
+        if self.stopping and (to_evaluate or not self.is_done()):
             skipped = self.state["bad_steps"]
             lost = f"; the last {skipped} step(s) were skipped and are not saved" if skipped else ""
             return self.say(f"stopped at step {self.saved}{lost}; go on with torchrun train.py --resume {self.folder}")
