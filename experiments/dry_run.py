@@ -27,6 +27,8 @@ def dry_run(job, Group, label_tokens, update) -> None:
     if method.y:                            # as long as the longest label, behind the longest thought if it borrows one
         length = max(len(label_tokens(cfg, job.processor, p)[1]) for p in prompts)
         length = cfg.max_new_tokens + length if cfg.label_thought == "rollout" else max(cfg.max_new_tokens, length)
+        if cfg.max_row_tokens:              # prompt and label may be of different rows, each of which fits
+            length = min(length, cfg.max_row_tokens - len(prompt.tokens))
         fake.responses[0].tokens = [prompt.tokens[0]] * length
     rows = pack_group(prompt, fake.responses, cfg.max_row_tokens)
     job.run.say(f"longest prompt of {len(prompts)} read: {len(prompt.tokens)} tokens (id {prompt.example.id}); at most "

@@ -808,8 +808,10 @@ def test_a_picture_that_only_decoding_shows_to_be_bad(tmp_path, ranks):
                              "rollout")
     assert code == 0 and "longest prompt of 4 read" in output and "sampling" in output      # of the thoughts
     (tmp_path / "long.jsonl").write_text(json.dumps({"image": None, "problem": "x", "solution": "red ring " * 99, "task": "vqa"}) + "\n")
-    for method in ("sft", "visurf"):
-        code, output = run_train(tmp_path, "--data", "long.jsonl", "--dry-run", "--method", method)
+    with open(tmp_path / "long.jsonl", "a") as file:        # a longer prompt; its row fits, and so does the other
+        file.write(json.dumps({"image": None, "problem": "red ring " * 110, "solution": "x", "task": "vqa"}) + "\n")
+    for method, limit in (("sft", "0"), ("visurf", "0"), ("sft", "260")):
+        code, output = run_train(tmp_path, "--data", "long.jsonl", "--dry-run", "--method", method, "--max-row-tokens", limit)
         assert code == 0 and int(re.search(r"row.s. of ([0-9,]+) tokens a group", output)[1].replace(",", "")) > 200, output
 
 
