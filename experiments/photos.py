@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.figures import draw_points  # noqa: E402
 from experiments.reproduce import (ROOT, Column, call, from_history, interval, last_checkpoint,  # noqa: E402
-                                   machine, steps_of, table, train)
+                                   machine, shown, steps_of, table, train)
 from support import photos  # noqa: E402
 from support.answers import trailing_text  # noqa: E402
 from support.boxes import box_hit  # noqa: E402
@@ -365,10 +365,22 @@ def trials_table() -> str:
     return "\n".join(lines)
 
 
+def turned(results: dict[str, dict], rows: list[tuple[str, int]]) -> str:
+    """A column for each arm. rows: measure, budget of labels."""
+    lines = ["| | " + " | ".join(TRIALS) + " |", "|---" * (len(TRIALS) + 1) + "|"]
+    for key, budget in rows:
+        cells = [shown([result["metrics"][key] for result in own.values() if key in result["metrics"]])
+                 for own in rows_of(results, budget).values()]
+        lines.append("| " + " | ".join([f"{key}, {budget:,} labels", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def tables(results: dict[str, dict]) -> dict[str, str]:
     """Name of a table → its Markdown: the trials, the arms, and the verdicts once all runs are there."""
     made = {f"photos-{budget}": table({arm: own for arm, own in rows_of(results, budget).items() if own}, COLUMNS,
                                       origin=False) for budget in BUDGETS}
+    made["photos-first"] = turned(results, [("primary", 6400)])
+    made["photos-short"] = turned(results, [("primary", 640), *((key, 6400) for key in ("primary", *PARTS, "T-acc"))])
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     for own, rows in asides(results | read("aside")).items():
         made[f"photos-{own}"] = table({row: found for row, found in rows.items() if found}, BESIDE, origin=False)

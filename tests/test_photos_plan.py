@@ -115,6 +115,10 @@ def test_the_verdicts_by_hand(results):
     assert made["photos-verdicts"].count("; 640 labels |") == 4 == made["photos-verdicts"].count("| – | – |")
     assert "| +0.050, +0.050, +0.050 | 0.0002 |" in made["photos-verdicts"]
     assert "| visurf | 0.700 ± 0.000 |" in made["photos-6400"]
+    assert made["photos-first"].splitlines()[0::2] == [
+        "| | sft | rlvr | visurf | sgrpo | sft-rlvr |",
+        "| primary, 6,400 labels | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.705 ± 0.000 | 0.650 ± 0.000 |"]
+    assert made["photos-short"].splitlines()[2].startswith("| primary, 640 labels | 0.480 ± 0.000 | 0.600 ± 0.000 |")
     few = dict(list(plan.read("run").items())[:3])          # before all are there
     assert plan.tables(few)["photos-verdicts"].count("\n") == 1
 
