@@ -32,9 +32,11 @@ COMMITS = {"1": "5c2e2df", "2": "20f67f4", "3": "787ce0b", "boxing": "35ec988"} 
 TUNING = (101, 102)                             # seeds that are thrown away
 FAMILIES = ("", "new-", "colour-", "left-")     # prefixes of a judged part of photos
 ROLLOUTS, LONGEST = 8, 128                      # of a base, for the strata; tokens of one
-# One run has the compute of 300 steps of ViSurf (`flops`, with the tokens of the pilots).
+# A trial has the compute of 300 steps of ViSurf (`flops`, with the tokens of the pilots).
 STEPS = {"visurf": 300, "sft": 943, "rlvr": 495, "sgrpo": 300}
-EIGHT = {"visurf": 176, "rlvr": 272}            # and with 8 rollouts instead of 4
+# A run has that of SFT's trials, by the tokens of the chosen setting's two trials: steps of its last stage.
+RUN_STEPS = {"visurf": 397, "sft": 943, "rlvr": 493, "sgrpo": 382, "sft-rlvr": 342}
+EIGHT = {"visurf": 233, "rlvr": 271}            # and with 8 rollouts instead of 4
 NORMALISERS = ("token-mean", "seq-mean", "seq-sum")
 RATES = (3e-4, 6e-4, 1e-3, 2e-3)
 EPS = (1e-3, 1e-5)                              # of AdamW
@@ -85,6 +87,17 @@ def flops(sampled: float, rows: float, groups: float = 1.0, prompt: float = 51.0
     tower, language = 42.4e6, 657_024           # of assets/tiny: a picture of 112×112; each token of text or picture
     sampling = 2 * (tower + language * (prompt + sampled)) if sampled else 0.0
     return sampling + 6 * (tower * groups + language * rows)
+
+
+def compute(steps: list[dict]) -> float:
+    """The compute of these steps, lines of metrics.jsonl of one process, as a share of a run's nominal 8.9e12."""
+    total = 0.0
+    for line in steps:
+        updating = line["seconds"] - line["seconds_data"] - line["seconds_sampling"]
+        sampled = line.get("sampling_tokens_per_s", 0.0) * line["seconds_sampling"]
+        rows = line.get("training_tokens_per_s", 0.0) * updating
+        total += 16 * flops(sampled / 16, rows / 16, 1 - line.get("tied", 0.0))
+    return total / (16 * 300 * flops(233.3, 291.9, 0.969))
 
 
 def stages(arm: str, rate: float, knob: float) -> list[list[str]]:
@@ -220,15 +233,16 @@ def make(kind: str, own: str, base: str, budget: int, seed: int, flags: list[lis
     """One result: the training by these stages, and its answers to a judged part. Returns its name."""
     if (RESULTS / f"{own}.json").exists():
         return f"{own}: there already"
-    model, lines = str(base_of(base)), []
+    model, lines = str(base_of(base)), []               # lines: of each stage
     for number, stage in enumerate(flags, 1):
         run = train(f"photos-{own}-{number}", ["--seed", str(seed), "--model", model, "--data", f"photos:train{budget}",
                                                *COMMON, *stage])
-        model, lines = str(last_checkpoint(run)), lines + steps_of(run)
+        model, lines = str(last_checkpoint(run)), [*lines, steps_of(run)]
     metrics = judge(model, part, base, f"photos-{own}-answers")
     result = {"kind": kind, "base": base, "budget": budget, "seed": seed, "stages": flags, "machine": machine(),
               "commit": read_config(run)["versions"]["commit"], "part": part,
-              "seconds": round(sum(line["seconds"] for line in lines)), "metrics": metrics}
+              "seconds": round(sum(line["seconds"] for stage in lines for line in stage)),
+              "compute": [round(compute(stage), 3) for stage in lines], "metrics": metrics}
     if kind == "run" and seed == SEEDS[0]:
         marks = right_of_eight(model, part)
         result["pass@8"] = {family or "named": round(statistics.fmean(
@@ -265,10 +279,13 @@ def trials(arm: str) -> list[tuple]:
 
 def runs(what: str) -> list[tuple]:
     """The arguments of `make` for everything of `run` or `asides`. Both need the results of all trials."""
+    flags = {arm: stages(arm, *chosen(arm)) for arm in TRIALS}
+    for arm, of in flags.items():
+        of[-1][-1] = str(RUN_STEPS[arm])
     if what == "run":
-        return [("run", name(arm, base, budget, seed), base, budget, seed, stages(arm, *chosen(arm)), "final")
+        return [("run", name(arm, base, budget, seed), base, budget, seed, flags[arm], "final")
                 for seed in SEEDS for budget in BUDGETS for base in BASES for arm in TRIALS]
-    plain = {arm: stages(arm, *chosen(arm))[0] for arm in EIGHT}
+    plain = {arm: flags[arm][0] for arm in EIGHT}
     normalisers = [("aside", name("visurf", normaliser, "boxing", seed), "boxing", 6400, seed,
                     [[*plain["visurf"], "--normaliser", normaliser]], "final")
                    for normaliser in NORMALISERS for seed in SEEDS[:2]]

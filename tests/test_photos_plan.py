@@ -48,6 +48,26 @@ def test_the_operations_of_a_step_by_hand():
     assert plan.flops(200, 150, 0.5, 50) == 2 * (tower + 250 * language) + 6 * (tower / 2 + 150 * language)
 
 
+def test_the_compute_of_steps_by_hand():
+    """300 steps as in the plan's table have the compute of one run; a step that trains on nothing has that of sampling."""
+    step = {"seconds": 3.0, "seconds_data": 0.5, "seconds_sampling": 0.5, "sampling_tokens_per_s": 16 * 2 * 233.3,
+            "training_tokens_per_s": 16 * 291.9 / 2, "tied": 0.031}
+    assert plan.compute([step] * 300) == pytest.approx(1)
+    idle = {key: value for key, value in step.items() if key != "training_tokens_per_s"} | {"tied": 1.0}
+    assert plan.compute([idle] * 300) == pytest.approx(plan.flops(233.3, 0, 0) / plan.flops(233.3, 291.9, 0.969))
+
+
+def test_the_runs_have_the_compute_of_the_trials_of_sft():
+    trials = plan.read("tune")
+    share = {arm: [sum(both) / 2 for both in zip(*(trials[plan.name(arm, "tune", *plan.chosen(arm), seed)]["compute"]
+                                                   for seed in plan.TUNING))] for arm in plan.TRIALS}
+    for arm, (*before, last) in share.items():
+        steps = int(plan.stages(arm, *plan.chosen(arm))[-1][-1])
+        assert plan.RUN_STEPS[arm] == round(steps * (sum(share["sft"]) - sum(before)) / last)
+    assert plan.EIGHT == {arm: round(steps * plan.RUN_STEPS[arm] / plan.STEPS[arm])
+                          for arm, steps in (("visurf", 176), ("rlvr", 272))}
+
+
 def test_what_is_measured_by_hand():
     metrics = {"": {"N-acc": 0.6, "T-acc": 0.9, "boxes": 0.5, "answers": 0.8},
                "new-": {"N-acc": 0.3, "T-acc": 0.6, "boxes": 0.4},
