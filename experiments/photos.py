@@ -3,7 +3,7 @@
     python experiments/photos.py base 1 2 3 boxing      what the bases know before anything is trained
     python experiments/photos.py tune                   the trials of every arm, on base 1
     python experiments/photos.py run                    every arm on every base, with its chosen setting
-    python experiments/photos.py asides                 the questions beside the hypotheses
+    python experiments/photos.py asides                 the questions beside the hypotheses, and the bases untrained
 
 Each goes on where it was stopped. A result is one small file, experiments/photos/NAME.json; one that exists is not made
 again. `python experiments/reproduce.py tables` renews the tables and the figure from them. The bases are those of
@@ -52,11 +52,11 @@ def measured(key: str) -> Column:
     return lambda result: result["metrics"].get(key)
 
 
-COLUMNS = {**{key: measured(key) for key in ("primary", *PARTS, "dead", "mastered", "T-acc", "thinks, present",
+COLUMNS = {**{key: measured(key) for key in (*PARTS, "dead", "mastered", "T-acc", "thinks, present",
                                              "trailing text, absent")},
            **{f"pass@8, {family.strip('-')}": lambda result, family=family: result.get("pass@8", {}).get(family)
               for family in ("named", "new-")},
-           "seconds": lambda result: result["seconds"]}
+           "compute": lambda result: sum(result["compute"]) if "compute" in result else None}
 BESIDE = {key: measured(key) for key in ("absent", "T-acc", "boxes", "new", "hard", "primary")}
 
 
@@ -69,8 +69,9 @@ def stratum(own: str) -> Column:
 
 
 STRATA = {"0": "dead", "8": "mastered"}         # how many of a base's 8 rollouts find a thing; else it is hard
-BASE_COLUMNS = {**{key: measured(key) for key in ("boxes", "new", "counting", "colour", "left", "T-acc")},
-                **{own: stratum(own) for own in ("dead", "hard", "mastered")},
+BASE_COLUMNS = {**{key: measured(key) for key in ("primary", "boxes", "new", "hard", "counting", "colour", "left",
+                                                  "T-acc")},
+                **{f"share {own}": stratum(own) for own in ("dead", "hard", "mastered")},
                 "says `[]`": lambda result: statistics.fmean(result["rejecting"].values()),
                 **{f"probe: {kind}": lambda result, kind=kind: result["accuracy"][kind]
                    for kind in ("colour there", "not there")}}
@@ -271,6 +272,16 @@ def look(base: str) -> str:
     return own
 
 
+def untrained(base: str) -> str:
+    """A base's own answers to photos:final, beside which the arms' stand."""
+    own = f"base-{base}-final"
+    if (RESULTS / f"{own}.json").exists():
+        return f"{own}: there already"
+    write(own, {"kind": "final", "base": base, "commit": versions()["commit"], "part": "final",
+                "metrics": judge(str(base_of(base)), "final", base, f"photos-{own}-answers")})
+    return own
+
+
 def trials(arm: str) -> list[tuple]:
     """The arguments of `make` for every trial of an arm. SFT → RLVR needs the results of SFT's."""
     return [("tune", name(arm, "tune", *setting, seed), BASES[0], 6400, seed, stages(arm, *setting), "tune")
@@ -350,10 +361,11 @@ def verdicts(results: dict[str, dict], budget: int = 6400) -> dict[str, tuple[li
 
 
 def asides(results: dict[str, dict]) -> dict[str, dict[str, dict]]:
-    """The rows of the two questions beside the hypotheses, of what is there. results: of `run` and `asides`, as a
-    row with 4 rollouts stands beside the one with 8, of the same seeds."""
+    """The rows of the two questions beside the hypotheses, of those that have all of their runs. results: of `run` and
+    `asides`, as a row with 4 rollouts stands beside the one with 8, of the same seeds."""
     def those(arm: str, *rest: tuple) -> dict:
-        return {what: results[own] for what in rest if (own := name(arm, *what)) in results}
+        names = {what: name(arm, *what) for what in rest}
+        return {what: results[own] for what, own in names.items()} if {*names.values()} <= results.keys() else {}
     normalisers = {way: those(f"visurf-{way}", *(("boxing", seed) for seed in SEEDS[:2])) for way in NORMALISERS}
     many = [(base, seed) for seed in SEEDS[:2] for base in BASES]
     rollouts = {}
@@ -364,9 +376,11 @@ def asides(results: dict[str, dict]) -> dict[str, dict[str, dict]]:
 
 
 def rows_of(results: dict[str, dict], budget: int) -> dict[str, dict]:
-    """arm → (base, seed) → result, of what is there."""
-    return {arm: {(base, seed): results[own] for base in BASES for seed in SEEDS
-                  if (own := name(arm, base, budget, seed)) in results} for arm in TRIALS}
+    """arm → (base, seed) → result, of the arms that have all of their runs, behind the bases themselves."""
+    own = {base: result for base in BASES if (result := read("final").get(f"base-{base}-final"))}
+    rows = {arm: {(base, seed): results.get(name(arm, base, budget, seed)) for base in BASES for seed in SEEDS}
+            for arm in TRIALS}
+    return {"base": own} | {arm: found for arm, found in rows.items() if all(found.values())}
 
 
 def trials_table() -> str:
@@ -383,29 +397,34 @@ def trials_table() -> str:
 
 
 def turned(results: dict[str, dict], rows: list[tuple[str, int]]) -> str:
-    """A column for each arm. rows: measure, budget of labels."""
-    lines = ["| | " + " | ".join(TRIALS) + " |", "|---" * (len(TRIALS) + 1) + "|"]
+    """A column for the untrained bases and for each arm. rows: measure, budget of labels. The primary number, which the
+    hypotheses compare, is a mean also where the runs fall into two groups."""
+    arms = {budget: rows_of(results, budget) for budget in BUDGETS}
+    titles = ["base", *TRIALS]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for key, budget in rows:
-        cells = [shown([result["metrics"][key] for result in own.values() if key in result["metrics"]])
-                 for own in rows_of(results, budget).values()]
+        cells = [shown([result["metrics"][key] for result in arms[budget].get(arm, {}).values()],
+                       parted=False if key == "primary" else None) for arm in titles]
         lines.append("| " + " | ".join([f"{key}, {budget:,} labels", *cells]) + " |")
     return "\n".join(lines)
 
 
 def tables(results: dict[str, dict]) -> dict[str, str]:
     """Name of a table → its Markdown: the trials, the arms, and the verdicts once all runs are there."""
-    made = {f"photos-{budget}": table({arm: own for arm, own in rows_of(results, budget).items() if own}, COLUMNS,
-                                      origin=False) for budget in BUDGETS}
+    made = {f"photos-{budget}": table(rows_of(results, budget), COLUMNS, origin=False) for budget in BUDGETS}
     made["photos-first"] = turned(results, [("primary", 6400)])
     made["photos-short"] = turned(results, [("primary", 640), *((key, 6400) for key in ("primary", *PARTS, "T-acc"))])
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     for own, rows in asides(results | read("aside")).items():
         made[f"photos-{own}"] = table({row: found for row, found in rows.items() if found}, BESIDE, origin=False)
-    lines = ["| hypothesis | mean difference | by base | p | survives Holm | refuted |", "|---" * 6 + "|"]
+    lines = ["| hypothesis | mean difference | by base | p | survives Holm | refuted, uncorrected |", "|---" * 6 + "|"]
     if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
         decided = verdicts(results)
         kept = holm({own: p for own, (_, p, _) in decided.items()})
-        beside = {f"{own}; 640 labels": found for own, found in verdicts(results, 640).items() if own[:2] != "H3"}
+        above = {budget: paired(results, "visurf", "sft", "kept", budget) for budget in BUDGETS}
+        beside = {"kept: above SFT (a side of H5)": (above[6400], flips(above[6400]), below(above[6400], 0)),
+                  **{f"{own}; 640 labels": found for own, found in verdicts(results, 640).items() if own[:2] != "H3"},
+                  "kept: above SFT; 640 labels": (above[640], flips(above[640]), below(above[640], 0))}
         for own, (differences, p, refuted) in (decided | beside).items():
             mean, half = interval(differences)
             by_base = [statistics.fmean(differences[i:i + len(SEEDS)]) for i in range(0, len(differences), len(SEEDS))]
@@ -417,9 +436,9 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
 
 def draw(root: Path) -> None:
     """The figure of the arms, into the repository at root."""
-    rows = {f"{arm}, {budget:,}": own for budget in BUDGETS for arm, own in rows_of(read("run"), budget).items() if own}
-    if rows:
-        draw_points(rows, {key: COLUMNS[key] for key in ("primary", *PARTS)}, interval,
+    rows = {f"{arm}, {budget:,}": own for budget in BUDGETS for arm, own in rows_of(read("run"), budget).items()}
+    if len(rows) > len(BUDGETS):
+        draw_points(rows, {key: measured(key) for key in ("primary", *PARTS)}, interval,
                     root / "experiments/figures/photos.png")
 
 
@@ -438,6 +457,8 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             for own in pool.map(lambda job: make(*job), batch):
                 print(own, flush=True)
+    for base in BASES if args.what == "asides" else ():
+        print(untrained(base), flush=True)
 
 
 if __name__ == "__main__":

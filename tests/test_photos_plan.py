@@ -132,30 +132,49 @@ def test_the_verdicts_by_hand(results):
     assert list(found)[0] == "H1 ViSurf above sft-rlvr"
     made = plan.tables(plan.read("run"))
     assert made["photos-verdicts"].count("| yes | no |") == 4 and made["photos-verdicts"].count("| no | yes |") == 1
-    assert made["photos-verdicts"].count("; 640 labels |") == 4 == made["photos-verdicts"].count("| – | – |")
+    assert made["photos-verdicts"].count("; 640 labels |") == 5 == made["photos-verdicts"].count("| – | – |") - 1
     assert "| +0.050, +0.050, +0.050 | 0.0002 |" in made["photos-verdicts"]
-    assert "| visurf | 0.700 ± 0.000 |" in made["photos-6400"]
+    assert "| kept: above SFT (a side of H5) | -0.030 ± 0.000 | -0.030, -0.030, -0.030 | 1.0000 | – | – |" in made["photos-verdicts"]
+    assert "| visurf | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.400 ± 0.000 | 0.870 ± 0.000 |" in made["photos-6400"]
     assert made["photos-first"].splitlines()[0::2] == [
-        "| | sft | rlvr | visurf | sgrpo | sft-rlvr |",
-        "| primary, 6,400 labels | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.705 ± 0.000 | 0.650 ± 0.000 |"]
-    assert made["photos-short"].splitlines()[2].startswith("| primary, 640 labels | 0.480 ± 0.000 | 0.600 ± 0.000 |")
-    few = dict(list(plan.read("run").items())[:3])          # before all are there
-    assert plan.tables(few)["photos-verdicts"].count("\n") == 1
+        "| | base | sft | rlvr | visurf | sgrpo | sft-rlvr |",
+        "| primary, 6,400 labels | – | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.705 ± 0.000 | 0.650 ± 0.000 |"]
+    assert made["photos-short"].splitlines()[2].startswith("| primary, 640 labels | – | 0.480 ± 0.000 | 0.600 ± 0.000 |")
+    # Where the runs fall into two groups their mean stays, and the parts show the groups.
+    for seed in plan.SEEDS[:2]:
+        results(plan.name("visurf", "1", 6400, seed), "run", primary=0.3, **dict.fromkeys(
+            ("absent", "new", "hard", "kept", "dead", "mastered", "T-acc"), 0.1))
+    made = plan.tables(plan.read("run"))
+    assert " | 0.633 ± 0.099 | " in made["photos-first"] and "| 0.100 in 2 of 12, else 0.500 |" in made["photos-6400"]
+    (plan.RESULTS / f"{plan.name('visurf', '1', 6400, 42)}.json").unlink()      # before all are there
+    made = plan.tables(plan.read("run"))
+    assert made["photos-verdicts"].count("\n") == 1 and "visurf" not in made["photos-6400"]
+    assert "| – | 0.705 ± 0.000 |" in made["photos-first"] and "| visurf | " in made["photos-640"]
 
 
 def test_the_questions_beside_the_hypotheses_have_their_rows(results):
-    results("visurf-seq-sum-boxing-43", "aside", absent=0.25, primary=0.5)
+    results("visurf-seq-sum-boxing-42", "aside", absent=0.25, primary=0.5)
+    results("visurf-seq-sum-boxing-43", "aside", absent=0.75, primary=0.5)
+    results("visurf-seq-mean-boxing-43", "aside", absent=0.25, primary=0.5)             # half of its row
     for base, eight in (("1", 0.6), ("2", 0.7), ("3", 0.8)):
-        results(f"rlvr-8-{base}-42", "aside", primary=eight)
-        results(f"rlvr-{base}-6400-42", "run", primary=0.5)
+        for seed in (42, 43):
+            results(f"rlvr-8-{base}-{seed}", "aside", primary=eight)
+            results(f"rlvr-{base}-6400-{seed}", "run", primary=0.5)
     results("rlvr-1-6400-44", "run", primary=0.9)           # no aside has this seed
     made = plan.tables(plan.read("run"))
-    assert made["photos-normalisers"].splitlines()[2:] == ["| seq-sum | 0.250 | – | – | – | – | 0.500 |"]
+    assert made["photos-normalisers"].splitlines()[2:] == ["| seq-sum | 0.500 | – | – | – | – | 0.500 |"]
     assert made["photos-rollouts"].splitlines()[2:] == [
-        "| rlvr, 4 | – | – | – | – | – | 0.500 ± 0.000 |", "| rlvr, 8 | – | – | – | – | – | 0.700 ± 0.248 |"]
+        "| rlvr, 4 | – | – | – | – | – | 0.500 ± 0.000 |", "| rlvr, 8 | – | – | – | – | – | 0.700 ± 0.094 |"]
+
+
+def test_the_bases_stand_beside_the_arms(results):
+    for base, absent in (("1", 0.0), ("2", 0.02), ("3", 0.04)):
+        results(f"base-{base}-final", "final", absent=absent, primary=0.5, **dict.fromkeys(("new", "hard", "kept", "T-acc"), 1))
+    assert "| base | 0.020 ± 0.050 | 1.000 ± 0.000 |" in plan.tables({})["photos-640"]
+    assert plan.tables({})["photos-first"].endswith("| primary, 6,400 labels | 0.500 ± 0.000 | – | – | – | – | – |")
 
 
 def test_the_strata_of_a_base_by_hand():
     base = {"right": {"final": {"": "-08-1-7-4"}}}
-    shares = [plan.BASE_COLUMNS[own](base) for own in ("dead", "hard", "mastered")]
+    shares = [plan.BASE_COLUMNS[f"share {own}"](base) for own in ("dead", "hard", "mastered")]
     assert shares == [0.2, 0.6, 0.2]
