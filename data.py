@@ -90,11 +90,11 @@ class Prompt:
     example: Example
     tokens: list[int]         # P, image placeholders included
     position: Tensor          # [3, P] M-RoPE ids
-    patches: Tensor           # [N, 3·2·14·14] of one image after the other, N = 0 without any
+    patches: Tensor           # [N, 3·2·14·14] (Qwen3-VL: 16·16) of one image after the other, N = 0 without any
     grids: list[tuple[int, int]]    # (gh, gw) patches of each
     answer: str               # the label's answer, boxes in the frame
     images: list[Image.Image] = field(default_factory=list, repr=False)     # of the frame's size
-    side: int | None = None   # of the frame, if the model has one of its own (Qwen3-VL: 1000)
+    side: float | None = None   # of the frame, by which the limits of the reward go (`Processor.side`)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class Processor:
 
     def patches(self, image: Image.Image, frame: tuple[int, int] | None = None
                 ) -> tuple[Tensor, tuple[int, int], Image.Image]:
-        """Returns the patches [N, 3·2·14·14] of an RGB image, (gh, gw), and the resized image. A
+        """Returns the patches [N, 3·2·14·14] (Qwen3-VL: 16·16) of an RGB image, (gh, gw), and the resized image. A
         still image is doubled in time. frame: (width, height) to resize to first, bilinear and
         whatever the aspect, as the authors do for grounding."""
         c = self.config
@@ -186,9 +186,16 @@ class Processor:
             tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
             tokens += [self.config.image_token_id] * count
         position = mrope_positions(tokens, grids, self.config.image_token_id, merge)
-        shrunk = images[0].width if task.frame and images else None     # by --max-pixels
-        return Prompt(example, tokens, position, patches, grids, answer, images,
-                      self.config.boxes_in or shrunk)
+        side = self.side(task, images[0].width, example.images[0].width) if images else None
+        return Prompt(example, tokens, position, patches, grids, answer, images, side)
+
+    def side(self, task, seen: int, stored: int) -> float | None:
+        """Returns the side of the frame, of which the reward's limits are shares: the model's own
+        (Qwen3-VL: 1000), or the task's, by as much larger or smaller as the model sees the picture.
+        seen, stored: the picture's width as the model sees it, and before."""
+        if not task.side:
+            return None
+        return self.config.boxes_in or task.side * seen / (task.frame[0] if task.frame else stored)
 
     def check_label(self, example: Example, sizes: Sequence[tuple[int, int]], style: str,
                     longest: int, max_row_tokens: int = 0, sampled: bool = True,
@@ -210,9 +217,8 @@ class Processor:
         y = label_text(example.task, answer, style, example.thought)
         tokens = self.encode(y)
         if (back := self.decode(tokens)) != y:
-            shrunk = seen[0][0] if task.frame and seen else None
-            points, most = (score(example.task, text, answer, self.config.boxes_in or shrunk).total
-                            for text in (back, y))
+            frame = self.side(task, seen[0][0], sizes[0][0]) if seen else None
+            points, most = (score(example.task, text, answer, frame).total for text in (back, y))
             if points < most:
                 raise ValueError("no rollout can equal the label: its text comes back from its "
                                  f"own tokens as {back[:99]!a}, which earns {points:g} and not "

@@ -23,11 +23,12 @@ Glossary (the letters of every shape comment)
     attend     attend(layer, q, k, v) → output: which tokens see each other. `RowLayout.attend` in
                training, rollout.KVCache's `attend_prompt` and `attend_token` in sampling
 
-Departures from it. In float32 none changes a number by more than rounding.
+Departures from it. In float32 only the fourth changes a number by more than rounding.
     1. Window attention gathers each window's patches by index. The patches are never re-ordered.
     2. The patch embedding, a Conv3d whose stride is its kernel, is one matrix product.
     3. lm_head runs only where a log-prob is asked for, in chunks that are recomputed in backward.
-    4. Image and video placeholders have probability 0, in sampling and in scoring (`banned`).
+    4. The tokens of pictures and videos have probability 0, in sampling and in scoring (`banned`), and
+       the others share theirs: of assets/tiny that moves a log-prob by less than 1e-4.
     5. Where weights are bfloat16, the decoder's rotary embedding stays float32, and RMSNorm rounds
        once; there cos and sin, and the norm before its weight, are rounded too. So bfloat16
        log-probs differ, but are as near to float32's.

@@ -1,5 +1,5 @@
-"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors. No state, no
-collectives; the loss waits for no number from the device.
+"""The equations of ViSurf (arXiv 2510.10606), as pure functions on tensors, without state and
+without collectives.
 
     python objective.py [--r-y 6 --r-o 5 5 1]      what each method makes of a group's rewards
 
@@ -13,8 +13,8 @@ Glossary
                there
     METHODS    ViSurf and its rivals, as records: settings of the one loss
 
-Learning rate, entropy bonus and length normalisation are the same for all methods, and y and the
-rollouts share one denominator; CHORD takes a mean over each of the two.
+All methods have the same learning rate, entropy bonus and length normalisation. y and the rollouts
+share one denominator; the published CHORD divides the sum of each by its own number of tokens.
 
 Departures
     1. Probabilities are per token (as in every GRPO trainer); the paper writes them per sequence.
@@ -45,8 +45,8 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     tokens, responses, step and steps.
 
     cfg            the options of train.py
-    logp, entropy  log π of each token, and the entropy of the distribution it was taken from, both
-                   with a gradient
+    logp, entropy  log π of each token, and the entropy of the distribution it was taken from; both
+                   with a gradient, the entropy only if the loss depends on it
     old_logp       under the policy that sampled, y's too; with one inner epoch it is logp, detached
                    (ρ ≡ 1)
     ref_logp       under the frozen initial model; None without --kl
@@ -227,7 +227,7 @@ def chord_token(logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
 # Where the weight of y is a constant, it stands as y's advantage.
 METHODS = {
     "visurf": Method(
-        text="Eq. 8: Â over G+1 rewards, after control 3",
+        text="Eq. 6 to 8: Â over G+1 rewards, after control 3",
         advantages=lambda cfg, r: group_advantages(r, cfg.std), smooths=True),
     "rlvr": Method(
         text="GRPO: Â over the G rollouts, without y",

@@ -4,7 +4,8 @@ Glossary
     response   text: y or a rollout; support/answers.py turns it into boxes or a *named* error
     reward     a record of named terms; the number r is their sum
     truth      what a response is held to: the label's answer, boxes in the frame the model sees
-    side       of that frame: 840 pixels, 112 in the built-in world, 1000 parts for Qwen3-VL
+    side       of that frame: 840 pixels, 112 in the built-in world, 1000 parts for Qwen3-VL; another if
+               the model sees the pictures larger or smaller
     task       prompt template, text of y, reward and metric (`TASKS`)
     control    1 align the text of y, 2 no thinking reward for y, 3 smooth r(y): `label_text`,
                `label_reward`, `smooth`
@@ -106,7 +107,7 @@ def borrowed_thought(rollouts: list[str], seed: int, place: int) -> str:
 
 
 def label_reward(task: str, y: str, answer: str, pays_thinking: bool = False,
-                 side: int | None = None) -> Reward:
+                 side: float | None = None) -> Reward:
     """Control 2, no thinking reward: y has no reasoning, so its thinking term is 0; format and
     accuracy stay. pays_thinking (the ablation): y is paid for thinking as a complete response is,
     and r(y) is 7 where it is 6 with the control. side: as in reward_in."""
@@ -126,7 +127,7 @@ def smooth(r_y: float, r_o: list[float]) -> tuple[float, bool]:
     return (math.fsum(r_o) / len(r_o), True) if max(r_o) >= r_y else (r_y, False)
 
 
-def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str], side: int | None = None,
+def reward_group(cfg, task: str, answer: str, y: str | None, rollouts: list[str], side: float | None = None,
                  *, length_y: int, lengths: list[int], truncated: list[bool], group: int, step: int,
                  steps: int) -> tuple[list[Reward], list[float], bool]:
     """Section 3.4 on one group: returns the reward of each response, as terms and as the number r
@@ -187,14 +188,14 @@ def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
         return None, name
 
 
-def reward_in(task: str, side: int | None) -> Callable[[str, str], Reward]:
+def reward_in(task: str, side: float | None) -> Callable[[str, str], Reward]:
     """Returns the task's reward in a frame of this side, or of the task's own if it is None
     (`Prompt.side`)."""
     reward, own = TASKS[task].reward, TASKS[task].side
     return functools.partial(reward, side=side or own) if own else reward
 
 
-def score(task: str, response: str, answer: str, side: int | None = None) -> Reward:
+def score(task: str, response: str, answer: str, side: float | None = None) -> Reward:
     """Returns the task's reward of a response, or 0 points and a named error if it cannot be
     computed. side: as in reward_in."""
     reward, failure = guarded(reward_in(task, side), task, response, answer)
@@ -241,7 +242,7 @@ def non_repeat(response: str) -> float:
     return 0.0 if len(sentences) - len(set(sentences)) >= 2 else 1.0
 
 
-def accuracy(predicted: list[dict], truth: list[dict], side: int = 840) -> float:
+def accuracy(predicted: list[dict], truth: list[dict], side: float = 840) -> float:
     """Returns 0 … 3: the sum over the best one-to-one matching, divided by the larger of the
     counts. Each (prediction, truth) pair scores 1[IoU > 0.5] + 1[mean |Δ corner| < 10 px] +
     1[points closer than 30 px and the predicted point in its own box]. The pixels are those of an
@@ -261,7 +262,7 @@ def accuracy(predicted: list[dict], truth: list[dict], side: int = 840) -> float
     return float(cells[rows, columns].sum()) / max(len(predicted), len(truth))
 
 
-def grounding_reward(response: str, truth: str, side: int = 840, must_end: bool = False) -> Reward:
+def grounding_reward(response: str, truth: str, side: float = 840, must_end: bool = False) -> Reward:
     """Returns the four terms. truth: JSON text of the boxes, in a frame of this side. must_end: an
     answer has its format only if nothing follows it; in the authors' reward text behind it is free
     unless the response has a thought."""

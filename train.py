@@ -140,8 +140,8 @@ class Config:
                              least=0, most=1)
     optimizer: str = option("adamw", "optimisation", "adamw; muon: Muon for matrices, AdamW for the rest",
                             ("adamw", "muon"))
-    adam_eps: float = option(1e-3, "optimisation", "eps of AdamW [recipe 1e-8]; far above a weight's usual gradient it "
-                             "makes small gradients small steps", above=0)
+    adam_eps: float = option(1e-3, "optimisation", "eps of AdamW [recipe 1e-8]; well above the typical gradient, it "
+                             "keeps AdamW from turning tiny gradients into full steps", above=0)
     weight_decay: float = option(0.01, "optimisation", "decoupled weight decay [recipe 1e-2]", least=0)
     grad_clip: float = option(1.0, "optimisation", "largest gradient norm [recipe 1.0]", above=0)
     precision: str = option("float32", "optimisation", "of weights and gradients; the optimizer keeps float32 weights "
@@ -196,7 +196,7 @@ class Config:
                  "must be a name of at most 200 bytes, without control characters"),
                 ("prompts_per_step", self.prompts_per_step % world, f"must be a multiple of the {world} ranks"),
                 ("rollouts", method.rollouts and self.rollouts < 2,
-                 "must be 2 or more, or no group has a spread"),
+                 "must be 2 or more, or the rollouts of a group have no spread"),
                 ("optimizer", self.optimizer == "muon" and self.precision == "bfloat16",
                  "keeps no float32 weights; use --precision float32"),
                 ("data", not self.data, "must name what is trained on"),
@@ -204,12 +204,17 @@ class Config:
                  f"{self.method} has no label"),
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
+                ("label_style", self.label_style != "spaced" and not method.y, f"{self.method} has no label"),
+                ("reward_label_thinking", self.reward_label_thinking and not (method.y and method.rollouts),
+                 f"{self.method} does not use r(y)"),
+                ("no_smoothing", not self.smoothing and not method.smooths, f"{self.method} has no smoothing"),
                 ("kl", self.kl and not method.rollouts,
                  f"has no meaning with --method {self.method}"),
                 ("keep_best", self.keep_best and not (self.eval_data and self.eval_examples),
                  "needs evaluations: give --eval-data too")):
             if wrong:
-                raise Mistake(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {rule}")
+                value = getattr(self, flag, True)
+                raise Mistake(f"--{flag.replace('_', '-')}{'' if value is True else f' {value}'}: {rule}")
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -361,29 +366,22 @@ def pack(cfg: Config, groups: list[Group], device, step: int = 0
 def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | None, optimizers: list,
            groups: list[Group], meter: Meter, step: int = 0, leaves: Callable[[bool], bool] = lambda last: False
            ) -> tuple[float, float, int]:
-    """Makes cfg.inner_epochs optimizer steps on the groups. Returns loss, gradient norm, and the
-    row tokens trained on, those of each epoch. An epoch whose loss or gradient is not finite changes
-    nothing, on any rank; loss and norm are the last epoch's.
-    leaves: asked before each micro-batch of the first epoch (`Run.leaves`); nothing has changed if
-    it raises Stopped."""
-    device = ddp.module.lm_head.weight.device
-    batches, of_batch, by_entropy = pack(cfg, groups, device, step)
+    """Makes cfg.inner_epochs optimizer steps on the groups: Eq. 8, Eq. 9. Returns the loss and the
+    gradient norm of the last, and how many row tokens all of them read.
+    leaves: asked before each micro-batch of the first epoch, and raises Stopped after a signal,
+    before any weight has changed (`Run.leaves`)."""
+    batches, of_batch, by_entropy = pack(cfg, groups, ddp.module.lm_head.weight.device, step)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
-    with torch.no_grad():
-        for mb in batches if cfg.inner_epochs > 1 else ():
-            mb.old_logp, _ = ddp.module(**vars(mb.batch), **settings)
-        if reference is not None:
-            with without_adapters(reference):
-                for mb in batches:
-                    mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
+    score_before(cfg, ddp.module, reference, batches, settings)
     for epoch in range(cfg.inner_epochs):
         loss_sum = 0.0
         for i, mb in enumerate(batches):
-            if not epoch and leaves(i + 1 == len(batches)):
+            last = i + 1 == len(batches)
+            if not epoch and leaves(last):
                 continue
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the
             # average a sum.
-            with ddp.no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
+            with contextlib.nullcontext() if last else ddp.no_sync():
                 logp, entropy = ddp(**vars(mb.batch), **settings, entropy_gradient=by_entropy)
                 loss, logged = objective.loss(
                     cfg, logp=logp, old_logp=logp.detach() if mb.old_logp is None else mb.old_logp,
@@ -393,15 +391,36 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
             loss_sum += float(loss.detach())
             if epoch == cfg.inner_epochs - 1:
                 meter.take(logged)
-        loss_sum, = add_over_ranks([loss_sum], device)
-        norm = float(nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip))
-        if math.isfinite(loss_sum) and math.isfinite(norm):
-            for optimizer in optimizers:
-                optimizer.step()
-            if not torch.stack([p.isfinite().all() for p in ddp.parameters()]).all():
-                raise Mistake("the optimizer step made weights that are not finite: try a smaller --lr")
-        ddp.zero_grad(set_to_none=True)
+        loss_sum, = add_over_ranks([loss_sum], ddp.module.lm_head.weight.device)
+        norm = optimizer_step(ddp, optimizers, cfg.grad_clip, math.isfinite(loss_sum))
     return loss_sum, norm, cfg.inner_epochs * sum(int((mb.batch.segment >= 0).sum()) for mb in batches)
+
+
+@torch.no_grad()
+def score_before(cfg: Config, policy: Qwen2_5_VL, reference: Qwen2_5_VL | None, batches: list[MicroBatch],
+                 settings: dict) -> None:
+    """Notes in each micro-batch log π_old, if there are several inner epochs, and log π_ref, if
+    there is --kl."""
+    for mb in batches if cfg.inner_epochs > 1 else ():
+        mb.old_logp, _ = policy(**vars(mb.batch), **settings)
+    if reference is not None:
+        with without_adapters(reference):
+            for mb in batches:
+                mb.ref_logp, _ = reference(**vars(mb.batch), **settings)
+
+
+def optimizer_step(ddp: DistributedDataParallel, optimizers: list, grad_clip: float, finite: bool) -> float:
+    """Makes one optimizer step and empties the gradients. Returns the norm before clipping. If it or
+    the loss is not finite (on all ranks alike), no weight changes. Raises Mistake if one becomes
+    not finite."""
+    norm = float(nn.utils.clip_grad_norm_(ddp.parameters(), grad_clip))
+    if finite and math.isfinite(norm):
+        for optimizer in optimizers:
+            optimizer.step()
+        if not torch.stack([p.isfinite().all() for p in ddp.parameters()]).all():
+            raise Mistake("the optimizer step made weights that are not finite: try a smaller --lr")
+    ddp.zero_grad(set_to_none=True)
+    return norm
 
 
 # --------------------------------------------------------------------------------------------------

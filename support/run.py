@@ -232,9 +232,11 @@ class Run:
     def leaves(self, last: bool) -> bool:
         """Returns whether to leave what is at work, on this rank. last: it is the last part of it,
         which no rank may miss: raises Stopped on all ranks if a signal has come on any."""
-        if last and self.any_signal():
+        if not last:
+            return bool(self.signals)
+        if self.any_signal():
             raise Stopped
-        return bool(self.signals)
+        return False        # a signal that came since is seen at the next step
 
     @contextlib.contextmanager
     def unless_stopped(self):

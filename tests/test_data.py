@@ -114,6 +114,19 @@ def test_a_frame_that_is_shrunk_takes_its_limits_along():
         assert reward.terms["accuracy"] == accuracy
 
 
+def test_a_picture_of_the_built_in_world_that_is_resized_takes_its_limits_along():
+    """A box 1 pixel off is within 1.33 of a frame of 112; in one of 448 that is 4 pixels of 5.33, in one of 56 half a
+    pixel of 0.67. 2 pixels off are within none."""
+    for pixels, side in (({}, 112), ({"min_pixels": 448 * 448}, 448), ({"max_pixels": 56 * 56}, 56)):
+        prompt = Processor(TINY, **pixels).prompt(Example("1", (Image.new("RGB", (112, 112)),), "cup", json.dumps(
+            [{"bbox_2d": [20, 20, 80, 80], "point_2d": [50, 50]}]), "scene_grounding"))
+        assert prompt.side == side
+        [item] = json.loads(prompt.answer)
+        for off, accuracy in ((1, 3), (2, 2)):
+            near = json.dumps([{"bbox_2d": [x + off * side / 112 for x in item["bbox_2d"]], "point_2d": item["point_2d"]}])
+            assert score("scene_grounding", f"<answer>{near}</answer>", prompt.answer, prompt.side).terms["accuracy"] == accuracy
+
+
 def test_folders_saved_by_transformers_5(tmp_path):
     """They have processor_config.json, the settings of the pictures under image_processor, and no
     preprocessor_config.json. Where both are, the nested one counts, as it does there."""

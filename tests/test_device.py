@@ -1,5 +1,5 @@
 """A whole step on an accelerator that is not there: tensors that say they lie on it, computed by the CPU. What would
-mix devices on a GPU is an error here, and every wait for the device is counted."""
+mix devices on a GPU is an error here, and waits for the device are counted, but for those of masks that pick elements."""
 import contextlib
 from dataclasses import replace
 from pathlib import Path

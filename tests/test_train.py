@@ -37,7 +37,7 @@ from model import RowLayout, load_model, random_model
 from support.checkpoints import FIRST, read_state
 from support.curves import read_metrics
 from support.lora import add_lora, merge_after
-from support.mistakes import Mistake
+from support.mistakes import Mistake, Stopped
 from support.optimizers import make_optimizers
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.run import Run
@@ -853,6 +853,18 @@ def test_a_signal_in_the_middle_loses_nothing(tmp_path, one_rank, monkeypatch, c
     start("--resume", "runs/half")
     a, b = (load_file(f"runs/{run}/checkpoints/step_3/model.safetensors") for run in ("whole", "half"))
     assert all(torch.equal(a[key], b[key]) for key in a) and lines(Path("runs/whole")) == lines(Path("runs/half"))
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_to_go_on_is_left_to_the_next_step():
+    """Else this rank alone would leave out its last micro-batch, and the others would wait for it."""
+    run = object.__new__(Run)
+    run.signals = []
+    run.any_signal = lambda: bool(run.signals.append(signal.SIGTERM))       # it comes behind what the ranks agree on
+    assert run.leaves(last=True) is False and run.signals
+    run.any_signal = lambda: True
+    assert run.leaves(last=False) is True
+    with pytest.raises(Stopped):
+        run.leaves(last=True)
 
 
 def train_on_two_ranks(rank: int, ports: list[int], folder: Path) -> None:
