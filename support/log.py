@@ -1,8 +1,10 @@
 """Quantities joined over ranks, the line of a step, peak memory."""
+import re
 import resource
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +84,9 @@ def peak_memory_gb(device: torch.device) -> float:
     """Returns the peak in 1e9 bytes: allocated on CUDA, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024                               # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    if sys.platform == "linux":         # its ru_maxrss begins with that of the process that started this one
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9              # macOS counts in bytes
 
 
 def memory_line(model: nn.Module, world: int, offload: bool) -> str:
