@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import Processor, Prompt, load
 from model import Qwen2_5_VL, load_model
-from rewards import TASKS, guarded, score
+from rewards import TASKS, score
 from rollout import generate
 from support import report, scenes
 from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinking_format, parse_boxes,
@@ -179,7 +179,7 @@ class Record:
     intersection: int = 0              # pixels of the masks
     union: int = 0
     area: int = 0                      # of the predicted mask
-    score: float = 0.0                 # 0 … 1: of boxes whether a point hits, else the task's own metric
+    score: float = 0.0                 # 0 … 1: of boxes whether a point hits, else the accuracy of the reward
 
 
 def official_reading(response: str, scale: tuple[float, float]) -> tuple[list, list]:
@@ -321,10 +321,8 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
             record.true_box = hull(boxes)
         record.score = float(point_hit(parse_points(response), record.truth))
     else:
-        value, record.error = guarded(task.metric, example.task, response, prompt.answer)
-        record.score = float(value or 0.0)          # a metric may return what NumPy or torch computes
-        if not value and not record.error:
-            record.error = score(example.task, response, prompt.answer).error
+        reward = score(example.task, response, prompt.answer)
+        record.score, record.error = float(reward.terms.get("accuracy", 0.0)), reward.error    # a tensor, it may be
     return record
 
 

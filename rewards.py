@@ -6,7 +6,7 @@ Glossary
     truth      what a response is held to: the label's answer, boxes in the frame the model sees
     side       of that frame: 840 pixels, 112 in the built-in world, 1000 parts for Qwen3-VL; another if
                the model sees the pictures larger or smaller
-    task       prompt template, text of y, reward and metric (`TASKS`)
+    task       prompt template, text of y, and reward (`TASKS`)
     control    1 align the text of y, 2 no thinking reward for y, 3 smooth r(y): `label_text`,
                `label_reward`, `smooth`
 
@@ -68,8 +68,7 @@ class Task:
     """Holds all that a task is."""
     prompt: str                            # the user's turn; {question} stands for the question
     render: Callable[[str, str], str]      # (answer, style) → the text of y
-    reward: Callable[..., Reward]          # (response, answer) → named terms
-    metric: Callable[[str, str], float] | None    # (response, answer) → 0 … 1; None: eval.py's
+    reward: Callable[..., Reward]          # (response, answer) → named terms, "accuracy" among them
     boxes: bool = False                    # answers are JSON boxes, converted with the image
     side: int | None = None                # of the frame; None: the reward does not depend on it
     frame: tuple[int, int] | None = None   # (width, height) of every image, whatever its aspect was
@@ -172,22 +171,6 @@ def read_label(task: str, value, choices=None) -> str:
 reported: set[tuple[str, str]] = set()   # failures of rewards whose traceback has been printed
 
 
-def guarded(function: Callable, task: str, response: str, answer: str) -> tuple:
-    """Returns (function(response, answer), None), or (None, "reward_failed_TYPE") if it raises: one
-    odd text must not end a run of days. The first traceback of a kind is printed."""
-    try:
-        return function(response, answer), None
-    except Mistake:      # of the installation, not of the text
-        raise
-    except Exception as error:
-        name = f"reward_failed_{type(error).__name__}"
-        if (task, name) not in reported:
-            reported.add((task, name))
-            say(f"the reward of task {task!r} failed on {response[:200]!a}; it counts as 0 points\n"
-                + traceback.format_exc())
-        return None, name
-
-
 def reward_in(task: str, side: float | None) -> Callable[[str, str], Reward]:
     """Returns the task's reward in a frame of this side, or of the task's own if it is None
     (`Prompt.side`)."""
@@ -197,11 +180,20 @@ def reward_in(task: str, side: float | None) -> Callable[[str, str], Reward]:
 
 def score(task: str, response: str, answer: str, side: float | None = None) -> Reward:
     """Returns the task's reward of a response, or 0 points and a named error if it cannot be
-    computed. side: as in reward_in."""
-    reward, failure = guarded(reward_in(task, side), task, response, answer)
-    if reward and not math.isfinite(reward.total):
-        return Reward({}, "reward_not_finite")
-    return reward or Reward({}, failure)
+    computed: one odd text must not end a run of days. The first traceback of a kind is printed.
+    side: as in reward_in."""
+    try:
+        reward = reward_in(task, side)(response, answer)
+        return reward if math.isfinite(reward.total) else Reward({}, "reward_not_finite")
+    except Mistake:      # of the installation, not of the text
+        raise
+    except Exception as error:
+        name = f"reward_failed_{type(error).__name__}"
+        if (task, name) not in reported:
+            reported.add((task, name))
+            say(f"the reward of task {task!r} failed on {response[:200]!a}; it counts as 0 points\n"
+                + traceback.format_exc())
+        return Reward({}, name)
 
 
 def full_accuracy(task: str) -> float:
@@ -213,8 +205,7 @@ def earned(task: str, y: str, answer: str) -> tuple[Reward, float]:
     """Returns the reward of y, after control 2, and its share of full accuracy, 0 … 1. Errors of
     the reward are not caught: data.check_example tells them of the row."""
     reward = label_reward(task, y, answer)
-    metric = TASKS[task].metric
-    return reward, metric(y, answer) if metric else reward.terms["accuracy"] / FULL_ACCURACY
+    return reward, reward.terms["accuracy"] / full_accuracy(task)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,12 +288,9 @@ def math_reward(response: str, truth: str) -> Reward:
     r"""Returns 1.0 if correct, 0.1 if wrong but boxed, 0 without \boxed{}."""
     answer = boxed(response[:MAX_CHARACTERS])
     if answer is None:
-        return Reward({"accuracy": 0.0}, "no_boxed")
-    return Reward({"accuracy": 1.0 if math_equal(answer, *read_choices(truth)) else 0.1})
-
-
-def math_metric(response: str, answer: str) -> float:
-    return float(math_reward(response, answer).total == 1)   # boxed but wrong is wrong
+        return Reward({"accuracy": 0.0, "boxed": 0.0}, "no_boxed")
+    right = math_equal(answer, *read_choices(truth))
+    return Reward({"accuracy": float(right), "boxed": 0.0 if right else 0.1})
 
 
 def render_boxed(answer: str, style: str) -> str:
@@ -330,11 +318,6 @@ def document_reward(response: str, truth: str) -> Reward:
     return Reward({"accuracy": anls(final_text(response), accepted(truth))})
 
 
-def accuracy_of(reward: Callable[[str, str], Reward]) -> Callable[[str, str], float]:
-    """Returns the metric that is the accuracy term of a reward without other terms."""
-    return lambda response, answer: reward(response, answer).terms["accuracy"]
-
-
 # --------------------------------------------------------------------------------------------------
 # The tasks
 
@@ -357,20 +340,16 @@ MATH_PROMPT = (
 SHORT_PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
 GROUNDING = Task(prompt=GROUNDING_PROMPT, render=render_grounding, reward=grounding_reward,
-                 metric=None, boxes=True, side=840, frame=(840, 840), strip='."?!',
-                 read=read_boxes)
-MATH = Task(prompt=MATH_PROMPT, render=render_boxed, reward=math_reward, metric=math_metric,
-            strip='"!', read=read_math)
-VQA = Task(prompt="{question}", render=render_short, reward=vqa_reward,
-           metric=accuracy_of(vqa_reward), read=read_accepted)
+                 boxes=True, side=840, frame=(840, 840), strip='."?!', read=read_boxes)
+MATH = Task(prompt=MATH_PROMPT, render=render_boxed, reward=math_reward, strip='"!',
+            read=read_math)
+VQA = Task(prompt="{question}", render=render_short, reward=vqa_reward, read=read_accepted)
 TASKS = {
     "grounding": GROUNDING,
     "grounding_train": replace(GROUNDING, prompt=GROUNDING_TRAIN_PROMPT, strip="."),
     "math": MATH,
-    "chartqa": replace(VQA, prompt=SHORT_PROMPT, reward=chart_reward,
-                       metric=accuracy_of(chart_reward)),
-    "docvqa": replace(VQA, prompt=SHORT_PROMPT, reward=document_reward,
-                      metric=accuracy_of(document_reward)),
+    "chartqa": replace(VQA, prompt=SHORT_PROMPT, reward=chart_reward),
+    "docvqa": replace(VQA, prompt=SHORT_PROMPT, reward=document_reward),
     "vqa": VQA,
     # The built-in world asks in fewer words, for speed, about pictures of 112×112.
     "scene_grounding": replace(GROUNDING, prompt=scenes.PROMPT, frame=None, side=scenes.SIZE,

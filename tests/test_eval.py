@@ -21,6 +21,7 @@ import eval as evaluation
 from data import Processor
 from eval import Record, summarise, table, unknown_to
 from model import load_model
+from rewards import Reward
 from support import runs
 from support.boxes import box_hit
 from support.mistakes import Mistake
@@ -61,8 +62,9 @@ def test_an_answer_without_a_box_is_unreadable(response, score, error):
 
 
 @pytest.mark.parametrize("value", [np.bool_(True), np.float32(1), torch.tensor(1.0), True, 1])
-def test_a_metric_may_return_what_numpy_or_torch_computes(monkeypatch, value):
-    monkeypatch.setitem(evaluation.TASKS, "mine", replace(evaluation.TASKS["vqa"], metric=lambda response, answer: value))
+def test_a_reward_may_hold_what_numpy_or_torch_computes(monkeypatch, value):
+    mine = replace(evaluation.TASKS["vqa"], reward=lambda response, answer: Reward({"accuracy": value}))
+    monkeypatch.setitem(evaluation.TASKS, "mine", mine)
     prompt = Processor("assets/tiny").prompt(Example("a", (), "2+2?", "4", "mine"))
     judged = evaluation.judge(prompt, "4", 1)
     assert json.loads(json.dumps(vars(judged)))["score"] == 1.0

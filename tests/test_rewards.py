@@ -381,7 +381,7 @@ def check_reward(response):
             assert len(boxes) <= 120 and all(np.isfinite([*b["bbox_2d"], *b["point_2d"]]).all() for b in boxes)
         else:
             assert reward.error in ERRORS and reward.terms["accuracy"] == 0
-    assert math_reward(response, "2").terms["accuracy"] in (0.0, 0.1, 1.0)
+    assert math_reward(response, "2").total in (0.0, 0.1, 1.0)
     assert vqa_reward(response, "2").terms["accuracy"] in (0.0, 1.0)
     return error
 
@@ -1002,7 +1002,7 @@ def test_control_2_does_not_concern_tasks_without_thinking():
     for task, stored in (("vqa", "Paris"), ("math", r"\frac{1}{2}"), ("math", "12")):
         y = label_text(task, stored, "spaced")
         assert label_reward(task, y, stored) == label_reward(task, y, stored, True) == TASKS[task].reward(y, stored)
-        assert label_reward(task, y, stored).terms == {"accuracy": 1.0}
+        assert label_reward(task, y, stored).terms["accuracy"] == 1.0
 
 
 def test_control_2_keeps_the_error():
@@ -1085,7 +1085,6 @@ def test_the_task_of_the_page():
     task = names["TASKS"]["read"]
     assert task.render("red ring", "spaced") == "<answer>red ring</answer>"
     assert task.reward("<answer>A red box</answer>", "red ring").terms == {"format": 1.0, "accuracy": 0.5}
-    assert task.metric("the ring is red", "red ring") == 1.0
     assert task.prompt.startswith("Read out: {question}.")
 
 
@@ -1103,7 +1102,7 @@ def test_which_thought_is_borrowed():
     for thought, behind in (("<think>2 plus 2.</think>\n", "\\boxed{5}"), ("<think>a</think> ", "so \\boxed{5}.")):
         assert rewards.borrowed_thought([*boxed, thought + behind], 0, 0) == thought
         y = rewards.label_text("math", "4", "spaced", before=thought)
-        assert y == thought + "\\boxed{4}" and rewards.label_reward("math", y, "4").terms == {"accuracy": 1.0}
+        assert y == thought + "\\boxed{4}" and rewards.label_reward("math", y, "4").terms == {"accuracy": 1.0, "boxed": 0.0}
 
 
 def test_braces_in_a_prompt_and_in_a_question_stay(monkeypatch):

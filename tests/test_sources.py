@@ -1345,7 +1345,7 @@ def test_a_label_must_earn_its_own_reward(tmp_path, monkeypatch):
     assert line.startswith("2 of 3 labels earn less than full accuracy") and "a.jsonl, row 2" in line and "accuracy 2" in line
     for reward, reason in ((lambda response, answer: rewards.Reward({"accuracy": 0.0}), "has no accuracy"),
                            (lambda response, answer: 1 / 0, "fails on its own label .*ZeroDivisionError")):
-        task = replace(rewards.TASKS["vqa"], reward=reward, metric=lambda response, answer: 1.0)
+        task = replace(rewards.TASKS["vqa"], reward=reward)
         monkeypatch.setitem(rewards.TASKS, "mine", task)
         with pytest.raises(BadRow, match=f"row 1: .*{reason}"):
             load(lines_of(tmp_path, {"task": "mine", "solution": "5"}))
