@@ -271,6 +271,7 @@ class Response:
 
 @dataclass
 class Row:
+    """Holds a prompt and some of its responses, T tokens behind each other (`pack_group`)."""
     prompt: Prompt
     responses: list[Response]
     tokens: list[int]      # T
@@ -328,6 +329,7 @@ class Batch:
 
 
 def collate(rows: list[Row], device="cpu") -> Batch:
+    """Returns B rows as tensors [B, T], padded on the right to the longest."""
     if not rows:
         raise ValueError("collate: the list of rows is empty")
     T = max(len(row.tokens) for row in rows)
@@ -345,6 +347,7 @@ def collate(rows: list[Row], device="cpu") -> Batch:
 
 
 def collate_images(prompts: list[Prompt], device="cpu") -> tuple[Tensor, list[tuple[int, int]]]:
+    """Returns the patches of all pictures, [N, …], and their grids, in the order of the prompts."""
     patches = joined([p.patches for p in prompts if len(p.patches)])
     return patches.to(device), [grid for p in prompts for grid in p.grids]
 

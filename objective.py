@@ -84,22 +84,22 @@ def loss(cfg, *, logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, sample
     if cfg.entropy_bonus:
         gain = gain + cfg.entropy_bonus * entropy
     logged = logged_of_loss(method, logp=logp, old_logp=old_logp, sampled_logp=sampled_logp, entropy=entropy,
-                            advantage=torch.where(is_y, weight_y, advantage), cut=cut, is_y=is_y,
+                            pull=torch.where(is_y, weight_y, advantage), cut=cut, is_y=is_y,
                             weight=weight, denominator=denominator)
     return -(weight * gain).sum() / denominator, logged
 
 
 @torch.no_grad()
 def logged_of_loss(method: "Method", *, logp: Tensor, old_logp: Tensor, sampled_logp: Tensor,
-                   entropy: Tensor, advantage: Tensor, cut: Tensor, is_y: Tensor, weight: Tensor, denominator: int
+                   entropy: Tensor, pull: Tensor, cut: Tensor, is_y: Tensor, weight: Tensor, denominator: int
                    ) -> dict[str, Tensor]:
-    """Returns what docs/logged.md says of a step's loss. advantage: of a token of y the weight of
-    its ∇log π. cut: whether the clip cuts its gradient off."""
+    """Returns what docs/logged.md says of a step's loss. pull: what weighs a token's ∇log π, its Â
+    unless a rival weighs y in another way. cut: whether the clip cuts its gradient off."""
     y, rollouts = (weight > 0) & is_y, (weight > 0) & ~is_y
     logp_y = (logp * y).sum(1)[y.any(1)]
     if not method.rollouts:
         return {"logp_y": logp_y, "entropy_y": entropy[y]}
-    size = (weight * advantage.abs()).double() / denominator    # of the two terms of Eq. 9
+    size = (weight * pull.abs()).double() / denominator    # of the two terms of Eq. 9
     gap = (old_logp - sampled_logp)[rollouts]
     return {"logp_y": logp_y, "logp_gap": gap.abs(), "logp_gap_max": gap.abs(),
             "kl_sampler": kl_k3(torch.zeros_like(gap), gap),

@@ -1,4 +1,5 @@
-"""Sampling with a KV cache: G rollouts of each prompt from one prefill.
+"""o_1 … o_G ~ π_old(· | v, t) of the paper: sampling with a KV cache, G rollouts of each prompt from
+one prefill.
 
     prefill           the prompts once, with their images; G rollouts share their keys and values
     sample            one token a rollout from softmax(logits / T), or the likeliest

@@ -55,9 +55,9 @@ from support.options import option, parse
 from support.optimizers import learn, make_optimizers, set_lr
 from support.pictures import draw_sheet
 from support.probe import trained_on
-from support.ranks import add_over_ranks, gather_json, idle_cores, leave_ranks, start_ranks
+from support.ranks import add_over_ranks, gather_json, idle_cores, leave_ranks, start_ranks, threads_are_ours
 from support.run import Run, begin_or_resume, check_same
-from support.runs import saved_options
+from support.runs import run_and_step, saved_options, was_launched_with
 from support.screen import CONTROL
 from support.sources import Source, noticed, read, take
 
@@ -65,9 +65,9 @@ from support.sources import Source, noticed, read, take
 # --------------------------------------------------------------------------------------------------
 # Options
 
-# Named sets of options; what is given on the command line wins. `paper` is the authors' earlier
-# public recipe, as the paper leaves much open, without its KL and entropy bonus: docs/paper.md,
-# section 1, has all of it.
+# Named sets of defaults; what is given on the command line wins. `paper` is the authors' earlier
+# public recipe, without its KL and entropy bonus, as the paper leaves much of it open (docs/paper.md,
+# section 1).
 AUTHORS = {"data": "Ricky06662/ViSurf_multi_non_object_7300_size840", "task": "grounding", "steps": 456,
            "eval_data": "", "lr": 1e-6, "adam_eps": 1e-8, "warmup_steps": 0, "cooldown": 0.0,
            "precision": "bfloat16", "checkpoint_activations": "blocks"}
@@ -189,7 +189,7 @@ class Config:
 
     def check(self, world: int) -> None:
         """Raises Mistake if an option cannot be, by its flag."""
-        method = objective.METHODS[self.method]
+        method, new = objective.METHODS[self.method], not self.resume     # a run of an earlier version may go on
         for flag, wrong, rule in (
                 ("name", Path(self.name).name != self.name or self.name == "..", "must be a folder's name, not a path"),
                 ("name", len(self.name.encode(errors="replace")) > 200 or CONTROL.search(self.name),
@@ -204,14 +204,21 @@ class Config:
                  f"{self.method} has no label"),
                 ("offload_optimizer", self.offload_optimizer and (self.precision != "bfloat16" or self.lora_rank),
                  "is for the float32 copies of --precision bfloat16; --lora-rank and float32 have none"),
-                ("label_style", self.label_style != "spaced" and not method.y, f"{self.method} has no label"),
-                ("reward_label_thinking", self.reward_label_thinking and not (method.y and method.rollouts),
+                ("label_style", new and self.label_style != "spaced" and not method.y, f"{self.method} has no label"),
+                ("reward_label_thinking", new and self.reward_label_thinking and not (method.y and method.rollouts),
                  f"{self.method} does not use r(y)"),
-                ("no_smoothing", not self.smoothing and not method.smooths, f"{self.method} has no smoothing"),
+                ("no_smoothing", new and not self.smoothing and not method.smooths, f"{self.method} has no smoothing"),
+                ("lora_alpha", new and not self.lora_rank and self.lora_alpha != Config.lora_alpha,
+                 "belongs to --lora-rank"),
+                ("lora_targets", new and not self.lora_rank and self.lora_targets != Config.lora_targets,
+                 "belongs to --lora-rank; without it all learns, but what --freeze names"),
                 ("kl", self.kl and not method.rollouts,
                  f"has no meaning with --method {self.method}"),
                 ("keep_best", self.keep_best and not (self.eval_data and self.eval_examples),
-                 "needs evaluations: give --eval-data too")):
+                 "needs evaluations: give --eval-data too"),
+                ("keep_best", self.keep_best and self.eval_every % (self.save_every or self.steps),
+                 f"needs a checkpoint of each evaluation: --eval-every {self.eval_every} must be a multiple of "
+                 f"--save-every {self.save_every}")):
             if wrong:
                 value = getattr(self, flag, True)
                 raise Mistake(f"--{flag.replace('_', '-')}{'' if value is True else f' {value}'}: {rule}")
@@ -221,12 +228,13 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     def read_flags(flags: list[str] | None) -> Config:
         return parse(Config, "train.py", __doc__, flags, PRESETS, saved_options)
     cfg = read_flags(arguments)
-    if not cfg.resume and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        if not cfg.name:
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        if not cfg.resume and not cfg.name:
             raise Mistake("torchrun --max-restarts starts this very command again: give a --name, by which the run is "
                           "found then")
-        if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and (Path("runs") / cfg.name / "config.json").exists():
-            cfg = read_flags(["--resume", f"runs/{cfg.name}"])
+        run = run_and_step(Path(cfg.resume))[0] if cfg.resume else Path("runs") / cfg.name
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and was_launched_with(run):
+            cfg = read_flags(["--resume", str(run)])
     return cfg
 
 
@@ -247,23 +255,11 @@ class Group:
         return [o for o in self.responses if not o.is_y]
 
 
-def label_tokens(cfg: Config, processor: Processor, prompt: Prompt, before: str = ""
-                 ) -> tuple[str, list[int]]:
-    """Control 1: returns the text of y and its ids, tok(y) + EOS. before: a borrowed thought
-    (rewards.borrowed_thought)."""
-    example = prompt.example
-    text = label_text(example.task, prompt.answer, cfg.label_style, example.thought, before)
-    return text, processor.encode(text)
-
-
 def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: list[Prompt],
                 first: int, stop: Sequence = (), step: int = 0) -> list[Group]:
-    """Returns the groups of sections 3.2 to 3.4 of the paper: rollouts, rewards with their
-    controls, advantages (Eq. 6 and 7). first: the place of the first prompt in the endless sequence
-    of examples. step: how many came before. Raises Stopped as soon as `stop` is not empty."""
-    method = objective.METHODS[cfg.method]
-    controls = cfg if method.smooths else replace(cfg, smoothing=False)
-    thinks = cfg.label_thought == "rollout"
+    """Samples the rollouts of each prompt (section 3.2 of the paper), and returns the groups. first:
+    the place of the first prompt in the endless sequence of examples. step: how many came before.
+    Raises Stopped as soon as `stop` is not empty."""
     sampled: list[list[Response]] = []
     for i in range(0, len(prompts), cfg.sampling_batch):
         part = prompts[i:i + cfg.sampling_batch]
@@ -271,31 +267,47 @@ def make_groups(cfg: Config, model: Qwen2_5_VL, processor: Processor, prompts: l
         sampled += [[] for _ in part] if not cfg.G else generate(
             model, part, cfg.max_new_tokens, uniforms(cfg.seed, places, cfg.G, cfg.max_new_tokens),
             cfg.temperature, graphs=cfg.cuda_graphs, stop=stop)
-    groups = []
-    for place, (prompt, drawn) in enumerate(zip(prompts, sampled), first):
-        y, responses, length_y = None, drawn, 0
-        rollouts = [processor.decode(o.tokens) for o in drawn]
-        if method.y:
-            before = borrowed_thought(rollouts, cfg.seed, place) if thinks else ""
-            y, ids = label_tokens(cfg, processor, prompt, before)
-            if before and 0 < cfg.max_row_tokens < len(prompt.tokens) + len(ids):
-                y, ids = label_tokens(cfg, processor, prompt)    # its thought has more tokens than as sampled
-            responses, length_y = [Response(ids, is_y=True), *drawn], len(ids)
-        if not method.rollouts:         # nothing to compare y with: it is not rewarded
-            responses[0].advantage = float(method.advantages(cfg, torch.zeros(1)))
-            groups.append(Group(prompt, responses[:1], number=place))
-            continue
-        rewards, r, smoothed = reward_group(
-            controls, prompt.example.task, prompt.answer, y, rollouts, prompt.side,
-            length_y=length_y, lengths=[len(o.tokens) for o in drawn],
-            truncated=[o.truncated for o in drawn], group=place, step=step, steps=cfg.steps)
-        advantage = method.advantages(cfg, torch.tensor(r, dtype=torch.float64)).tolist()
-        if smoothed:
-            advantage[0] = 0.0        # it is the mean: what else comes out is rounding
-        for response, *values in zip(responses, rewards, r, advantage, strict=True):
-            response.reward, response.r, response.advantage = values
-        groups.append(Group(prompt, responses, smoothed, place))
-    return groups
+    return [make_group(cfg, processor, prompt, rollouts, place, step)
+            for place, (prompt, rollouts) in enumerate(zip(prompts, sampled), first)]
+
+
+def make_group(cfg: Config, processor: Processor, prompt: Prompt, rollouts: list[Response],
+               place: int, step: int) -> Group:
+    """Sections 3.3 and 3.4 on one prompt: y joins its rollouts, all are rewarded under the controls,
+    and Eq. 6 and 7 give the advantages. place, step: as in make_groups."""
+    method = objective.METHODS[cfg.method]
+    controls = cfg if method.smooths else replace(cfg, smoothing=False)
+    y, responses, length_y = None, rollouts, 0
+    texts = [processor.decode(o.tokens) for o in rollouts]
+    if method.y:
+        thought = borrowed_thought(texts, cfg.seed, place) if cfg.label_thought == "rollout" else ""
+        y, ids = label_tokens(cfg, processor, prompt, thought)
+        responses, length_y = [Response(ids, is_y=True), *rollouts], len(ids)
+    if not method.rollouts:         # nothing to compare y with: it is not rewarded
+        responses[0].advantage = float(method.advantages(cfg, torch.zeros(1)))
+        return Group(prompt, responses[:1], number=place)
+    rewards, r, smoothed = reward_group(
+        controls, prompt.example.task, prompt.answer, y, texts, prompt.side, length_y=length_y,
+        lengths=[len(o.tokens) for o in rollouts], truncated=[o.truncated for o in rollouts],
+        group=place, step=step, steps=cfg.steps)
+    advantage = method.advantages(cfg, torch.tensor(r, dtype=torch.float64)).tolist()
+    if smoothed:
+        advantage[0] = 0.0        # it is the mean: what else comes out is rounding
+    for response, *values in zip(responses, rewards, r, advantage, strict=True):
+        response.reward, response.r, response.advantage = values
+    return Group(prompt, responses, smoothed, place)
+
+
+def label_tokens(cfg: Config, processor: Processor, prompt: Prompt, thought: str = ""
+                 ) -> tuple[str, list[int]]:
+    """Control 1: returns the text of y and its ids, tok(y) + EOS. thought: a borrowed one
+    (rewards.borrowed_thought), which is left out if the row would exceed --max-row-tokens."""
+    example = prompt.example
+    text = label_text(example.task, prompt.answer, cfg.label_style, example.thought, thought)
+    ids = processor.encode(text)
+    if thought and 0 < cfg.max_row_tokens < len(prompt.tokens) + len(ids):    # it has more tokens than as sampled
+        return label_tokens(cfg, processor, prompt)
+    return text, ids
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,6 +321,7 @@ OF_RESPONSE = {"advantage": lambda o: o.advantage, "r": lambda o: o.r,
 
 @dataclass
 class MicroBatch:
+    """Holds B rows, padded to T tokens."""
     batch: Batch                        # what the model reads
     terms: dict[str, Tensor]            # what `objective.loss` takes besides by name, [B, T] each
     old_logp: Tensor | None = None      # None with one inner epoch: logp itself, detached (ρ ≡ 1)
@@ -316,8 +329,8 @@ class MicroBatch:
 
 
 def micro_batch(cfg: Config, numbered: list[tuple[int, Row]], device, idle: bool) -> MicroBatch:
-    """Returns rows as tensors. numbered: each with the number of its group. idle: they only take
-    part, and weigh nothing."""
+    """Returns rows as tensors. numbered: each with the number of its group. idle: the rows weigh 0,
+    and only keep this rank in step with the others."""
     numbers, rows = zip(*numbered)
     batch = collate(rows, device)
     segment = batch.segment
@@ -456,7 +469,7 @@ def main() -> None:
 
 
 def loop(job: Job) -> None:
-    """Evaluations and steps, until --steps or until a signal comes."""
+    """Evaluates and trains until --steps, or until a signal comes."""
     run = job.run
     while run.goes_on(job.ddp.module, job.optimizers):      # saves where that is due; False after a signal
         with run.unless_stopped():                          # what a signal leaves counts as not begun
@@ -472,16 +485,14 @@ def train_step(job: Job) -> dict:
     """Samples, rewards, updates. Returns the step's line of metrics.jsonl."""
     cfg, run = job.cfg, job.run
     places = run.begin_step(len(job.source.bad))            # in the endless sequence of examples
-    set_lr(cfg, job.optimizers, run.step)
+    lr = set_lr(cfg, job.optimizers, run.step)
     prompts = [job.processor.prompt(example) for example in take(job.source, places, cfg.seed)]
-    with run.together("sampling"):      # sections 3.2 to 3.4: rollouts, rewards, Eq. 6 and 7
+    with run.together("sampling"):      # sections 3.2 to 3.4: rollouts, y, rewards, Eq. 6 and 7
         groups = make_groups(cfg, job.ddp.module, job.processor, prompts, places.start, run.signals, run.step)
         measure_groups(groups, run.meter, full_accuracy)
     loss, norm, tokens = update(cfg, job.ddp, job.reference, job.optimizers, groups, run.meter,
                                 run.step, run.leaves)       # Eq. 8 and 9
-    return run.end_step(loss, norm, job.optimizers[0].param_groups[0]["lr"],
-                        sum(len(o.tokens) for group in groups for o in group.rollouts), tokens,
-                        [prompt.example.id for prompt in prompts], len(job.source.bad))
+    return run.end_step(groups, loss=loss, norm=norm, lr=lr, trained=tokens, left_out=len(job.source.bad))
 
 
 def run_evaluation(job: Job) -> None:
@@ -492,7 +503,7 @@ def run_evaluation(job: Job) -> None:
     answered = evaluate(job.ddp.module, job.processor, own, cfg.max_new_tokens, cfg.sampling_batch,
                         graphs=cfg.cuda_graphs, stop=run.signals)
     records: list[Record] = []
-    drawn: list = []     # a prompt holds the patches of its picture, 17 MB of a large one: only these stay
+    drawn: list = []     # a prompt holds its picture's patches, up to 17 MB: only those that are drawn stay
     with run.together("the evaluation"):
         for record, prompt in tqdm(answered, "evaluating", len(own), unit="ex", leave=False, disable=run.rank > 0):
             records.append(record)
@@ -523,22 +534,23 @@ def set_up() -> Job:
     cfg = parse_config()
     cfg.check(int(os.environ.get("WORLD_SIZE", "1")))
     rank, world, device = start_ranks()
-    if (Path(cfg.model) / "checkpoints").is_dir():      # of a run that may go on: what is meant now
+    if (Path(cfg.model) / "checkpoints").is_dir():      # a run, which may still go on: settle which checkpoint
         cfg = replace(cfg, model=str(newest_checkpoint(Path(cfg.model))))
     checkpoint, state, said = begin_or_resume(cfg, rank, device)
     processor = Processor(checkpoint or cfg.model, cfg.min_pixels, cfg.max_pixels)
-    # Before the model: a bad row is sooner found.
+    # The data first: a bad row is found before the model is loaded.
     sources = [open_data(cfg, processor, data) for data in (cfg.data, cfg.eval_data) if data]
-    check_same(cfg, state, sources[0].fingerprint, rank, device)
+    check_same(cfg, state, sources[0], rank, device)
     model, reference = make_models(cfg, checkpoint, state["base"], device)
     optimizers = make_optimizers(cfg, model)
     merge_after(optimizers[-1], model)
     for k, optimizer in enumerate(optimizers if checkpoint else ()):
         load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
-    if cfg.min_pixels or cfg.max_pixels:        # they travel with every save
+    if cfg.min_pixels or cfg.max_pixels:        # they are saved with the model
         model.pixels = processor.min_pixels, processor.max_pixels
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    job = Job(cfg, Run(cfg, rank, world, device, state), ddp, reference, processor, optimizers, sources[0])
+    evaluated = sources[1].fingerprint if cfg.eval_data else ""
+    job = Job(cfg, Run(cfg, rank, world, device, state, evaluated), ddp, reference, processor, optimizers, sources[0])
     for line in said:
         job.run.say(line)
     introduce(job, sources, checkpoint)
@@ -557,8 +569,8 @@ def make_models(cfg: Config, checkpoint: Path | None, base: str, device
     begins = cfg.model if cfg.lora_rank or not checkpoint else checkpoint
     model = load_model(begins, dtype, device)
     equip(model, cfg, base, checkpoint)
-    if device.type == "cpu" and model.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses where they wait
+    if device.type == "cpu" and model.config.hidden_size < 512 and threads_are_ours():
+        torch.set_num_threads(1)   # so narrow a model gains nothing from threads, and loses time waiting for them
     if not cfg.kl:
         return model, None
     return model, model if cfg.lora_rank else load_model(cfg.model, dtype, device).requires_grad_(False)

@@ -184,7 +184,7 @@ def keep_newest(run: Path, count: int, best: int | None) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Gives what stands where a checkpoint should be another name, which it returns."""
+    """Gives what stands where something new will be another name, which it returns."""
     others = len(list(path.parent.glob(f"{path.name}_before_resume*")))
     return path.rename(path.with_name(f"{path.name}_before_resume" + (f"_{others + 1}" if others else "")))
 

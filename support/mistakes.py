@@ -26,9 +26,10 @@ class Stopped(Exception):
 
 
 def stop_signals(sentence: str) -> list[float]:
-    """Returns a list in which SIGTERM and Ctrl-C from now on only note the time, for the loop to
-    see. They also print the sentence. A second Ctrl-C ends the process at once. One Ctrl-C under
-    torchrun comes twice, from the terminal and from torchrun."""
+    """Returns a list in which signals from now on only note the time, for the loop to see: SIGTERM,
+    Ctrl-C and, unless nohup ignores it, the end of the terminal. They also print the sentence. A
+    second Ctrl-C ends the process at once. One Ctrl-C under torchrun comes twice, from the terminal
+    and from torchrun."""
     times: list[float] = []
 
     def note(number, _) -> None:
@@ -38,8 +39,9 @@ def stop_signals(sentence: str) -> list[float]:
             with contextlib.suppress(OSError):      # nobody may read any more
                 os.write(2, f"\n{sentence}\n".encode())   # a handler must not print: it may stand inside a print
         times.append(time.monotonic())
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return times
 
 
@@ -80,7 +82,7 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         os._exit(130)
     except (Mistake, OSError, MemoryError, RuntimeError) as error:
-        mistake = clean(sentence_of(error))
+        failed, mistake = time.time(), clean(sentence_of(error))
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, lambda *_: os._exit(0))    # torchrun lists every rank that fails
             time.sleep(2)
@@ -89,5 +91,5 @@ def run_main(main) -> None:
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with open(path, "w") as file:
                 json.dump({"message": {"message": f"\n\n{mistake}\n",
-                                       "extraInfo": {"timestamp": int(time.time())}}}, file)
+                                       "extraInfo": {"timestamp": int(failed)}}}, file)
         os._exit(1)      # not sys.exit: the threads of a process group would be waited for

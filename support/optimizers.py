@@ -115,7 +115,10 @@ def short_run(cfg) -> str:
         f"(--warmup-steps {cfg.warmup_steps}, --cooldown {cfg.cooldown})")
 
 
-def set_lr(cfg, optimizers: list, step: int) -> None:
+def set_lr(cfg, optimizers: list, step: int) -> float:
+    """Sets the learning rate of a step, and returns it."""
+    lr = cfg.lr * share_of_lr(cfg, step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * share_of_lr(cfg, step)
+            group["lr"] = lr
+    return lr

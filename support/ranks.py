@@ -34,11 +34,21 @@ def end_with_torchrun() -> None:
             raise Mistake(f"torchrun is gone: nothing answers at {address[0]}:{address[1]} ({error})") from None
 
 
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def idle_cores() -> int:
     """Returns how many cores of this machine have had nothing to do in the last minute, besides one
     for this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, cores - 1 - round(os.getloadavg()[0]))
+    return max(0, usable_cores() - 1 - round(os.getloadavg()[0]))
+
+
+def threads_are_ours() -> bool:
+    """Whether nobody has chosen the number of threads. torchrun sets OMP_NUM_THREADS=1 for several
+    ranks if it is not set."""
+    threads, ranks_here = os.environ.get("OMP_NUM_THREADS"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return threads is None or threads == "1" and ranks_here > 1
 
 
 def start_ranks() -> tuple[int, int, torch.device]:
@@ -63,8 +73,8 @@ def start_ranks() -> tuple[int, int, torch.device]:
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **place)
     else:
         device = torch.device("cpu")
-        if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))  # share the cores
+        if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1 and threads_are_ours():
+            torch.set_num_threads(max(1, usable_cores() // ranks_here))
         dist.init_process_group("gloo", timeout=TIMEOUT, **place)
     global processors
     processors = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -104,11 +114,15 @@ def check_same_weights(model: torch.nn.Module, device) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits for every rank. Raises Mistake, with their numbers, if some do not come within
-    TIMEOUT."""
+    """Waits for every rank. Raises Mistake if one ends before that, or, with their numbers, if some do
+    not come within TIMEOUT."""
+    began = time.monotonic()
     try:
         dist.monitored_barrier(processors, TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:
+        if time.monotonic() - began < TIMEOUT.total_seconds() / 2:
+            time.sleep(3)       # so torchrun hears first of the rank that failed, and calls that the cause
+            raise Mistake(f"another rank ended before the end of {what}: see what it said") from None
         missing = re.findall(r"Ranks ([\d, ]*\d)", str(error)) or ["0"]         # the others wait for rank 0 alone
         doubt = " (or waits for one that it names)" if dist.get_rank() else ""
         raise Mistake(f"rank(s) {missing[0]} did not come{doubt} to the end of {what} within "

@@ -58,25 +58,24 @@ def begin_or_resume(cfg, rank: int, device) -> tuple[Path | None, dict, list[str
     return Path(found), {**state, "options": options}, said
 
 
-def check_same(cfg, state: dict, fingerprint: str, rank: int, device) -> None:
+def check_same(cfg, state: dict, source, rank: int, device) -> None:
     """Notes in the state which data is trained on, and which model stands behind an adapter or
-    --kl, which is in no checkpoint. Raises Mistake if the run had others. Rank 0's count: another
-    node may hold a copy."""
+    --kl, which is in no checkpoint. Raises Mistake if the run had others, or if ranks do not see
+    equally many rows. Rank 0's count: another node may hold a copy."""
+    rows = gather_json(len(source), device)
+    if wrong := [f"{of:,} on rank {number}" for number, of in enumerate(rows) if of != rows[0]]:
+        raise Mistake(f"--data {cfg.data} has {rows[0]:,} rows on rank 0 and {wrong[0]}: all nodes must have the same")
     behind = cfg.lora_rank or cfg.kl
     base = model_digest(local_folder(cfg.model)) if rank == 0 and behind else ""
-    fingerprint, base = gather_json([fingerprint, base], device)[0]
+    fingerprint, base = gather_json([source.fingerprint, base], device)[0]
     if state["base"] not in ("", base):
         raise Mistake(f"--model {cfg.model} is not the model that {cfg.resume} began from: its weights or its "
                       "config.json have been replaced. Bring it back")
     if state["data"] not in ("", fingerprint) and not cfg.accept_changed_data:
         raise Mistake(f"--data {cfg.data} has changed since step {state['step']} of {cfg.resume}: rows were added, "
-                      "removed or changed. Bring it back, or go on with what it is now by --accept-changed-data")
+                      "removed or changed, or its files have another date. Bring it back, or go on with what it is now "
+                      "by --accept-changed-data")
     state.update(data=fingerprint, base=base)
-
-
-def examples_of(cfg) -> str:
-    """Names what is evaluated."""
-    return f"{cfg.eval_data}, first {cfg.eval_examples}"
 
 
 def best_of(history: dict[str, dict], metric: str) -> int | None:
@@ -93,8 +92,10 @@ class Run:
     signals: is not empty as soon as a signal has come, on this rank
     meter: the quantities of the step at work
     """
-    def __init__(self, cfg, rank: int, world: int, device: torch.device, state: dict):
+    def __init__(self, cfg, rank: int, world: int, device: torch.device, state: dict, evaluated: str = ""):
+        """evaluated: the fingerprint of --eval-data."""
         self.cfg, self.rank, self.world, self.device, self.state = cfg, rank, world, device, state
+        self.examples = f"{cfg.eval_data}, first {cfg.eval_examples}" + f" ({evaluated})" * bool(evaluated)
         self.folder = Path()
         self.signals: list[float] = []
         self.stopping = False                       # a signal has come, on any rank
@@ -134,12 +135,20 @@ class Run:
 
     def is_finished(self, evaluates: bool) -> bool:
         """Tells whether a run that goes on has all its steps, and the last evaluation too."""
-        lines = read_log(run_and_step(Path(self.cfg.resume))[0])[0] if self.cfg.resume else []
-        evaluated = any("eval" in line and line["step"] == self.step for line in lines)
+        lines = self.lines_of(run_and_step(Path(self.cfg.resume))[0]) if self.cfg.resume else []
+        evaluated = any("eval" in line and line["step"] == self.step and line.get("of", self.examples) == self.examples
+                        for line in lines)
         if self.is_done() and (evaluated or not evaluates):
             self.say(f"{self.cfg.resume} is finished: it has its {self.cfg.steps} steps. --steps N makes it longer")
             return True
         return False
+
+    def lines_of(self, run: Path) -> list[dict]:
+        """Returns all evaluations and the newest step in metrics.jsonl, as rank 0 reads them: another
+        node may still see an older file."""
+        lines = read_log(run)[0] if self.rank == 0 else []
+        newest = [line for line in lines if "eval" not in line][-1:]
+        return gather_json([line for line in lines if "eval" in line or line in newest], self.device)[0]
 
     def open(self, prompts: dict[str, str], model: torch.nn.Module) -> None:
         """Makes the folder, or opens it again; from now on signals are noted. prompts: those of the
@@ -156,9 +165,9 @@ class Run:
             self.say(line)
         self.signals = stop_signals("" if self.rank else "stopping: the step at work is left, and what "
                                     "is complete is saved")
-        lines, _ = read_log(self.folder)
+        lines = self.lines_of(self.folder)
         evaluated = [line for line in comparable(lines) if "eval" in line]
-        if evaluated and cfg.eval_data and (of := evaluated[-1].get("of", examples_of(cfg))) != examples_of(cfg):
+        if evaluated and cfg.eval_data and (of := evaluated[-1].get("of", self.examples)) != self.examples:
             self.say(f"the evaluations so far were of {of}: the table, the curves and --keep-best begin anew")
             evaluated = []
         self.history = {f"step {line['step']}": line["eval"] for line in evaluated}
@@ -185,6 +194,8 @@ class Run:
             lost = f"; the last {skipped} step(s) were skipped and are not saved" if skipped else ""
             return self.say(f"stopped at step {self.saved}{lost}; go on with torchrun train.py --resume {self.folder}")
         left_out = {reason for rank in gather_json(bad, self.device) for reason in rank}
+        if self.rank:       # on another node the last checkpoint may not be seen yet
+            return
         rows = f"   left out: {len(left_out)} rows of {self.cfg.data}" if left_out else ""
         self.say(f"report: {self.folder}/report.html   metrics: {self.folder}/metrics.jsonl   "
                  f"model: {checkpoints(self.folder)[self.cfg.steps]}{rows}")
@@ -275,11 +286,9 @@ class Run:
         first = self.state["cursor"] + self.rank * share
         return range(first, first + share)
 
-    def end_step(self, loss: float, norm: float, lr: float, drawn: int, trained: int, names: list[str],
-                 left_out: int) -> dict:
-        """Counts the step and logs it; returns its line of metrics.jsonl. drawn, trained: tokens of
-        rollouts and of rows; names: of the examples. Raises Mistake after MAX_BAD_STEPS bad
-        ones."""
+    def end_step(self, groups: list, *, loss: float, norm: float, lr: float, trained: int, left_out: int) -> dict:
+        """Counts the step and logs it; returns its line of metrics.jsonl. trained: tokens of rows.
+        Raises Mistake after MAX_BAD_STEPS bad ones."""
         state, ended = self.state, time.perf_counter()
         finite = math.isfinite(loss) and math.isfinite(norm)
         state.update(step=state["step"] + 1, cursor=state["cursor"] + self.cfg.prompts_per_step,
@@ -289,8 +298,9 @@ class Run:
         line: dict = {"step": state["step"], "loss": loss, "grad_norm": norm, "skipped": not finite, "lr": lr,
                       **self.meter.read(self.device)}
         if not finite:
-            line["examples"] = sum(gather_json(names, self.device), [])
+            line["examples"] = sum(gather_json([group.prompt.example.id for group in groups], self.device), [])
         loaded, sampled = self.clock["begun"], self.clock["ended"]
+        drawn = sum(len(o.tokens) for group in groups for o in group.rollouts)
         sums = add_over_ranks([drawn, trained, self.clock["waited"] / self.world], self.device)
         for name, count, seconds in (("sampling", sums[0], sampled - loaded), ("training", sums[1], ended - sampled)):
             if count and seconds > 0:
@@ -314,7 +324,9 @@ class Run:
 
     def end_evaluation(self, metrics: dict) -> None:
         self.history[f"step {self.step}"] = metrics
-        self.log({"step": self.step, "of": examples_of(self.cfg), "eval": metrics})
+        self.log({"step": self.step, "of": self.examples, "eval": metrics})
+        if (best := self.cfg.keep_best) and metrics.get(best) is None:
+            self.say(f"--keep-best {best}: the evaluation has no {best}, so no checkpoint is kept by it")
         give_memory_back()
 
     def last_saved(self) -> str:

@@ -11,6 +11,7 @@ write there.
 """
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import re
@@ -22,8 +23,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from support.checkpoints import set_later_aside
-from support.files import as_json, read_lines, read_record, replace_file
+from support.checkpoints import set_aside, set_later_aside
+from support.files import as_json, read_lines, read_record, replace_file, writing
 from support.mistakes import Mistake
 from support.ranks import gather_json
 
@@ -63,7 +64,8 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
     named = Path("runs") / (cfg.name or time.strftime(f"{cfg.method}-%Y%m%d-%H%M%S"))
     run = run_and_step(Path(cfg.resume))[0] if cfg.resume else named
     taken = run.exists() and not (run.is_dir() and {p.name for p in run.iterdir()} <= NO_RUN_YET)
-    run, taken = gather_json([str(run), taken], device)[0]
+    told = gather_json([str(run), taken, launch()], device)
+    (run, taken, _), launches = told[0], sorted({of for *_, of in told})
     run, said = Path(run), []
     if taken and not cfg.resume:
         raise Mistake(f"{run} exists and is not overwritten: choose another --name, or go on with --resume {run}")
@@ -75,13 +77,18 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
         lock(run)
         options = dataclasses.replace(cfg, name=run.name, resume="", accept_changed_data=False)
         record: dict = {"config": dataclasses.asdict(options),
-                        "versions": versions(), "command": sys.argv, "prompts": prompts, "before": []}
+                        "versions": versions(), "command": sys.argv, "prompts": prompts, "launch": launches,
+                        "before": []}
         if cfg.resume:
             old = read_config(run)
             record["before"] = [*old.pop("before", []), {"until_step": start, **old}]
             lines, damaged = read_log(run)
             if damaged:
                 said.append(f"{run / 'metrics.jsonl'}: {damaged} unreadable line(s) are left out")
+            if later := sum(line["step"] > start for line in lines):
+                kept = set_aside(run / "metrics.jsonl")
+                said.append("no checkpoint is left, so the run begins anew; " * (not start) +
+                            f"{later} logged lines of steps after {start} are now in {kept.name} alone")
             replace_file(run / "metrics.jsonl", "".join(
                 as_json(line) for line in lines if start and line["step"] <= start))
             said += set_later_aside(run, start)
@@ -89,6 +96,17 @@ def open_run(cfg, prompts: dict[str, str], rank: int, device, start: int) -> tup
     dist.barrier()
     wait_until_seen(run, rank)
     return run, said
+
+
+def launch() -> str:
+    """Names the torchrun that started this process, the same after --max-restarts starts it again."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")        # LAUNCH/attempt_N/RANK/error.json
+    return str(Path(path).parents[2]) if path.count("/") > 3 else ""
+
+
+def was_launched_with(run: Path) -> bool:
+    """Whether the same torchrun has already opened the run, before a restart."""
+    return bool(launch()) and (run / "config.json").exists() and launch() in read_config(run).get("launch", [])
 
 
 def wait_until_seen(run: Path, rank: int, seconds: int = 60) -> None:
@@ -116,11 +134,13 @@ def lock(folder: Path) -> None:
         raise Mistake(f"process {file.read(20).strip() or 'unknown'} is writing to {folder}; wait for it, or end "
                       "it") from None
     except OSError as error:
-        raise Mistake(f"{path} is no file that can be locked ({error.strerror or error}); is it a link, or a folder? "
-                      "Remove it") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+        other = error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+        advice = "; is it a link, or a folder? Remove it" * other
+        raise Mistake(f"{path} is no file that can be locked ({error.strerror or error}){advice}") from None
+    with writing(path):
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
     locks[name] = file, os.stat(folder)
 
 

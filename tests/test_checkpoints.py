@@ -211,17 +211,31 @@ def test_a_checkpoint_can_be_chosen(run):
     code, output = run_train(run.parent.parent, "--resume", "runs/a/checkpoints/step_1", "--steps", "2")
     assert code == 0 and "step_2 is later than step 1" in output, output
     assert [line["step"] for line in lines(run)] == [1, 2]
+    assert "2 logged lines of steps after 1 are now in metrics.jsonl_before_resume alone" in output
+    before = (run / "metrics.jsonl_before_resume").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in before] == [1, 2, 3]
+    shutil.rmtree(run / "checkpoints")
+    code, output = run_train(run.parent.parent, "--resume", "runs/a", "--steps", "1")
+    assert code == 0 and "no checkpoint is left, so the run begins anew; 2 logged lines" in output, output
+    assert (run / "metrics.jsonl_before_resume_2").exists() and [line["step"] for line in lines(run)] == [1]
 
 
 def test_a_restart_by_torchrun_goes_on(run, monkeypatch):
-    """torchrun --max-restarts gives the same command again."""
+    """torchrun --max-restarts gives the same command again. A run of that name from another launch is not gone on with."""
     monkeypatch.chdir(run.parent.parent)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_x/none_y/attempt_1/0/error.json")
+    assert not train.parse_config(["--name", "a"]).resume
+    record = json.loads((run / "config.json").read_text())
+    assert record["launch"] == [""]                             # without torchrun
+    (run / "config.json").write_text(json.dumps(record | {"launch": ["/tmp/torchelastic_x/none_y"]}))
     for count, resumed in (("0", ""), ("1", "runs/a")):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         assert train.parse_config(["--name", "a"]).resume == resumed
         assert not train.parse_config(["--name", "new"]).resume
     assert train.parse_config(["--name", "a"]).rollouts == 3       # the run's own options
+    assert train.parse_config(["--resume", "runs/a/checkpoints/step_1"]).resume == "runs/a"     # not from step 1 again
     with pytest.raises(Mistake, match="--max-restarts .* give a --name"):
         train.parse_config([])
 

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import objective
 import rewards
 import support.ranks
+import support.run
 import support.runs
 import train
 from data import Processor, Response, collate, pack_group
@@ -37,7 +38,7 @@ from model import RowLayout, load_model, random_model
 from support.checkpoints import FIRST, read_state
 from support.curves import read_metrics
 from support.lora import add_lora, merge_after
-from support.mistakes import Mistake, Stopped
+from support.mistakes import Mistake, Stopped, stop_signals
 from support.optimizers import make_optimizers
 from support.ranks import check_same_weights, leave_ranks, start_ranks, wait_for_all
 from support.run import Run
@@ -666,6 +667,55 @@ def test_a_rank_that_is_late_or_drifts_is_named(late):
     run_ranks(look_at_each_other, (free_port(), late), 3)
 
 
+def end_early(rank: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    start_ranks()
+    if rank != 2:
+        with pytest.raises(Mistake, match="another rank ended before the end of sampling: see what it said"):
+            wait_for_all("sampling")
+        time.sleep(2)
+    os._exit(0)
+
+
+def test_a_rank_that_ends_early_is_not_called_late():
+    began = time.monotonic()
+    run_ranks(end_early, (free_port(),), 3)
+    assert time.monotonic() - began < 60
+
+
+def test_ranks_must_see_equally_many_rows(monkeypatch):
+    monkeypatch.setattr(support.run, "gather_json", lambda value, device: [8, 8, 3])
+    with pytest.raises(Mistake, match="--data a.jsonl has 8 rows on rank 0 and 3 on rank 2: all nodes must have the same"):
+        support.run.check_same(train.Config(data="a.jsonl"), {}, range(8), 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("environment, ours", [({}, True), ({"OMP_NUM_THREADS": "1"}, False), ({"OMP_NUM_THREADS": "4"}, False),
+                                               ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, True),
+                                               ({"OMP_NUM_THREADS": "4", "LOCAL_WORLD_SIZE": "2"}, False)])
+def test_the_number_of_threads_that_somebody_chose_stays(monkeypatch, environment, ours):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert support.ranks.threads_are_ours() is ours
+
+
+def test_the_end_of_the_terminal_stops_a_run_as_ctrl_c_does():
+    number = signal.SIGHUP
+    others = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, number)}
+    try:
+        signal.signal(number, signal.SIG_DFL)
+        times = stop_signals("")
+        os.kill(os.getpid(), number)
+        assert len(times) == 1
+        signal.signal(number, signal.SIG_IGN)               # nohup
+        stop_signals("")
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        for n, handler in others.items():
+            signal.signal(n, handler)
+
+
 def test_learning_rate_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0)
     cfg = train.Config(lr=1.0, steps=10, warmup_steps=4, cooldown=0.2)
@@ -767,7 +817,8 @@ def test_a_run_leaves_all_it_should_and_is_never_overwritten(tmp_path):
     code, output = run_train(tmp_path, "--resume", "runs/a", *evaluation)
     assert code == 0 and "is finished: it has its 2 steps" in output, output
     code, output = run_train(tmp_path, "--resume", "runs/a", "--steps", "3", "--eval-data", "scenes:train", "--eval-examples", "4")
-    assert code == 0 and "the evaluations so far were of scenes:val, first 6: the table, the curves and --keep-best begin anew" in output
+    assert code == 0 and re.search(r"the evaluations so far were of scenes:val, first 6 \(.*\): the table, the curves and --keep-best "
+                                   "begin anew", output), output
     assert re.search("scenes:train, first 4:\n +step 3\n", output), output
     code, output = run_train(tmp_path, "--resume", "runs/a", "--steps", "4", "--eval-data", "scenes:train", "--eval-examples", "4")
     assert re.search("scenes:train, first 4:\n +step 3 +step 4\n", output) and "so far were of" not in output, output
