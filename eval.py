@@ -40,6 +40,7 @@ from support.answers import (MAX_CHARACTERS, answer_text, check_text, has_thinki
                              parse_json, parse_points, trailing_text)
 from support.boxes import (FORMATS, UNITS, box_hit, box_mask, convert_boxes, hull, official_box_hit,
                            point_hit, targets_found)
+from support.checkpoints import precision_of
 from support.equip import equip
 from support.files import as_json, replace_file, writing
 from support.images import marked, open_image, picture_file
@@ -51,7 +52,7 @@ from support.penalty import RepetitionPenalty
 from support.pictures import draw_answer, draw_sheet
 from support.ranks import gather_json, leave_ranks, start_ranks
 from support.results import default_folder, read_finished, results_folder
-from support.runs import lock, precision_of
+from support.runs import lock
 from support.screen import say
 from support.sources import Example, noticed, read
 from support.tables import stat_of
@@ -154,9 +155,6 @@ def longest_answer(cfg: Options, model: Qwen2_5_VL) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # Metrics, as pure functions of predictions and truths
-
-RECORD_FORMAT = 2     # of records.jsonl; an evaluation that an earlier one left is not gone on with
-
 
 @dataclass
 class Record:
@@ -431,7 +429,7 @@ def what_matters(cfg: Options, task: str, model: Qwen2_5_VL, source) -> dict:
     def weights(folder: Path) -> str:
         return digest(*(repr((p.name, stat_of(p))).encode() for p in sorted(folder.glob("*.safetensors"))))
     companions = [p for p in sorted(model.folder.iterdir()) if p.suffix in (".json", ".jinja", ".txt")]
-    return {"format": RECORD_FORMAT, "model": f"{cfg.model} ({weights(model.folder)})",
+    return {"model": f"{cfg.model} ({weights(model.folder)})",
             "processor": digest(*(p.read_bytes() for p in companions)),
             "data": f"{cfg.data} ({source.fingerprint})", "columns": cfg.columns, "task": cfg.task or task,
             "masks": cfg.masks and f"{cfg.masks} ({weights(Path(cfg.masks))})",

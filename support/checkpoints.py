@@ -57,6 +57,13 @@ def read_state(folder: Path) -> dict:
     return {name: state.get(name, value) for name, value in FIRST.items()}
 
 
+def precision_of(folder: Path) -> str:
+    """Returns the precision in which a checkpoint was trained: in another one it is another policy.
+    Of any other model folder float32."""
+    options = read_state(folder)["options"] if (folder / "state.json").exists() else {}
+    return options.get("precision", "float32")
+
+
 def fault(folder: Path, weights_only: bool = False) -> str | None:
     """Returns what is wrong with a checkpoint, None if nothing. weights_only: ignore the
     optimizer's files. In checkpoints older than the digests, only state.json is checked."""

@@ -226,19 +226,6 @@ def saved_options(run: Path) -> dict:
     return saved
 
 
-def precision_of(folder: Path) -> str:
-    """Returns the precision in which a checkpoint of a run was trained: in another one it is
-    another policy. Of any other model folder float32."""
-    folder = Path(os.path.abspath(folder))
-    path = folder.parent.parent / "config.json"
-    if folder.parent.name != "checkpoints" or not os.path.lexists(path):
-        return "float32"
-    precision = read_record(path, config=dict)["config"].get("precision", "float32")
-    if precision not in ("float32", "bfloat16"):
-        raise Mistake(f"{path}: precision is {precision!r}, which cannot be; give --precision")
-    return precision
-
-
 def run_and_step(path: Path) -> tuple[Path, int]:
     """Returns runs/NAME → itself and 0, runs/NAME/checkpoints/step_N → runs/NAME and N."""
     whole = Path(os.path.abspath(path))

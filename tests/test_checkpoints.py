@@ -20,7 +20,7 @@ from support import checkpoints, files, runs
 from support.checkpoints import fault, keep_newest, newest_checkpoint, room_for, set_later_aside, sound_checkpoint
 from support.mistakes import Mistake
 from support.run import Run, best_of
-from support.runs import lock, precision_of, read_log, run_and_step
+from support.runs import lock, read_log, run_and_step
 from support.weights import local_folder
 from test_train import ROOT, SMALL, lines, run_train, start_train
 
@@ -309,13 +309,6 @@ def test_a_run_goes_on_from_within_its_folder(run, inside, resumed):
     assert code == 0, output
     assert [line["step"] for line in read_log(run)[0]] == [1, 2, 3, 4] and list(checkpoints.checkpoints(run)) == [4]
     assert train.parse_config(["--resume", str(run)]).name == "a"
-
-
-def test_the_precision_of_a_checkpoint_from_within_its_folder(run, monkeypatch):
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"config": config["config"] | {"precision": "bfloat16"}}))
-    monkeypatch.chdir(run / "checkpoints")
-    assert precision_of(Path("step_1")) == precision_of(run / "checkpoints/step_1") == "bfloat16"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

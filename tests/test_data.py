@@ -473,7 +473,7 @@ def test_grounding_example_of_a_file_gets_its_boxes_converted(processor, tmp_pat
 def plain_prompt(tokens: list[int], **more) -> Prompt:
     position = torch.arange(len(tokens)).expand(3, -1)
     return Prompt(Example("the id", (), "", "", "vqa"), tokens, position, **{
-        "patches": torch.empty(0, 0), "grids": [], "answer": "", **more})
+        "patches": torch.empty(0), "grids": [], "answer": "", **more})
 
 
 def test_pack_group_docstring():

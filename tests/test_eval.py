@@ -24,8 +24,8 @@ from model import load_model
 from rewards import Reward
 from support import runs
 from support.boxes import box_hit
+from support.checkpoints import precision_of
 from support.mistakes import Mistake
-from support.runs import precision_of
 from support.sources import BadRow, Example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,14 +274,8 @@ def test_a_photo_lying_on_its_side_is_turned(small, monkeypatch, capsys):
     assert drawn.getpixel((8 + 5 * 40 - 1, 8 + 5 * 80 - 1)) == (0, 0, 0) and drawn.getpixel((8 + 5 * 40 + 1, 50)) == (255,) * 3
 
 
-def test_the_precision_is_that_of_the_run(tmp_path):
+def test_the_precision_is_that_of_the_checkpoint(tmp_path):
     """In another one it is another policy. A folder of no run is scored in float32."""
-    folder = tmp_path / "checkpoints/step_3"
-    folder.mkdir(parents=True)
-    assert precision_of(folder) == precision_of(tmp_path) == "float32"
-    for written, read in (({"precision": "bfloat16"}, "bfloat16"), ({}, "float32")):
-        (tmp_path / "config.json").write_text(json.dumps({"config": written}))
-        assert precision_of(folder) == read and precision_of(tmp_path) == "float32"
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"precision": "int8"}}))
-    with pytest.raises(Mistake, match="config.json: precision is 'int8', which cannot be; give --precision"):
-        precision_of(folder)
+    assert precision_of(tmp_path) == "float32"
+    (tmp_path / "state.json").write_text(json.dumps({"options": {"precision": "bfloat16"}}))
+    assert precision_of(tmp_path) == "bfloat16"

@@ -123,7 +123,7 @@ def make_prompt(seed: int, *parts) -> Prompt:
             tokens += [START, *[IMAGE] * (part[0] * part[1] // 4), END]
             grids.append(part)
     n = sum(gh * gw for gh, gw in grids)
-    patches = torch.randn(n, 3 * 2 * 14 * 14, generator=generator) if n else torch.empty(0, 0)
+    patches = torch.randn(n, 3 * 2 * 14 * 14, generator=generator) if n else torch.empty(0)
     position = mrope_positions(tokens, grids, IMAGE)
     return Prompt(Example(str(seed), (), "", "", "vqa"), tokens, position, patches, grids, "")
 
@@ -298,7 +298,7 @@ def test_hub_layout_config_and_companions(tmp_path):
     reference = reloaded(tmp_path)
     tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path)("Please find the red ring.").input_ids])
     position = torch.arange(tokens.shape[1]).expand(3, 1, -1)
-    x = model.embed(tokens, torch.empty(0, 0), [])
+    x = model.embed(tokens, torch.empty(0), [])
     logits = model.lm_head(model.decode(x, position, masked(torch.zeros_like(tokens))))
     expected = reference(input_ids=tokens).logits
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
