@@ -268,12 +268,12 @@ class StoredExamples:
 
     def leave_out(self, error: BadRow, report: bool = True) -> None:
         """Raises BadRow, unless such rows are to be left out: then its reason is noted and, with
-        `report`, printed at once."""
+        `report`, printed at once, in the first epoch alone."""
         if not self.skip:
             raise BadRow(f"{error} (--skip-bad-rows leaves such rows out)") from None
-        self.bad.append(str(error))
-        if report:
+        if report and str(error) not in self.bad:
             say(f"left out: {error}")
+        self.bad.append(str(error))
 
     def task_of(self, row: dict) -> str:
         """Returns the task that the row names, if there is one of that name, else --task."""
