@@ -94,7 +94,7 @@ class Options:
     max_pixels: int = option(0, "what is answered", "as in train.py", least=0)
     skip_bad_rows: bool = option(False, "what is answered", "leave out rows that cannot be used, and list them")
     limit: int = option(0, "what is answered", "the first LIMIT examples only (0: all)", least=0)
-    image: str = option("", "what is answered", "a picture to answer --question about, in the place of --data")
+    image: str = option("", "what is answered", "a picture to answer --question about, instead of --data")
     question: str = option(None, "what is answered", "about --image; without it, one question a line is read")
 
     max_new_tokens: int = option(0, "how", "longest answer (0: 2048, as in the authors' scripts; 128 "

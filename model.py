@@ -23,7 +23,7 @@ Glossary (the letters of every shape comment)
     attend     attend(layer, q, k, v) → output: which tokens see each other. `RowLayout.attend` in
                training, rollout.KVCache's `attend_prompt` and `attend_token` in sampling
 
-Departures from it. In float32 only the fourth changes a number by more than rounding.
+Departures from that implementation. In float32 only the fourth changes a number by more than rounding.
     1. Window attention gathers each window's patches by index. The patches are never re-ordered.
     2. The patch embedding, a Conv3d whose stride is its kernel, is one matrix product.
     3. lm_head runs only where a log-prob is asked for, in chunks that are recomputed in backward.

@@ -18,7 +18,7 @@ shapes the distribution (no top-k, no top-p), so the log-probs returned are thos
 forward.
 
 A prompt leaves the batch when all its rollouts have ended. The others shrink together, to the
-largest number still running in any of them. On a GPU both wait until it pays.
+largest number still running in any of them. On a GPU both wait until half of the batch has ended.
 """
 import functools
 import hashlib

@@ -15,7 +15,7 @@ support/run.py decides when to save, evaluate, stop and log. docs/logged.md defi
 Glossary
     y, o       the label of a prompt, as text; a rollout: an answer sampled from the policy. Both
                are responses
-    group      a prompt with its responses: G rollouts and, with --method visurf, y before them
+    group      a prompt with its responses: y, except with rlvr, and then G rollouts, except with sft
     r, Â       reward of a response; its advantage, normalised over the group
     row        a group as one sequence: the prompt once, then the responses (data.py)
     micro-batch  rows that are scored together

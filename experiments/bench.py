@@ -1,7 +1,7 @@
 """How fast, and against whom: every line compares two things in one run, in turns, and reports medians.
 
     python experiments/bench.py --json FILE       CPU: tiny and 116M; GPU: 3B
-    python experiments/bench.py --quick           within a minute, one repeat, less of everything
+    python experiments/bench.py --quick           a few minutes: one repeat, less of everything
 
     oneDNN     our sampling and training with onednn.Linear's products by oneDNN against PyTorch's own choice (CPU)
     sampling   rollout.generate against transformers' generate with num_return_sequences = G
