@@ -53,6 +53,10 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_co
 from support.weights import (VISION_TOKENS, load_weights, local_folder, read_config, read_eos_ids,
                              save_folder)
 
+# cuDNN's attention, the first choice on a Hopper GPU, may give NaN gradients with a mask, at lengths
+# 64 above a multiple of 128 (pytorch/pytorch#196678), and makes a plan for every new length.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True)
 class Config:

@@ -381,7 +381,7 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
            ) -> tuple[float, float, int]:
     """Makes cfg.inner_epochs optimizer steps on the groups: Eq. 8, Eq. 9. Returns the loss and the
     gradient norm of the last, and how many row tokens all of them read.
-    leaves: asked before each micro-batch of the first epoch, and raises Stopped after a signal,
+    leaves: asked before the micro-batches of the first epoch, and raises Stopped after a signal,
     before any weight has changed (`Run.leaves`)."""
     batches, of_batch, by_entropy = pack(cfg, groups, ddp.module.lm_head.weight.device, step)
     settings = {"temperature": cfg.temperature, "checkpoint": cfg.checkpoint_activations}
@@ -390,7 +390,7 @@ def update(cfg: Config, ddp: DistributedDataParallel, reference: Qwen2_5_VL | No
         loss_sum = 0.0
         for i, mb in enumerate(batches):
             last = i + 1 == len(batches)
-            if not epoch and leaves(last):
+            if not epoch and (i or last) and leaves(last):      # in the first, DDP may rebuild its buckets on all ranks
                 continue
             # Gradients are averaged over ranks once, after the last micro-batch; × world makes the
             # average a sum.
@@ -432,7 +432,7 @@ def optimizer_step(ddp: DistributedDataParallel, optimizers: list, grad_clip: fl
             optimizer.step()
         if not torch.stack([p.isfinite().all() for p in ddp.parameters()]).all():
             raise Mistake("the optimizer step made weights that are not finite: try a smaller --lr")
-    ddp.zero_grad(set_to_none=True)
+    ddp.zero_grad(set_to_none=False)        # without them, the next gradients would lie beside DDP's buckets
     return norm
 
 
@@ -548,6 +548,10 @@ def set_up() -> Job:
         load_optimizer(optimizer, checkpoint / f"optimizer_{k}.safetensors")
     if cfg.min_pixels or cfg.max_pixels:        # they are saved with the model
         model.pixels = processor.min_pixels, processor.max_pixels
+    for p in learn(model):              # DDP makes views of its buckets of gradients that are there, and of no others
+        p.grad = torch.zeros_like(p)
+    # Buffers never change here. DDP would broadcast them in each step, and wait for a rank that a signal made leave.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [n for n, _ in model.named_buffers()])
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     evaluated = sources[1].fingerprint if cfg.eval_data else ""
     job = Job(cfg, Run(cfg, rank, world, device, state, evaluated), ddp, reference, processor, optimizers, sources[0])

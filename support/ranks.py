@@ -67,14 +67,14 @@ def start_ranks() -> tuple[int, int, torch.device]:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         place = {"store": dist.PrefixStore(f"restart_{restart}", store), "rank": int(os.environ["RANK"]),
                  "world_size": int(os.environ["WORLD_SIZE"])}
+    if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1 and threads_are_ours():
+        torch.set_num_threads(max(1, usable_cores() // ranks_here))     # with a GPU for --offload-optimizer
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **place)
     else:
         device = torch.device("cpu")
-        if (ranks_here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1 and threads_are_ours():
-            torch.set_num_threads(max(1, usable_cores() // ranks_here))
         dist.init_process_group("gloo", timeout=TIMEOUT, **place)
     global processors
     processors = dist.new_group(backend="gloo", timeout=TIMEOUT)

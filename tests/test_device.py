@@ -177,3 +177,8 @@ def test_a_token_step_has_few_operators_and_moves_few_bytes(tmp_path, size, most
     assert line["operators_per_layer"] <= 27 and 1 < line["times_bound"] < most
     assert line["gb_bound"] == pytest.approx({"3B": 7.46, "7B": 16.1}[size], rel=1e-2)
     assert line["gb_drawing"] < 2.2
+
+
+def test_attention_is_not_cudnns():
+    """It gives NaN gradients with a mask at some lengths: pytorch/pytorch#196678."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -920,8 +920,8 @@ def test_a_signal_that_comes_while_the_ranks_agree_to_go_on_is_left_to_the_next_
 
 def train_on_two_ranks(rank: int, ports: list[int], folder: Path) -> None:
     """A run that nothing disturbs, and one that a signal stops in the middle, on rank 1 alone: while it samples the
-    second step, then in the update of the third. The same in the end. Then a step in which rank 0 has no signal, and
-    one in which rank 1 has no memory left."""
+    second step, then in the update of the third. The same in the end. Then one before an update, a step in which rank 0
+    has no signal, and one in which rank 1 has no memory left."""
     import rollout
     os.chdir(folder)
     print_into(folder / "output")
@@ -954,6 +954,8 @@ def train_on_two_ranks(rank: int, ports: list[int], folder: Path) -> None:
     at(train.DistributedDataParallel, "forward", 2 + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     start("--resume", "runs/half")
     start("--resume", "runs/half")
+    at(train, "pack", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))     # before the first micro-batch of a step
+    start("--name", "early")
     if rank == 0:
         rewarded = train.reward_group
 
@@ -968,13 +970,14 @@ def train_on_two_ranks(rank: int, ports: list[int], folder: Path) -> None:
 
 def test_what_one_of_two_ranks_meets_alone(tmp_path):
     with pytest.raises(ProcessExitedException, match="exit code 1"):
-        run_ranks(train_on_two_ranks, ([free_port() for _ in range(6)], tmp_path), 2)
+        run_ranks(train_on_two_ranks, ([free_port() for _ in range(7)], tmp_path), 2)
     output = (tmp_path / "output").read_text()
     assert "stopped at step 1" in output and "stopped at step 2" in output, output
     assert "the learning rate goes on" not in output       # in the warm-up it doubles by itself
     a, b = (load_file(tmp_path / f"runs/{run}/checkpoints/step_3/model.safetensors") for run in ("whole", "half"))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert lines(tmp_path / "runs/whole") == lines(tmp_path / "runs/half")
+    assert [line["step"] for line in lines(tmp_path / "runs/early")] == [1]
     line, = lines(tmp_path / "runs/silent")
     whole = json.loads((tmp_path / "runs/silent/metrics.jsonl").read_text())
     assert 0 <= whole["seconds_waiting"] <= whole["seconds_sampling"] + 1
