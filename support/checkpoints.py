@@ -24,10 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from support import ranks
 from support.files import as_json, check_regular, digest, read_record, remove, sync, writing
 from support.lora import adapters
 from support.mistakes import Mistake
 from support.optimizers import learn, state_bytes
+from support.ranks import gather_json
 from support.screen import say
 
 # The state of a run before its first step.
@@ -144,16 +146,14 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
     """Writes step_N beside its place, syncs it to disk, renames it: a folder named step_N is
     complete. What stands in its place, which cannot be of this run, is set aside."""
     folder = run / "checkpoints" / f"step_{state['step']}"
-    for optimizer in optimizers:
-        if is_sharded(optimizer):
-            optimizer.consolidate_state_dict(to=0)
+    tensors = [optimizer_tensors(optimizer, rank) for optimizer in optimizers]
     if rank == 0:
         temporary = unfinished(folder)
         try:
             with writing(temporary):
                 model.save_pretrained(temporary)
-                for k, optimizer in enumerate(optimizers):
-                    save_file(optimizer_tensors(optimizer), temporary / f"optimizer_{k}.safetensors")
+                for k, named in enumerate(tensors):
+                    save_file(named, temporary / f"optimizer_{k}.safetensors")
             written = {**state, "files": {path.name: digest(path) for path in sorted(temporary.iterdir())}}
             (temporary / "state.json").write_text(as_json({**written, "digest": digest_of(written)}, 1))
             for path in [*temporary.iterdir(), temporary]:
@@ -165,9 +165,6 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: list, state: dict, 
             say(f"{folder} was there before: it is now {set_aside(folder).name}")
         temporary.rename(folder)
         sync(folder.parent)
-    for optimizer in optimizers:
-        if is_sharded(optimizer):
-            optimizer._all_state_dicts.clear()      # the state of all ranks, which was gathered for the file
     dist.barrier()
     # Its config and tokenizer are copied from there at the next save: an earlier checkpoint may be
     # gone by then.
@@ -227,15 +224,36 @@ def is_sharded(optimizer) -> bool:
     return hasattr(optimizer, "consolidate_state_dict")
 
 
-def optimizer_tensors(optimizer) -> dict[str, Tensor]:
-    """Returns optimizer state as named tensors: "number of the parameter.quantity"."""
-    return {f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
-            for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+def states_of(optimizer) -> list[dict[str, Tensor]]:
+    """Returns what this rank holds of the state of each parameter, in their order; {} of another rank's."""
+    own = (optimizer.optim if is_sharded(optimizer) else optimizer).state
+    return [own.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_tensors(optimizer, rank: int = 0) -> dict[str, Tensor]:
+    """Returns optimizer state as named tensors, "number of the parameter.quantity", on rank 0. Those of the other ranks
+    come one by one, through the hosts' memory (ZeRO's own way pickles each rank's share and takes hours for a 7B)."""
+    own = {f"{index}.{name}": torch.as_tensor(value) for index, state in enumerate(states_of(optimizer))
+           for name, value in state.items()}
+    found = {name: value.contiguous().cpu() for name, value in own.items()} if rank == 0 else {}
+    if not is_sharded(optimizer):
+        return found
+    device = optimizer.param_groups[0]["params"][0].device
+    shares = gather_json({name: [list(value.shape), str(value.dtype)] for name, value in own.items()}, device)
+    for owner, share in list(enumerate(shares))[1:]:
+        for name, (shape, dtype) in share.items():
+            if rank == owner:
+                dist.send(own[name].cpu().contiguous().view(-1), 0, ranks.processors)
+            elif rank == 0:
+                found[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+                dist.recv(found[name].view(-1), owner, ranks.processors)
+    return found
 
 
 def load_optimizer(optimizer, path: Path) -> None:
     """Does the inverse. A sharded optimizer takes its own part, so the number of ranks may have
-    changed. Raises Mistake if the file is damaged or another optimizer's."""
+    changed. No load_state_dict: PyTorch's would cast to the type and the device of the weights.
+    Raises Mistake if the file is damaged or another optimizer's."""
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     check_regular(path)
     try:
@@ -246,14 +264,13 @@ def load_optimizer(optimizer, path: Path) -> None:
         raise Mistake(f"{path} is damaged or no optimizer's ({error})") from None
     if not state:                       # every step so far was skipped
         return
-    groups, first = [], 0
-    for group in optimizer.param_groups:
-        count = len(group["params"])
-        groups.append({**group, "params": list(range(first, first + count))})
-        first += count
-    if set(state) != set(range(first)):
-        raise Mistake(f"{path} holds the state of {len(state)} parameters; the optimizer has {first}: is it of another "
-                      "run?")
-    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-    if is_sharded(optimizer):
-        optimizer.state.clear()         # a second copy of what its inner optimizer has just taken
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if set(state) != set(range(len(parameters))):
+        raise Mistake(f"{path} holds the state of {len(state)} parameters; the optimizer has {len(parameters)}: is it "
+                      "of another run?")
+    inner = optimizer.optim if is_sharded(optimizer) else optimizer
+    own, host = {p for group in inner.param_groups for p in group["params"]}, getattr(inner, "host", False)
+    for number, p in enumerate(parameters):
+        if p in own:            # as stored, in float32; the count of steps is the host's in every case
+            inner.state[p] = {name: value.clone().to("cpu" if host or not value.dim() else p.device)
+                              for name, value in state[number].items()}

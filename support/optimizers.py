@@ -56,16 +56,6 @@ class MasterAdamW(torch.optim.Optimizer):
             there.synchronize()
             yield copy
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Loads the states in float32; the base class would cast them to the type of the
-        parameters."""
-        super().load_state_dict(state_dict)
-        for index, state in state_dict["state"].items():
-            parameter = [p for group in self.param_groups for p in group["params"]][index]
-            for name, value in state.items():
-                home = value.device if self.host or not value.dim() else parameter.device
-                self.state[parameter][name] = value.clone().to(home)
-
 
 def learn(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters that are not frozen."""
