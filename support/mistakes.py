@@ -49,7 +49,8 @@ def out_of_memory(error: BaseException):
     """Tells whether memory ran out: Python's, a GPU's, or a CPU's, for which PyTorch has no
     class."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and re.search("can't allocate memory|bad_alloc|out of memory", str(error)))
+        isinstance(error, RuntimeError)
+        and re.search("can't allocate memory|bad_alloc|out of memory|ALLOC_FAILED", str(error)))
 
 
 def sentence_of(error: Exception) -> str:
