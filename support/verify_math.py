@@ -1,10 +1,10 @@
 """Whether two LaTeX answers have the same value, by math-verify, in a process of its own.
 
 Sympy can be sent into hours of work, or out of memory, by a short text (9^{9^{9^{9}}}), in C code
-that no Python signal handler interrupts. So it runs in a child (a JSON pair a line in; true, false
-or ended a line out). The child imports math-verify once and forks a worker, which the kernel ends
-when a question has used SECONDS of processor time or, where it keeps such a limit (macOS does not),
-BYTES of memory; the next worker is forked within milliseconds.
+that no Python signal handler interrupts. So it runs in a child (a JSON pair a line in; true or
+false a line out), which the kernel ends when a question has used SECONDS of processor time or, where
+it keeps such a limit (macOS does not), BYTES of memory. The next question starts another, which
+takes a second.
 
 Only math-verify's LaTeX reader is used: its other one hands the text to sympy's parser, which
 evaluates it as Python.
@@ -26,7 +26,7 @@ SECONDS, BYTES = 0.5, 2 ** 31       # of one question, at most
 CHARACTERS, DEPTH = 200, 12         # of either text, at most; DEPTH of brackets
 PATIENCE = 60                       # seconds of waiting for an answer: a busy machine may take long over SECONDS
 child: subprocess.Popen | None = None
-ended = 0       # questions so far that the kernel ended, or over which the child died
+ended = 0       # questions so far over which the child ended
 
 
 def too_complex(text: str) -> bool:
@@ -49,7 +49,7 @@ def child_says(line: str) -> str:
         child.stdin.flush()
         if select.select([child.stdout], [], [], PATIENCE)[0]:
             answer = child.stdout.readline()
-    except BrokenPipeError:         # it died while it was idle
+    except BrokenPipeError:         # it died just now
         pass
     if not answer:
         child.kill()
@@ -65,20 +65,17 @@ def same_value(answer: str, truth: str) -> bool:
     global child, ended
     if too_complex(answer) or too_complex(truth):
         return False
-    for _ in range(2):              # a child that was found dead is started once more
-        if child is None:
-            root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root,
-                                     text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                     start_new_session=True)     # Ctrl-C is for this process alone
-            if not child_says("\n"):
-                from support.mistakes import Mistake       # here: it imports torch, which the child does without
-                raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")
-        if said := child_says(json.dumps([truth, answer]) + "\n"):
-            ended += said == "ended\n"
-            return said == "true\n"
-    ended += 1
-    return False
+    if child is None or child.poll() is not None:
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        child = subprocess.Popen([sys.executable, "-m", "support.verify_math", str(os.getpid())], cwd=root,
+                                 text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 start_new_session=True)     # Ctrl-C is for this process alone
+        if not child_says("\n"):
+            from support.mistakes import Mistake       # here: it imports torch, which the child does without
+            raise Mistake("math-verify does not start; is it installed? pip install -r requirements.txt")
+    said = child_says(json.dumps([truth, answer]) + "\n")
+    ended += not said
+    return said == "true\n"
 
 
 def ended_now() -> int:
@@ -101,58 +98,24 @@ def end_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def fork_worker(compare):
-    """Starts a worker that answers lines of JSON pairs. Returns its process id and the files to ask
-    and to hear."""
-    me = os.getpid()
-    their_questions, questions = os.pipe()
-    answers, their_answers = os.pipe()
-    if worker := os.fork():
-        os.close(their_questions)
-        os.close(their_answers)
-        return worker, os.fdopen(questions, "w"), os.fdopen(answers)
-    end_with_parent(me)
-    os.close(questions)
-    os.close(answers)
+def main() -> None:
+    from math_verify import LatexExtractionConfig, parse, verify
+    logging.disable()      # it warns that its own time limit, a signal, is off
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                    # what sympy complains of is no one's business
     for limit, most in ((resource.RLIMIT_AS, BYTES), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):              # refused by macOS, or lower already
             resource.setrlimit(limit, (most, most))
-    try:
-        for line in os.fdopen(their_questions):
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)           # its signal, unhandled, ends the process
-            same = compare(*json.loads(line))
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            os.write(their_answers, b"true\n" if same else b"false\n")
-    finally:
-        os._exit(0)
-
-
-def main() -> None:
-    from math_verify import LatexExtractionConfig, parse, verify
-    logging.disable()      # it warns that its own time limit, a signal, is off
 
     def compare(truth: str, answer: str) -> bool:
         read = [parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
                 for text in (truth, answer)]
         return bool(all(read) and verify(*read, timeout_seconds=None))
-    compare("\\frac{1}{2}", "0.5")      # what is imported and built late is so before the fork
-    worker = None
+    compare("\\frac{1}{2}", "0.5")      # what is imported and built late counts for no question
     for line in sys.stdin:
-        said = ""
-        if line == "\n":
-            said = "ready\n"
-        else:
-            worker = worker or fork_worker(compare)
-            worker[1].write(line)
-            worker[1].flush()
-            said = worker[2].readline()
-            if not said:                # the kernel ended it
-                for file in worker[1:]:
-                    file.close()
-                os.waitpid(worker[0], 0)
-                worker = None
-        print(said or "ended\n", end="", flush=True)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)               # its signal, unhandled, ends the process
+        same = line != "\n" and compare(*json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print("true" if same else "false", flush=True)
 
 
 if __name__ == "__main__":
