@@ -172,7 +172,7 @@ class Processor:
         check_text("question", user_text(example.task, example.question))
         task, answer = TASKS[example.task], example.answer
         made = [self.patches(image, task.frame) for image in example.images]
-        patches = torch.cat([torch.empty(0), *(patches for patches, _, _ in made)])
+        patches = torch.cat([torch.empty(0), *(patches for patches, _, _ in made)])     # [0] joins anything
         grids, images = [grid for _, grid, _ in made], [image for _, _, image in made]
         if task.boxes and images:
             if parts := self.config.boxes_in:
@@ -348,5 +348,5 @@ def collate(rows: list[Row], device="cpu") -> Batch:
 
 def collate_images(prompts: list[Prompt], device="cpu") -> tuple[Tensor, list[tuple[int, int]]]:
     """Returns the patches of all pictures, [N, …], and their grids, in the order of the prompts."""
-    patches = torch.cat([torch.empty(0), *(p.patches for p in prompts)])    # [0] joins anything
+    patches = torch.cat([torch.empty(0), *(p.patches for p in prompts)])
     return patches.to(device), [grid for p in prompts for grid in p.grids]

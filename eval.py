@@ -320,7 +320,8 @@ def judge(prompt: Prompt, response: str, length: int) -> Record:
         record.score = float(point_hit(parse_points(response), record.truth))
     else:
         reward = score(example.task, response, prompt.answer)
-        record.score, record.error = float(reward.terms.get("accuracy", 0.0)), reward.error    # a tensor, it may be
+        record.score = float(reward.terms.get("accuracy", 0.0))        # a reward may compute with NumPy or torch
+        record.error = reward.error
     return record
 
 

@@ -217,8 +217,8 @@ class Config:
                 ("keep_best", self.keep_best and not (self.eval_data and self.eval_examples),
                  "needs evaluations: give --eval-data too"),
                 ("keep_best", self.keep_best and self.eval_every % (self.save_every or self.steps),
-                 f"needs a checkpoint of each evaluation: --eval-every {self.eval_every} must be a multiple of "
-                 f"--save-every {self.save_every}")):
+                 f"needs a checkpoint of each evaluation: --save-every {self.save_every} must divide --eval-every "
+                 f"{self.eval_every}")):
             if wrong:
                 value = getattr(self, flag, True)
                 raise Mistake(f"--{flag.replace('_', '-')}{'' if value is True else f' {value}'}: {rule}")

@@ -224,22 +224,26 @@ def is_sharded(optimizer) -> bool:
     return hasattr(optimizer, "consolidate_state_dict")
 
 
-def states_of(optimizer) -> list[dict[str, Tensor]]:
-    """Returns what this rank holds of the state of each parameter, in their order; {} of another rank's."""
-    own = (optimizer.optim if is_sharded(optimizer) else optimizer).state
-    return [own.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+def inner_of(optimizer):
+    """Returns the optimizer that holds this rank's state."""
+    return optimizer.optim if is_sharded(optimizer) else optimizer
+
+
+def parameters_of(optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def optimizer_tensors(optimizer, rank: int = 0) -> dict[str, Tensor]:
     """Returns optimizer state as named tensors, "number of the parameter.quantity", on rank 0. Those of the other ranks
     come one by one, through the hosts' memory (ZeRO's own way pickles each rank's share and takes hours for a 7B)."""
-    own = {f"{index}.{name}": torch.as_tensor(value) for index, state in enumerate(states_of(optimizer))
-           for name, value in state.items()}
+    parameters, state = parameters_of(optimizer), inner_of(optimizer).state
+    own = {f"{index}.{name}": torch.as_tensor(value) for index, p in enumerate(parameters)
+           for name, value in state.get(p, {}).items()}
     found = {name: value.contiguous().cpu() for name, value in own.items()} if rank == 0 else {}
     if not is_sharded(optimizer):
         return found
-    device = optimizer.param_groups[0]["params"][0].device
-    shares = gather_json({name: [list(value.shape), str(value.dtype)] for name, value in own.items()}, device)
+    shares = gather_json({name: [list(value.shape), str(value.dtype)] for name, value in own.items()},
+                         parameters[0].device)
     for owner, share in list(enumerate(shares))[1:]:
         for name, (shape, dtype) in share.items():
             if rank == owner:
@@ -264,12 +268,11 @@ def load_optimizer(optimizer, path: Path) -> None:
         raise Mistake(f"{path} is damaged or no optimizer's ({error})") from None
     if not state:                       # every step so far was skipped
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters, inner = parameters_of(optimizer), inner_of(optimizer)
     if set(state) != set(range(len(parameters))):
         raise Mistake(f"{path} holds the state of {len(state)} parameters; the optimizer has {len(parameters)}: is it "
                       "of another run?")
-    inner = optimizer.optim if is_sharded(optimizer) else optimizer
-    own, host = {p for group in inner.param_groups for p in group["params"]}, getattr(inner, "host", False)
+    own, host = {*parameters_of(inner)}, getattr(inner, "host", False)
     for number, p in enumerate(parameters):
         if p in own:            # as stored, in float32; the count of steps is the host's in every case
             inner.state[p] = {name: value.clone().to("cpu" if host or not value.dim() else p.device)

@@ -147,8 +147,8 @@ class Run:
         """Returns all evaluations and the newest step in metrics.jsonl, as rank 0 reads them: another
         node may still see an older file."""
         lines = read_log(run)[0] if self.rank == 0 else []
-        newest = [line for line in lines if "eval" not in line][-1:]
-        return gather_json([line for line in lines if "eval" in line or line in newest], self.device)[0]
+        evaluations, steps = ([line for line in lines if ("eval" in line) is of] for of in (True, False))
+        return gather_json([*evaluations, *steps[-1:]], self.device)[0]
 
     def open(self, prompts: dict[str, str], model: torch.nn.Module) -> None:
         """Makes the folder, or opens it again; from now on signals are noted. prompts: those of the
