@@ -4,6 +4,7 @@
     python experiments/photos.py tune                   the trials of every arm, on base 1
     python experiments/photos.py run                    every arm on every base, with its chosen setting
     python experiments/photos.py asides                 the questions beside the hypotheses, and the bases untrained
+    python experiments/photos.py known                  what the runs of the first seed know of absent things
 
 Each goes on where it was stopped. A result is one small file, experiments/photos/NAME.json; one that exists is not made
 again. `python experiments/reproduce.py tables` renews the tables and the figure from them. The bases are those of
@@ -19,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.figures import draw_points  # noqa: E402
-from experiments.reproduce import (ROOT, Column, call, from_history, interval, last_checkpoint,  # noqa: E402
-                                   machine, shown, steps_of, table, train)
+from experiments.reproduce import (ROOT, Column, by_colour, call, from_history, interval,  # noqa: E402
+                                   last_checkpoint, machine, shown, steps_of, table, train)
 from support import photos  # noqa: E402
 from support.answers import trailing_text  # noqa: E402
 from support.boxes import box_hit  # noqa: E402
@@ -57,6 +58,8 @@ COLUMNS = {**{key: measured(key) for key in (*PARTS, "dead", "mastered", "T-acc"
            **{f"pass@8, {family.strip('-')}": lambda result, family=family: result.get("pass@8", {}).get(family)
               for family in ("named", "new-")},
            "compute": lambda result: sum(result["compute"]) if "compute" in result else None}
+TOLD = {f"probe: {kind}": lambda result, kind=kind: result["accuracy"][kind] for kind in ("colour there", "not there")}
+KNOWN = {**{key: measured(key) for key in ("N-acc, colour there", "N-acc, colour not there", "T-acc")}, **TOLD}
 BESIDE = {key: measured(key) for key in ("absent", "T-acc", "boxes", "new", "hard", "primary")}
 
 
@@ -72,9 +75,7 @@ STRATA = {"0": "dead", "8": "mastered"}         # how many of a base's 8 rollout
 BASE_COLUMNS = {**{key: measured(key) for key in ("primary", "boxes", "new", "hard", "counting", "colour", "left",
                                                   "T-acc")},
                 **{f"share {own}": stratum(own) for own in ("dead", "hard", "mastered")},
-                "says `[]`": lambda result: statistics.fmean(result["rejecting"].values()),
-                **{f"probe: {kind}": lambda result, kind=kind: result["accuracy"][kind]
-                   for kind in ("colour there", "not there")}}
+                "says `[]`": lambda result: statistics.fmean(result["rejecting"].values()), **TOLD}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,6 +283,27 @@ def untrained(base: str) -> str:
     return own
 
 
+def known(arm: str, base: str) -> str:
+    """What a model knows of absent things and says of them, on photos:tune. arm: "base", untrained, or one whose run of
+    the first seed, with 6,400 labels, is still under runs/."""
+    from data import Processor
+    from experiments.probe import probe
+    from model import load_model
+    own = f"known-{arm}-{base}"
+    if (RESULTS / f"{own}.json").exists():
+        return f"{own}: there already"
+    folder = base_of(base) if arm == "base" else last_checkpoint(
+        ROOT / "runs" / f"photos-{name(arm, base, BUDGETS[-1], SEEDS[0])}-{2 if arm == 'sft-rlvr' else 1}")
+    answers = ROOT / "runs" / f"photos-{own}-answers"
+    call("eval.py", "--model", str(folder), "--data", "photos:tune", "--out", str(answers))
+    records = [json.loads(line) for line in (answers / "records.jsonl").read_text().splitlines()]
+    write(own, {"kind": "known", "arm": arm, "base": base, "commit": versions()["commit"],
+                "metrics": {**by_colour(records, "tune", photos),
+                            "T-acc": json.loads((answers / "metrics.json").read_text())["metrics"]["T-acc"]},
+                "accuracy": probe(load_model(folder), Processor(folder), ("photos:val", 2304), ("photos:tune", 2304))})
+    return own
+
+
 def trials(arm: str) -> list[tuple]:
     """The arguments of `make` for every trial of an arm. SFT → RLVR needs the results of SFT's."""
     return [("tune", name(arm, "tune", *setting, seed), BASES[0], 6400, seed, stages(arm, *setting), "tune")
@@ -416,7 +438,10 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     made["photos-short"] = turned(results, [("primary", 640), *((key, 6400) for key in ("primary", *PARTS, "T-acc"))])
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     for own, rows in asides(results | read("aside")).items():
-        made[f"photos-{own}"] = table({row: found for row, found in rows.items() if found}, BESIDE, origin=False)
+        made[f"photos-{own}"] = table(rows, BESIDE, origin=False)
+    behind = read("known")
+    made["photos-known"] = table({arm: {base: behind[own] for base in BASES if (own := f"known-{arm}-{base}") in behind}
+                                  for arm in ("base", *TRIALS)}, KNOWN, origin=False)
     lines = ["| hypothesis | mean difference | by base | p | survives Holm | refuted, uncorrected |", "|---" * 6 + "|"]
     if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
         decided = verdicts(results)
@@ -444,7 +469,7 @@ def draw(root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "tune", "run", "asides"))
+    parser.add_argument("what", choices=("base", "tune", "run", "asides", "known"))
     parser.add_argument("bases", nargs="*", help="of `base`")
     parser.add_argument("--jobs", type=int, default=2, help="at a time")
     args = parser.parse_args()
@@ -452,6 +477,10 @@ def main() -> None:
     if args.what == "base":
         for base in args.bases:
             print(look(base), flush=True)
+        return
+    if args.what == "known":
+        for arm, base in itertools.product(("base", *TRIALS), BASES):
+            print(known(arm, base), flush=True)
         return
     for batch in ((trials(arm) for arm in TRIALS) if args.what == "tune" else [runs(args.what)]):
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -221,12 +221,12 @@ def colour_is_there(split: str, index: int, question: str, world: ModuleType = s
     return any(thing.colour in question.split() for thing in world.make_with_things(split, index)[1])
 
 
-def by_colour(records: list[dict], split: str) -> dict[str, float]:
+def by_colour(records: list[dict], split: str, world: ModuleType = scenes) -> dict[str, float]:
     """N-acc where a thing of the colour that is asked for is in the picture, in another shape, and where none is."""
     rejected: dict[str, list[bool]] = {"N-acc, colour there": [], "N-acc, colour not there": []}
     for record in records:
         if "grounding" in record["task"] and not record["truth"]:
-            there = colour_is_there(split, record["index"], record["question"])
+            there = colour_is_there(split, record["index"], record["question"], world)
             rejected["N-acc, colour there" if there else "N-acc, colour not there"].append(
                 record["error"] is None and not record["predicted"])
     return {place: statistics.fmean(of_place) for place, of_place in rejected.items() if of_place}

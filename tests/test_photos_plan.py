@@ -174,6 +174,15 @@ def test_the_bases_stand_beside_the_arms(results):
     assert plan.tables({})["photos-first"].endswith("| primary, 6,400 labels | 0.500 ± 0.000 | – | – | – | – | – |")
 
 
+def test_what_the_runs_know_has_a_row_for_each_arm(results):
+    for base, told in (("1", 0.5), ("2", 0.6), ("3", 0.7)):
+        results(f"known-visurf-{base}", "known", **{"N-acc, colour there": told, "T-acc": 1.0})
+    for path in plan.RESULTS.iterdir():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": {"colour there": 0.6, "not there": 0.8}}))
+    assert plan.tables({})["photos-known"].splitlines()[2:] == [
+        "| visurf | 0.600 ± 0.248 | – | 1.000 ± 0.000 | 0.600 ± 0.000 | 0.800 ± 0.000 |"]
+
+
 def test_the_strata_of_a_base_by_hand():
     base = {"right": {"final": {"": "-08-1-7-4"}}}
     shares = [plan.BASE_COLUMNS[f"share {own}"](base) for own in ("dead", "hard", "mastered")]
