@@ -59,7 +59,8 @@ COLUMNS = {**{key: measured(key) for key in (*PARTS, "dead", "mastered", "T-acc"
               for family in ("named", "new-")},
            "compute": lambda result: sum(result["compute"]) if "compute" in result else None}
 TOLD = {f"probe: {kind}": lambda result, kind=kind: result["accuracy"][kind] for kind in ("colour there", "not there")}
-KNOWN = {**{key: measured(key) for key in ("N-acc, colour there", "N-acc, colour not there", "T-acc")}, **TOLD}
+KNOWN = {**{key: measured(key) for key in ("N-acc, colour there", "N-acc, colour not there", "T-acc")}, **TOLD,
+         "smoothed, last": measured("smoothed, last")}
 BESIDE = {key: measured(key) for key in ("absent", "T-acc", "boxes", "new", "hard", "primary")}
 
 
@@ -292,14 +293,16 @@ def known(arm: str, base: str) -> str:
     own = f"known-{arm}-{base}"
     if (RESULTS / f"{own}.json").exists():
         return f"{own}: there already"
-    folder = base_of(base) if arm == "base" else last_checkpoint(
-        ROOT / "runs" / f"photos-{name(arm, base, BUDGETS[-1], SEEDS[0])}-{2 if arm == 'sft-rlvr' else 1}")
+    run = ROOT / "runs" / f"photos-{name(arm, base, BUDGETS[-1], SEEDS[0])}-{2 if arm == 'sft-rlvr' else 1}"
+    folder = base_of(base) if arm == "base" else last_checkpoint(run)
     answers = ROOT / "runs" / f"photos-{own}-answers"
     call("eval.py", "--model", str(folder), "--data", "photos:tune", "--out", str(answers))
     records = [json.loads(line) for line in (answers / "records.jsonl").read_text().splitlines()]
-    write(own, {"kind": "known", "arm": arm, "base": base, "commit": versions()["commit"],
-                "metrics": {**by_colour(records, "tune", photos),
-                            "T-acc": json.loads((answers / "metrics.json").read_text())["metrics"]["T-acc"]},
+    metrics = {**by_colour(records, "tune", photos),
+               "T-acc": json.loads((answers / "metrics.json").read_text())["metrics"]["T-acc"]}
+    if arm == "visurf":
+        metrics["smoothed, last"] = statistics.fmean(line["smoothed"] for line in steps_of(run)[-20:])
+    write(own, {"kind": "known", "arm": arm, "base": base, "commit": versions()["commit"], "metrics": metrics,
                 "accuracy": probe(load_model(folder), Processor(folder), ("photos:val", 2304), ("photos:tune", 2304))})
     return own
 

@@ -180,7 +180,7 @@ def test_what_the_runs_know_has_a_row_for_each_arm(results):
     for path in plan.RESULTS.iterdir():
         path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": {"colour there": 0.6, "not there": 0.8}}))
     assert plan.tables({})["photos-known"].splitlines()[2:] == [
-        "| visurf | 0.600 ± 0.248 | – | 1.000 ± 0.000 | 0.600 ± 0.000 | 0.800 ± 0.000 |"]
+        "| visurf | 0.600 ± 0.248 | – | 1.000 ± 0.000 | 0.600 ± 0.000 | 0.800 ± 0.000 | – |"]
 
 
 def test_the_strata_of_a_base_by_hand():
