@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.figures import draw_points  # noqa: E402
-from experiments.reproduce import (ROOT, Column, by_colour, call, from_history, interval,  # noqa: E402
+from experiments.reproduce import (ROOT, Column, bar, by_colour, call, from_history, interval,  # noqa: E402
                                    last_checkpoint, machine, shown, steps_of, table, train)
 from support import photos  # noqa: E402
 from support.answers import trailing_text  # noqa: E402
@@ -464,9 +464,10 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
 
 def draw(root: Path) -> None:
     """The figure of the arms, into the repository at root."""
-    rows = {f"{arm}, {budget:,}": own for budget in BUDGETS for arm, own in rows_of(read("run"), budget).items()}
-    if len(rows) > len(BUDGETS):
-        draw_points(rows, {key: measured(key) for key in ("primary", *PARTS)}, interval,
+    rows = {arm + f", {budget:,}" * (arm != "base"): own for budget in BUDGETS
+            for arm, own in rows_of(read("run"), budget).items()}
+    if len(rows) > 1:
+        draw_points(rows, {key: measured(key) for key in ("primary", *PARTS)}, bar,
                     root / "experiments/figures/photos.png")
 
 

@@ -554,6 +554,11 @@ def shown(values: list[float], sign: str = "", parted: bool | None = None) -> st
     return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
+def bar(values: list[float]) -> tuple[float, float] | None:
+    """Mean and half of the interval, for a figure; None where the seeds stand for themselves."""
+    return None if in_two_groups(values) else interval(values)
+
+
 def difference(pairs: list[tuple[float, float]]) -> str:
     """The text of a cell of differences: in two groups where one of the two sides is."""
     parted = any(in_two_groups(list(side)) for side in zip(*pairs))
@@ -762,10 +767,6 @@ def draw(results: Results, root: Path) -> None:
     for needed in (folder, root / "docs"):
         needed.mkdir(parents=True, exist_ok=True)
     figures.draw_weights(root / "docs/weights.png")
-
-    def bar(values: list[float]) -> tuple[float, float] | None:
-        """None: the seeds stand for themselves."""
-        return None if in_two_groups(values) else interval(values)
     if of["trained"]:
         looking = {name: seeds for name, seeds in of["main"].items() if name not in POLICIES}
         figures.draw_points(looking, MAIN, bar, folder / "methods.png")
