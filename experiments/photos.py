@@ -58,9 +58,10 @@ COLUMNS = {**{key: measured(key) for key in (*PARTS, "dead", "mastered", "T-acc"
            **{f"pass@8, {family.strip('-')}": lambda result, family=family: result.get("pass@8", {}).get(family)
               for family in ("named", "new-")},
            "compute": lambda result: sum(result["compute"]) if "compute" in result else None}
-TOLD = {f"probe: {kind}": lambda result, kind=kind: result["accuracy"][kind] for kind in ("colour there", "not there")}
-KNOWN = {**{key: measured(key) for key in ("N-acc, colour there", "N-acc, colour not there", "T-acc")}, **TOLD,
+PROBE = {f"probe: {kind}": lambda result, kind=kind: result["accuracy"][kind] for kind in ("colour there", "not there")}
+KNOWN = {**{key: measured(key) for key in ("N-acc, colour there", "N-acc, colour not there", "T-acc")}, **PROBE,
          "smoothed, last": measured("smoothed, last")}
+PROBED = (("photos:val", 2304), ("photos:tune", 2304))      # what the probe is fitted on, and judged on
 BESIDE = {key: measured(key) for key in ("absent", "T-acc", "boxes", "new", "hard", "primary")}
 
 
@@ -76,7 +77,7 @@ STRATA = {"0": "dead", "8": "mastered"}         # how many of a base's 8 rollout
 BASE_COLUMNS = {**{key: measured(key) for key in ("primary", "boxes", "new", "hard", "counting", "colour", "left",
                                                   "T-acc")},
                 **{f"share {own}": stratum(own) for own in ("dead", "hard", "mastered")},
-                "says `[]`": lambda result: statistics.fmean(result["rejecting"].values()), **TOLD}
+                "says `[]`": lambda result: statistics.fmean(result["rejecting"].values()), **PROBE}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def look(base: str) -> str:
     folder = base_of(base)
     net, processor = load_model(folder), Processor(folder)
     result = {"kind": "base", "commit": versions()["commit"], "digest": model_digest(folder),
-              "accuracy": probe(net, processor, ("photos:val", 2304), ("photos:tune", 2304)),
+              "accuracy": probe(net, processor, *PROBED),
               "rejecting": rejecting(net, processor, "photos:tune", 2304),
               "right": {part: right_of_eight(str(folder), part) for part in ("tune", "final")}}
     write(own, result)
@@ -294,6 +295,9 @@ def known(arm: str, base: str) -> str:
     if (RESULTS / f"{own}.json").exists():
         return f"{own}: there already"
     run = ROOT / "runs" / f"photos-{name(arm, base, BUDGETS[-1], SEEDS[0])}-{2 if arm == 'sft-rlvr' else 1}"
+    if arm != "base" and not run.is_dir():
+        trained = RESULTS / f"{name(arm, base, BUDGETS[-1], SEEDS[0])}.json"
+        raise SystemExit(f"{run} is not there: move {trained} away, and `photos.py run` trains it again")
     folder = base_of(base) if arm == "base" else last_checkpoint(run)
     answers = ROOT / "runs" / f"photos-{own}-answers"
     call("eval.py", "--model", str(folder), "--data", "photos:tune", "--out", str(answers))
@@ -303,7 +307,7 @@ def known(arm: str, base: str) -> str:
     if arm == "visurf":
         metrics["smoothed, last"] = statistics.fmean(line["smoothed"] for line in steps_of(run)[-20:])
     write(own, {"kind": "known", "arm": arm, "base": base, "commit": versions()["commit"], "metrics": metrics,
-                "accuracy": probe(load_model(folder), Processor(folder), ("photos:val", 2304), ("photos:tune", 2304))})
+                "accuracy": probe(load_model(folder), Processor(folder), *PROBED)})
     return own
 
 
@@ -442,8 +446,8 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     for own, rows in asides(results | read("aside")).items():
         made[f"photos-{own}"] = table(rows, BESIDE, origin=False)
-    behind = read("known")
-    made["photos-known"] = table({arm: {base: behind[own] for base in BASES if (own := f"known-{arm}-{base}") in behind}
+    those = read("known")
+    made["photos-known"] = table({arm: {base: those[own] for base in BASES if (own := f"known-{arm}-{base}") in those}
                                   for arm in ("base", *TRIALS)}, KNOWN, origin=False)
     lines = ["| hypothesis | mean difference | by base | p | survives Holm | refuted, uncorrected |", "|---" * 6 + "|"]
     if len(results) == len(BASES) * len(SEEDS) * len(BUDGETS) * len(TRIALS):
