@@ -4,6 +4,7 @@
     python experiments/photos.py tune                   the trials of every arm, on base 1
     python experiments/photos.py run                    every arm on every base, with its chosen setting
     python experiments/photos.py asides                 the questions beside the hypotheses, and the bases untrained
+    python experiments/photos.py again                  three runs, chosen at random, a second time
     python experiments/photos.py known                  what the runs of the first seed know of absent things
 
 Each goes on where it was stopped. A result is one small file, experiments/photos/NAME.json; one that exists is not made
@@ -13,6 +14,7 @@ experiments/make_photos.sh, rounded to bfloat16; the history of this repository 
 import argparse
 import itertools
 import json
+import random
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -318,13 +320,15 @@ def trials(arm: str) -> list[tuple]:
 
 
 def runs(what: str) -> list[tuple]:
-    """The arguments of `make` for everything of `run` or `asides`. Both need the results of all trials."""
+    """The arguments of `make` for everything of `run`, `asides` or `again`. They need the results of all trials."""
     flags = {arm: stages(arm, *chosen(arm)) for arm in TRIALS}
     for arm, of in flags.items():
         of[-1][-1] = str(RUN_STEPS[arm])
     if what == "run":
         return [("run", name(arm, base, budget, seed), base, budget, seed, flags[arm], "final")
                 for seed in SEEDS for budget in BUDGETS for base in BASES for arm in TRIALS]
+    if what == "again":
+        return [("again", f"again-{own}", *rest) for _, own, *rest in random.Random(51).sample(runs("run"), 3)]
     plain = {arm: flags[arm][0] for arm in EIGHT}
     normalisers = [("aside", name("visurf", normaliser, "boxing", seed), "boxing", 6400, seed,
                     [[*plain["visurf"], "--normaliser", normaliser]], "final")
@@ -446,6 +450,11 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     for own, rows in asides(results | read("aside")).items():
         made[f"photos-{own}"] = table(rows, BESIDE, origin=False)
+    again = {}
+    for own, result in read("again").items():
+        if (first := own.removeprefix("again-")) in results:
+            again |= {first: {0: results[first]}, own: {0: result}}
+    made["photos-again"] = table(again, BESIDE | {"kept": measured("kept")}, origin=False)
     those = read("known")
     made["photos-known"] = table({arm: {base: those[own] for base in BASES if (own := f"known-{arm}-{base}") in those}
                                   for arm in ("base", *TRIALS)}, KNOWN, origin=False)
@@ -477,7 +486,7 @@ def draw(root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "tune", "run", "asides", "known"))
+    parser.add_argument("what", choices=("base", "tune", "run", "asides", "again", "known"))
     parser.add_argument("bases", nargs="*", help="of `base`")
     parser.add_argument("--jobs", type=int, default=2, help="at a time")
     args = parser.parse_args()

@@ -95,6 +95,9 @@ def test_every_arm_has_eight_trials_and_every_stage_is_a_command(results):
     jobs = [*(job for arm in plan.TRIALS for job in plan.trials(arm)), *plan.runs("run"), *plan.runs("asides")]
     names = [job[1] for job in jobs]
     assert len({*names}) == len(names) == 80 + 120 + 18
+    again = plan.runs("again")
+    assert [job[1] for job in again] == ["again-rlvr-1-640-43", "again-visurf-1-6400-45", "again-sft-rlvr-1-640-44"]
+    assert all(("run", own.removeprefix("again-"), *rest) in jobs for _, own, *rest in again)
     for _, _, _, budget, _, stages, _ in jobs:
         for stage in stages:
             cfg = train.parse_config(["--data", f"photos:train{budget}", *plan.COMMON, *stage])
@@ -165,6 +168,14 @@ def test_the_questions_beside_the_hypotheses_have_their_rows(results):
     assert made["photos-normalisers"].splitlines()[2:] == ["| seq-sum | 0.500 | – | – | – | – | 0.500 |"]
     assert made["photos-rollouts"].splitlines()[2:] == [
         "| rlvr, 4 | – | – | – | – | – | 0.500 ± 0.000 |", "| rlvr, 8 | – | – | – | – | – | 0.700 ± 0.094 |"]
+
+
+def test_a_run_that_was_made_again_stands_below_the_first(results):
+    results("again-rlvr-1-640-43", "again", absent=0.25, kept=0.5)
+    assert plan.tables(plan.read("run"))["photos-again"].count("\n") == 1      # not without the first
+    results("rlvr-1-640-43", "run", absent=0.5)
+    assert plan.tables(plan.read("run"))["photos-again"].splitlines()[2:] == [
+        "| rlvr-1-640-43 | 0.500 | – | – | – | – | – | – |", "| again-rlvr-1-640-43 | 0.250 | – | – | – | – | – | 0.500 |"]
 
 
 def test_the_bases_stand_beside_the_arms(results):
