@@ -446,7 +446,7 @@ def tables(results: dict[str, dict]) -> dict[str, str]:
     """Name of a table → its Markdown: the trials, the arms, and the verdicts once all runs are there."""
     made = {f"photos-{budget}": table(rows_of(results, budget), COLUMNS, origin=False) for budget in BUDGETS}
     made["photos-first"] = turned(results, [("primary", 6400)])
-    made["photos-short"] = turned(results, [("primary", 640), *((key, 6400) for key in ("primary", *PARTS, "T-acc"))])
+    made["photos-short"] = turned(results, [("primary", budget) for budget in BUDGETS])
     made["photos-bases"] = table({own: {0: result} for own, result in read("base").items()}, BASE_COLUMNS, origin=False)
     for own, rows in asides(results | read("aside")).items():
         made[f"photos-{own}"] = table(rows, BESIDE, origin=False)

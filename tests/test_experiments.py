@@ -457,7 +457,7 @@ def test_a_number_with_a_place_is_what_stands_there():
     """`0.970 ± 0.012<!--main/sft/N-acc-->`: table, row and column of a number of a sentence."""
     made, found = all_tables(), 0
     for page in PAGES:
-        text = (reproduce.ROOT / page).read_text()
+        text = re.sub(r"\s*\n\s*", " ", (reproduce.ROOT / page).read_text())
         for said, place in re.findall(rf"({INTERVAL}|\d+\.\d+)<!--(\S.*?)-->", text):
             name, row, column = place.split("/")
             columns = [title.strip() for title in made[name].splitlines()[0].split("|")[1:-1]]
