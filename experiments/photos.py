@@ -225,7 +225,7 @@ def judge(model: str, part: str, base: str, out: str) -> dict[str, float]:
 # Results
 
 def read(kind: str) -> dict[str, dict]:
-    """The results of this kind (base, tune, run, aside): name → result."""
+    """The results of this kind, which each of them names: name → result."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     return {own: result for own, result in found.items() if result["kind"] == kind}
 
